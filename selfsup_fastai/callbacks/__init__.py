@@ -1,0 +1,1 @@
+"""Callbacks that any learner can use, one file each."""

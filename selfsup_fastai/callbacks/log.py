@@ -1,0 +1,73 @@
+"""What is written down while a learner trains: lines for people, rows for programs."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+from fastai.callback.core import Callback, CancelValidException
+from tqdm.auto import tqdm
+
+
+class EpochLines(Callback):
+    """One aligned line an epoch on stderr, and on a terminal a bar over the batches: for shells and log files.
+
+    Stands in for fastai's progress bar, whose table goes to stdout: `with learn.no_bar(): learn.fit(..., cbs=EpochLines())`.
+    """
+
+    order = 60  # after the Recorder, whose values it prints
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+        if self.run:
+            self.usual_logger, self.learn.logger = self.learn.logger, self._line
+            self._line(self.recorder.metric_names)
+
+    def before_train(self):
+        kwargs = dict(total=len(self.dls.train), leave=False, disable=None, file=sys.stderr, desc=f"epoch {self.epoch}")
+        self.bar = tqdm(**kwargs)
+
+    def after_batch(self):
+        if self.training:
+            self.bar.update()
+
+    def after_train(self):
+        self.bar.close()
+
+    def after_fit(self):
+        self.learn.logger = self.usual_logger
+
+    def _line(self, values) -> None:
+        widths = [max(10, len(name)) for name in self.recorder.metric_names]
+        cells = [f"{v:.4f}" if isinstance(v, float) else str("" if v is None else v) for v in values]
+        tqdm.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)), file=sys.stderr)
+
+
+class MetricsFile(Callback):
+    """Every epoch's losses and metrics as a row of a CSV file, written at once: a killed run keeps its rows.
+
+    Epochs are numbered through when a learner is fitted several times, as in the stages of `fine_tune`.
+    """
+
+    order = 61
+
+    def __init__(self, file: str | os.PathLike):
+        self.file, self.rows = Path(file), 0
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+    def after_epoch(self):
+        with self.file.open("a" if self.rows else "w", newline="") as file:
+            writer = csv.writer(file)
+            if not self.rows:
+                writer.writerow(name for name in self.recorder.metric_names if name != "time")
+            writer.writerow([self.rows, *self.learn.final_record])
+        self.rows += 1
+
+
+class SkipValidation(Callback):
+    """Trains without validating: where only the end counts, the validation set would cost more than the training."""
+
+    def before_validate(self):
+        raise CancelValidException

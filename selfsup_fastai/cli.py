@@ -1,0 +1,193 @@
+"""The command `selfsup`. Heavy imports happen inside the commands, so that `--help` answers at once.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line; `--debug` shows where),
+2 wrong usage, 130 stopped by Ctrl-C, 143 by a termination signal.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from selfsup_fastai import __version__
+from selfsup_fastai.errors import SelfsupError, UnknownNameError, unknown
+from selfsup_fastai.pretext import TASKS
+
+app = typer.Typer(
+    name="selfsup",
+    help="Self-supervised pretraining on a folder of unlabeled images, and fine-tuning on few labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, so that what Ctrl-C saves is saved then, too."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfsup_fastai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose, not only what it is.")] = False,
+) -> None: ...
+
+
+@app.command()
+def tasks() -> None:
+    """List the pretext tasks."""
+    from selfsup_fastai.pretext import list_tasks
+
+    typer.echo(list_tasks().reset_index().to_string(index=False, justify="left"))
+
+
+@app.command()
+def pretrain(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of images, at any depth; labels are not needed.", show_default=False)
+    ],
+    task: Annotated[str, typer.Option(help=f"What the network is asked: {', '.join(TASKS)}.")] = "rotation",
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 20,
+    size: Annotated[int, typer.Option(min=8, help="Side of the training images in pixels.")] = 128,
+    arch: Annotated[str, typer.Option(help="Any timm architecture.")] = "resnet18",
+    encoder: Annotated[
+        Path | None, typer.Option(help="Go on from a saved encoder instead.", show_default=False)
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from timm's weights (downloads them).")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 3e-3,
+    bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
+    valid_pct: Annotated[float, typer.Option(help="Share of the images to validate with.")] = 0.1,
+    n_in: Annotated[int | None, typer.Option(help="Channels: 1 or 3.", show_default="1 if all images are grey")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the task, e.g. --set turns=one.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+) -> None:
+    """Pretrain an encoder on a folder of unlabeled images."""
+    if task not in TASKS:  # before the seconds that the imports take
+        raise unknown("pretext task", task, TASKS)
+    settings = dict(_setting(text) for text in set_ or [])
+    from selfsup_fastai import runs
+
+    out = out or Path("runs") / task
+    data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers)
+    runs.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
+    typer.echo(out / "encoder.safetensors")
+
+
+@app.command()
+def finetune(
+    labeled: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images for each class; or train/ and valid/ with such folders.", show_default=False
+        ),
+    ],
+    encoder: Annotated[
+        str, typer.Option(help="A saved encoder; or an architecture, such as resnet18, to start from scratch.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/finetune"),
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the labeled images, after one with the encoder frozen.")
+    ] = 10,
+    lr: Annotated[float, typer.Option(help="Learning rate of the head; the encoder's are lower.")] = 2e-3,
+    gradual: Annotated[bool, typer.Option(help="Unfreeze the encoder stage by stage; else all at once.")] = True,
+    valid_pct: Annotated[
+        float, typer.Option(help="Share of each class to validate with, where there is no valid/ folder.")
+    ] = 0.2,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels.", show_default="the encoder's")
+    ] = None,
+    bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+) -> None:
+    """Fine-tune an encoder on a folder of labeled images."""
+    from selfsup_fastai import runs
+
+    runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, workers)
+    typer.echo(out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+) -> None:
+    """Pretrain on handwritten digits and fine-tune on 50 labels: a table and pictures in a few minutes."""
+    from selfsup_fastai.demo import LESSON, run_demo
+
+    table = run_demo(out, seed=seed)
+    typer.echo(f"\nAccuracy on 500 test images:\n\n{table.to_string(float_format='{:.3f}'.format, na_rep='')}")
+    typer.echo(LESSON)
+    typer.echo(f"\nPictures, curves and encoders: {out}/rotation, {out}/simclr. Table: {out}/table.csv")
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """'turns=one' -> ('turns', 'one'); numbers, true, false and none become values."""
+    name, eq, value = text.partition("=")
+    if not eq:
+        raise click.UsageError(f"--set takes NAME=VALUE, got {text!r}.")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _terminate(*_):
+    raise Terminated
+
+
+def main() -> None:
+    """The entry point: runs a command and turns whatever ends it into one line and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        stopped = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
+        typer.echo("selfsup: stopped; what there was has been saved", err=True)
+        code = 143 if stopped else 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; say nothing more
+        code = 141
+    except (SelfsupError, UnknownNameError, OSError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        typer.echo(f"selfsup: {error}", err=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

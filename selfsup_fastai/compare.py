@@ -1,0 +1,115 @@
+"""Did it help? Encoders side by side on the same few labels, drawn several times."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import ColReader, ColSplitter
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
+from scipy import stats
+from tqdm.auto import tqdm
+
+from selfsup_fastai.callbacks.log import SkipValidation
+from selfsup_fastai.data.blocks import UnlabeledBlock
+from selfsup_fastai.data.loader import IndexedDL
+from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.features import embed, knn_accuracy
+from selfsup_fastai.messages import quiet
+
+
+def labeled_loaders(
+    table: pd.DataFrame,  # Columns file, label, is_valid
+    n_in: int,  # Channels to open the files with
+    size: int,
+    bs: int,
+    num_workers: int = 0,
+) -> DataLoaders:
+    """Labeled loaders over the files of a table; classes in sorted order."""
+    blocks = (UnlabeledBlock(n_in), CategoryBlock(vocab=sorted(table["label"].unique())))
+    columns = dict(get_x=ColReader("file"), get_y=ColReader("label"), splitter=ColSplitter("is_valid"))
+    block = DataBlock(blocks=blocks, **columns, item_tfms=Resize(size), dl_type=IndexedDL)
+    return block.dataloaders(table, bs=bs, num_workers=num_workers)
+
+
+def label_draws(labels: pd.Series, per_class: int, draws: int, seed: int = 42) -> list[np.ndarray]:
+    """`draws` times the positions of `per_class` random images of each class."""
+    counts = labels.value_counts()
+    if counts.min() < per_class:
+        raise DataError(f"Class {counts.idxmin()!r} has {counts.min()} images, {per_class} a class were asked for.")
+    positions = [np.flatnonzero(labels == label) for label in sorted(labels.unique())]
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([rng.choice(p, per_class, replace=False) for p in positions]) for _ in range(draws)]
+
+
+def compare_encoders(
+    starts: Mapping[
+        str, Any
+    ],  # Name -> what downstream_learner takes: a saved encoder, or an architecture (from scratch)
+    train: pd.DataFrame,  # Columns file and label: where the few labels are drawn from
+    test: pd.DataFrame,  # The same for the images to test on; pretraining must not have seen them
+    per_class: int = 5,  # Labels a class
+    draws: int = 5,  # Times the labels are drawn; every start gets the same
+    epochs: int = 20,  # Of fine_tune, after one with the encoder frozen; the same for every start
+    size: int = 32,
+    n_in: int = 3,
+    bs: int = 16,
+    k: int = 5,  # Of kNN on the frozen encoder
+    seed: int = 42,
+    **fine_tune,  # More arguments of `DownstreamLearner.fine_tune`
+) -> pd.DataFrame:
+    """One row a run: start, draw, accuracy on the test set after the last epoch, and kNN accuracy before fine-tuning.
+
+    Test labels choose nothing: neither the epoch nor any setting. The interval that `summarize` makes of it covers the
+    draw of the labels and the order and initialization of fine-tuning, not the one pretraining run behind each encoder.
+    """
+    chosen = label_draws(train["label"], per_class, draws, seed)
+    runs = []
+    with tqdm(total=draws * len(starts), desc="fine-tuning", disable=None, leave=False) as bar:
+        for draw, rows in enumerate(chosen):
+            table = pd.concat([train.iloc[rows].assign(is_valid=False), test.assign(is_valid=True)], ignore_index=True)
+            for name, start in starts.items():
+                set_seed(seed + draw)
+                with quiet():
+                    learn = downstream_learner(labeled_loaders(table, n_in, size, bs), start, metrics=accuracy)
+                few = embed(learn.model.encoder, learn.dls.train)
+                knn = knn_accuracy(few, embed(learn.model.encoder, learn.dls.valid), k=k)
+                with quiet(), learn.no_bar(), learn.no_logging():
+                    learn.fine_tune(epochs, cbs=SkipValidation(), **fine_tune)
+                runs.append({"start": name, "draw": draw, "accuracy": learn.validate()[1], "knn": knn})
+                bar.update()
+    return pd.DataFrame(runs)
+
+
+def summarize(runs: pd.DataFrame, baseline: str = "scratch", confidence: float = 0.95) -> pd.DataFrame:
+    """A row a start: mean accuracy with its interval, the paired difference to the baseline with its own, and kNN.
+
+    Intervals are Student's over the draws. `verdict` is 'better' or 'worse' only where the interval of the difference
+    excludes zero.
+    """
+    accuracy = runs.pivot(index="draw", columns="start", values="accuracy")
+    knn = runs.groupby("start")["knn"].mean()
+    rows = []
+    for start in runs["start"].unique():
+        mean, half = mean_interval(accuracy[start], confidence)
+        row = {"start": start, "accuracy": mean, "±": half}
+        if start != baseline and baseline in accuracy:
+            gain, gain_half = mean_interval(accuracy[start] - accuracy[baseline], confidence)
+            verdict = "better" if gain > gain_half else "worse" if gain < -gain_half else "not distinguishable"
+            row |= {"gain": gain, "gain ±": gain_half, "verdict": verdict}
+        rows.append(row | {"kNN, frozen": knn[start]})
+    return pd.DataFrame(rows).set_index("start")
+
+
+def mean_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float]:
+    """Mean of independent draws and half the width of Student's interval for it (infinite for a single draw)."""
+    n = len(values)
+    if n < 2:
+        return float(values.mean()), float("inf")
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    return float(values.mean()), float(half)

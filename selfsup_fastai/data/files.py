@@ -1,0 +1,314 @@
+"""Finding the files of a folder, and trying each of them in child processes, so that no file can stop a run."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from selfsup_fastai.data.opening import REASONS, BadImage, describe
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.messages import say
+
+__all__ = ["check_files", "find_files", "summary"]
+
+OK_COLUMNS = ["file", "width", "height", "mode", "format", "frames", "channels", "bits", "max"]
+REPORT_COLUMNS = ["file", "code", "message"]
+
+_COMMAND = [sys.executable or "", "-m", "selfsup_fastai.data.opening"]
+_START_SECONDS = 60.0  # a cold start from a network disk takes many seconds
+_FILES_PER_WORKER = 32  # starting a child costs about as much as trying this many files
+_IN_WORDS = {"no_permission": "without permission", "not_a_file": "not a regular file", "dicom": "DICOM"}
+
+
+def find_files(
+    folder: str | os.PathLike,  # Where to look
+    recurse: bool = True,  # Look in its folders too, at any depth
+) -> list[Path]:
+    """Everything in a folder that is not a folder, whatever its name, sorted by path; [] where there is nothing.
+
+    Links to folders are followed, each real folder once, so that loops end and no file comes twice. Folders that cannot
+    be read are passed over with one warning. Raises `DataError` where `folder` is no folder that can be read.
+    """
+    found, n_unreadable, seen = [], 0, set()
+    real, linked = [os.fspath(_existing_folder(folder))], []
+    while real or linked:
+        if not real:  # links last: a file is best known by its own path
+            real.append(linked.pop(linked.index(min(linked))))
+        try:
+            folders, links, files = _entries(real.pop(), seen)
+        except OSError:
+            n_unreadable += 1
+            continue
+        found += files
+        if recurse:
+            real += folders
+            linked += links
+    if n_unreadable:
+        warnings.warn(f"{n_unreadable:,} folder(s) could not be read and were passed over.", stacklevel=2)
+    return [Path(path) for path in sorted(found)]
+
+
+def _existing_folder(folder: str | os.PathLike) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise DataError(f"Expected the path of a folder (str or Path); got {type(folder).__name__}.")
+    path = Path(folder).expanduser()
+    if os.path.isdir(path):  # never raises, as `path.is_dir()` may
+        if os.access(path, os.R_OK | os.X_OK):
+            return path
+        raise DataError(f"The folder '{path}' may not be read by this user: change its permissions.")
+    if os.path.lexists(path):
+        raise DataError(
+            f"'{path}' is a file, but a folder was expected. For a list of files use `from_files`, "
+            f"for many views of one image `from_single_image`."
+        )
+    where = "" if path.is_absolute() else f" (looked for in '{Path.cwd()}')"
+    raise DataError(f"There is no folder '{path}'{where}. Check the spelling.")
+
+
+def _entries(folder: str, seen: set[tuple[int, int]]) -> tuple[list[str], list[str], list[str]]:
+    """Folders, links to folders, and everything else in a folder; nothing if it is among `seen`, which it joins."""
+    folders, links, files = [], [], []
+    info = os.stat(folder)
+    if (info.st_dev, info.st_ino) in seen:
+        return folders, links, files
+    seen.add((info.st_dev, info.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            kind = files if not _is_folder(entry) else links if entry.is_symlink() else folders
+            kind.append(entry.path)
+    return folders, links, files
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """A link to nothing, to itself or to what may not be looked at counts as a file: the check says what it is."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def check_files(
+    paths: Iterable[str | os.PathLike],  # The files to try
+    n_workers: int | None = None,  # Child processes; None: one per CPU, at most 8, fewer for few files
+    timeout: float = 20.0,  # Seconds that one file may take
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Decode every file once, in child processes with limits: (what can be used, what cannot and why).
+
+    The first frame has the columns file (Path), width, height, mode, format, frames, channels, bits, max (see
+    `opening.describe`), the second file, code (a key of `opening.REASONS`), message. Both keep the order of `paths`.
+    A file that hangs, crashes its process or asks for more than 2 GiB gets a line in the report, and the next one its
+    turn. The second frame's `attrs["checked"]` is the number of files tried, for `summary`.
+    """
+    files = _as_paths(paths)
+    if n_workers is not None and n_workers < 1:
+        raise DataError(f"n_workers is the number of processes, at least 1 (None: chosen by itself); got {n_workers}.")
+    found = _check_all(files, n_workers or _default_workers(len(files)), timeout) if files else []
+    ok = [{"file": file, **facts} for file, facts in zip(files, found) if "code" not in facts]
+    bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
+    report = pd.DataFrame(bad, columns=REPORT_COLUMNS)
+    report.attrs["checked"] = len(files)
+    return pd.DataFrame(ok, columns=OK_COLUMNS).astype({"max": float}), report
+
+
+def _as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise DataError("Expected a list of paths; got one. For a folder use `find_files` first, or pass [path].")
+    files = list(paths)
+    wrong = next((type(file).__name__ for file in files if not isinstance(file, (str, os.PathLike))), None)
+    if wrong:
+        raise DataError(f"Expected a list of paths (str or Path); got one with {wrong} in it.")
+    return [Path(file) for file in files]
+
+
+def _default_workers(n_files: int) -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, usable, n_files // _FILES_PER_WORKER))
+
+
+def _check_all(files: list[Path], n_workers: int, timeout: float) -> list[dict]:
+    """What is known of each file, in order."""
+    facts: list[dict] = [{}] * len(files)
+    notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
+    bar = tqdm(total=len(files), desc="Checking images", unit="file", delay=1, disable=False if notebook else None)
+    with bar, _Crew(files, n_workers, timeout) as crew:
+        for _ in files:
+            i, facts[i] = crew.result()
+            bar.update()
+    return facts
+
+
+class _Crew:
+    """Threads that take file after file to a child process each; leaving the block ends them all, whatever they do."""
+
+    def __init__(self, files: list[Path], n_workers: int, timeout: float):
+        self.todo: queue.SimpleQueue = queue.SimpleQueue()
+        self.done: queue.SimpleQueue = queue.SimpleQueue()
+        for job in enumerate(files):
+            self.todo.put(job)
+        self.one_here, self.said = threading.Lock(), False
+        self.children = [_Child(timeout) for _ in range(n_workers)]
+        self.threads = [threading.Thread(target=self._work, args=(child,), daemon=True) for child in self.children]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc):
+        for child in self.children:
+            child.end()
+        for thread in self.threads:
+            thread.join(timeout=10)  # a limit for files that are tried in this process and hang
+
+    def result(self) -> tuple[int, dict]:
+        """The number of the next file to be finished, and what is known of it."""
+        i, facts = self.done.get()
+        if isinstance(facts, BaseException):
+            raise facts
+        return i, facts
+
+    def _work(self, child: "_Child"):
+        try:
+            while not (child.ended or self.todo.empty()):
+                i, file = self.todo.get_nowait()
+                self.done.put((i, self._check(child, file)))
+        except queue.Empty:  # another thread was faster
+            pass
+        except BaseException as err:  # for the main thread, which would wait forever
+            self.done.put((-1, err))
+        finally:
+            child.clean_up()
+
+    def _check(self, child: "_Child", file: Path) -> dict:
+        try:
+            return child.check(file)
+        except _NoChild:
+            return {} if child.ended else self._check_here(file)
+
+    def _check_here(self, file: Path) -> dict:
+        with self.one_here:  # one at a time: `describe` silences warnings, which is no thread's own matter
+            if not self.said:
+                self.said = True
+                say("Child processes cannot be started here: files are checked in this process, without a time limit.")
+            try:
+                return describe(file)
+            except BadImage as err:
+                return {"code": err.code, "message": str(err)}
+
+
+class _NoChild(Exception):
+    """The child process does not start."""
+
+
+class _Child:
+    """A process that tries files (`opening.main`), started when there is one to try, and again after one that ended it.
+
+    It belongs to one thread, which calls `check` and at last `clean_up`; `end` is for any other.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.ended, self.startable = False, True
+        self.process: subprocess.Popen | None = None
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.changing = threading.Lock()  # so that no process starts after `end`
+
+    def check(self, file: Path) -> dict:
+        """What the process says of a file. Raises `_NoChild` where no process can be started."""
+        request = json.dumps({"path": os.path.abspath(file)}).encode() + b"\n"
+        facts = self._ask(request)
+        if facts.get("code") == "crashed":  # again in a fresh process: it may not have been this file's doing
+            facts = self._ask(request)
+        return facts
+
+    def end(self):
+        """Kill the process, wherever its thread is, and start no other."""
+        with self.changing:
+            self.ended, process = True, self.process
+        if process:
+            process.kill()
+
+    def clean_up(self):
+        """Kill the process and give back its pipes."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel cannot be waited for
+            process.wait(timeout=5)
+        with suppress(OSError):  # what it did not read
+            process.stdin.close()
+
+    def _ask(self, request: bytes) -> dict:
+        if self.process is None:
+            self._start()
+        try:
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+            return json.loads(self.answers.get(timeout=self.timeout))
+        except queue.Empty:
+            code = "timeout"
+        except (OSError, ValueError):  # a broken pipe; half an answer or none
+            code = "crashed"
+        self.clean_up()
+        return {"code": code, "message": REASONS[code]}
+
+    def _start(self):
+        try:
+            with self.changing:
+                if self.ended or not self.startable:
+                    raise _NoChild
+                self.process = _popen()
+            self.answers = queue.SimpleQueue()
+            threading.Thread(target=_pass_on, args=(self.process.stdout, self.answers), daemon=True).start()
+            if json.loads(self.answers.get(timeout=_START_SECONDS)) != {"ready": True}:
+                raise _NoChild
+        except (OSError, ValueError, queue.Empty, _NoChild):
+            self.startable = False
+            self.clean_up()
+            raise _NoChild from None
+
+
+def _popen() -> subprocess.Popen:
+    """A child that waits for requests. It finds this package where it is; the current folder can shadow nothing."""
+    home = os.fspath(Path(__file__).parents[2])
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
+        "PYTHONUTF8": "1" if sys.getfilesystemencoding() == "utf-8" else "0",  # else names are other bytes there
+        "OMP_NUM_THREADS": "1",  # threads that NumPy would reserve memory for
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env, cwd=home)
+
+
+def _pass_on(stdout: BinaryIO, answers: queue.SimpleQueue):
+    """Lines from a pipe to a queue, which can be waited on for a limited time on every system; b"" at the end."""
+    with stdout:
+        for line in stdout:
+            answers.put(line)
+    answers.put(b"")
+
+
+def summary(
+    report: pd.DataFrame,  # The second frame that `check_files` returns
+) -> str | None:
+    """Such as "3 of 1,200 files left out: 2 truncated, 1 not an image (dls.report lists them)"; None where none was."""
+    if report.empty:
+        return None
+    counts = Counter(report["code"]).most_common()
+    reasons = ", ".join(f"{n:,} {_IN_WORDS.get(code, code.replace('_', ' '))}" for code, n in counts)
+    of = f" of {report.attrs['checked']:,}" if "checked" in report.attrs else ""
+    return f"{len(report):,}{of} files left out: {reasons} (dls.report lists them)"

@@ -1,0 +1,227 @@
+"""Loaders: items seeded one by one, the index along where it is needed, and new loaders derived from given ones."""
+
+from collections.abc import Iterable
+from copy import copy
+
+import numpy as np
+import torch
+from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
+from fastai.data.load import DataLoader
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
+from fastai.torch_core import TensorBase
+from fastai.vision.augment import Resize
+from fastcore.foundation import L
+from fasttransform import Pipeline, Transform
+
+from selfsup_fastai.data.blocks import OpenChecked, OpenImage
+from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.messages import say
+from selfsup_fastai.seeding import VALID_SEED, preserved_rng, seeded_item
+
+
+class TensorIndex(TensorBase):
+    """The place of each image in its dataset, (B,) int64."""
+
+
+class IndexedDL(TfmdDL):
+    """A `TfmdDL` whose items do not depend on the number of workers, and that can carry each item's index along."""
+
+    with_index = False  # True: the last element of every batch is a `TensorIndex`
+
+    @property
+    def is_training(self) -> bool:
+        """Whether this loader serves the training split; without a split, whether it shuffles."""
+        split = getattr(self.dataset, "split_idx", None)
+        return self.shuffle if split is None else split == 0
+
+    def before_iter(self):
+        super().before_iter()
+        random_pass = self.is_training and self.shuffle  # an unshuffled pass is an evaluation: it must repeat
+        self.pass_seed = self.rng.getrandbits(62) if random_pass else VALID_SEED
+
+    def do_item(self, s):
+        with seeded_item(getattr(self, "pass_seed", VALID_SEED), s or 0):
+            item = super().do_item(s)
+        if item is None or not self.with_index:
+            return item
+        return (*(item if isinstance(item, tuple) else (item,)), TensorIndex(s or 0))
+
+
+def fit_batch_size(bs: int, n_train: int) -> int:
+    """`bs`, cut to the training images there are: fastai drops the last short batch and would train zero steps."""
+    if bs > n_train:
+        say(f"Batch size {bs} cut to {n_train}: there are no more training images.")
+    return max(1, min(bs, n_train))
+
+
+def check_dls(dls: object) -> None:
+    """Raises `DataError` unless `dls` is a fastai `DataLoaders` with data in it."""
+    if not isinstance(dls, DataLoaders):
+        hint = " Make them with UnlabeledDataLoaders.from_folder(path)." if not isinstance(dls, DataLoader) else ""
+        raise DataError(f"Expected DataLoaders, got {type(dls).__name__}.{hint}")
+    if not len(dls.loaders) or not len(dls.train_ds):
+        raise DataError("The DataLoaders hold no training images.")
+
+
+def without(tfms: Iterable[Transform], *kinds: type) -> list[Transform]:
+    """Copies of the transforms, those of the given classes left out."""
+    return [copy(t) for t in tfms if not isinstance(t, kinds)]
+
+
+def derive_loaders(
+    dls: DataLoaders,
+    *,
+    dl_type: type[TfmdDL] | None = None,  # Class of the new loaders; None: that of each given one
+    inputs_only: bool = False,  # Drop the labels from the datasets: they are not even computed
+    n_in: int | None = None,  # Channels to open images with; None: as they are
+    stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None,  # (mean, std) of a new Normalize
+    resize: int | None = None,  # Size for items that nothing resizes yet; None: leave them
+    drop: tuple[type, ...] = (),  # Batch transforms to leave out, beside Normalize
+    add: Iterable[Transform] = (),  # More batch transforms
+) -> DataLoaders:
+    """New loaders over copies of the datasets and transforms of `dls`, which stays as it was.
+
+    A `Normalize` that `dls` brought is dropped; the batch size is cut to the training images.
+    """
+    check_dls(dls)
+    bs = fit_batch_size(dls.train.bs, len(dls.train_ds)) if dls.train.bs else dls.train.bs
+    loaders = []
+    for i, dl in enumerate(dls.loaders):
+        dataset, opened = _derive_dataset(dl.dataset, inputs_only, n_in)
+        item_tfms, batch_tfms = list(dl.after_item.fs), without(dl.after_batch.fs, Normalize, *drop)
+        if resize and all(isinstance(t, ToTensor) or t.name == "noop" for t in item_tfms):
+            item_tfms.append(Resize(resize))
+        if n_in and not opened:
+            batch_tfms.append(ToChannels(n_in))
+        if stats:
+            batch_tfms.append(Normalize.from_stats(*stats, cuda=False))
+        batch_tfms += [copy(t) for t in add]
+        kwargs = {"after_item": Pipeline(without(item_tfms)), "after_batch": Pipeline(batch_tfms)}
+        loaders.append(_new_loader(dl, dataset, dl_type, bs=bs if i == 0 else dl.bs, **kwargs))
+    return DataLoaders(*loaders, path=dls.path, device=dls.device)
+
+
+def _new_loader(dl: TfmdDL, dataset, dl_type: type[TfmdDL] | None, **kwargs) -> TfmdDL:
+    """`dl.new(...)` that leaves no trace in `dl` and keeps nothing that was learned from its old pipeline."""
+    before = set(dl.__dict__)
+    with preserved_rng():
+        new = dl.new(dataset, cls=dl_type, **kwargs)
+    for name in set(dl.__dict__) - before:
+        delattr(dl, name)
+    new._types = None  # found anew from a batch of its own
+    return new
+
+
+def _derive_dataset(dataset, inputs_only: bool, n_in: int | None):
+    """A copy of a fastai dataset with our image opener; and whether an opener was found to replace."""
+    if not isinstance(dataset, Datasets):
+        return dataset, False
+    tls = dataset.tls[: dataset.n_inp] if inputs_only else dataset.tls
+    found = [_with_opener(tl, n_in) for tl in tls[: dataset.n_inp]]
+    tls = [tl for tl, _ in found] + list(tls[dataset.n_inp :])
+    return Datasets(tls=L(tls), n_inp=dataset.n_inp), all(opened for _, opened in found)
+
+
+def is_opener(tfm: Transform) -> bool:
+    """Whether this type transform opens an image: ours, or fastai's `PILImage.create` and its kin."""
+    return isinstance(tfm, OpenImage) or tfm.name == "PILBase.create"
+
+
+def _with_opener(tl: TfmdLists, n_in: int | None) -> tuple[TfmdLists, bool]:
+    tfms, opened = [], False
+    for tfm in tl.tfms.fs:
+        if n_in and is_opener(tfm):
+            checked = isinstance(tfm, OpenChecked)
+            tfm = (OpenChecked if checked else OpenImage)(n_in, getattr(tfm, "min_side", None))
+            opened = True
+        tfms.append(tfm)
+    new = tl._new(tl.items)
+    new.tfms = Pipeline(tfms, split_idx=tl.split_idx)
+    return new, opened
+
+
+class ToChannels(Transform):
+    """Float images (B, C, H, W) to `n_in` channels: the mean over channels, or the one channel repeated."""
+
+    order = 11  # right after IntToFloatTensor
+
+    def __init__(self, n_in: int):
+        super().__init__()
+        self.n_in = n_in
+
+    def __call__(self, b, **kwargs):
+        x, *rest = b if isinstance(b, (tuple, list)) else (b,)
+        if x.shape[1] != self.n_in:
+            x = x.mean(1, keepdim=True) if self.n_in == 1 else x[:, :1].expand(-1, self.n_in, -1, -1)
+        return (x, *rest)
+
+    def decode(self, b, **kwargs):
+        return b
+
+
+def n_in_of(dls: DataLoaders, n: int = 64) -> int:
+    """Channels that the images of `dls` need: 1 if the first `n` training images are all grey, else 3 (or the batch's).
+
+    Asks the files, not the batches: fastai opens grey files as RGB.
+    """
+    dataset = dls.train_ds
+    fs = list(dataset.tls[0].tfms.fs) if isinstance(dataset, Datasets) else []
+    at = next((i for i, t in enumerate(fs) if is_opener(t)), None)
+    if at is None:
+        with preserved_rng():
+            return _first_images(dls.train).shape[1]
+    if getattr(fs[at], "n_in", None):
+        return fs[at].n_in
+    items = dataset.tls[0].items[:n]
+    return 1 if all(_is_grey(Pipeline(fs[:at])(item)) for item in items) else 3
+
+
+def _is_grey(source) -> bool:
+    image = open_image(source() if callable(source) else source)
+    if image.mode != "RGB":
+        return True
+    pixels = np.asarray(image)
+    return bool((pixels == pixels[..., :1]).all())
+
+
+def _first_images(dl: DataLoader) -> torch.Tensor:
+    b = dl.one_batch()
+    return b[0] if isinstance(b, (tuple, list)) else b
+
+
+def measure_stats(dls: DataLoaders, n: int = 1024) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel over at least `n` training images (all, if there are fewer), in [0, 1].
+
+    One batch is not enough: its mean strays. The images are those that training sees, with the user's transforms, before
+    any `Normalize`.
+    """
+    total, total_sq, count, images = 0.0, 0.0, 0, 0
+    with preserved_rng():
+        kwargs = {
+            "shuffle": True,
+            "drop_last": False,
+            "after_batch": Pipeline(without(dls.train.after_batch.fs, Normalize)),
+        }
+        dl = _new_loader(dls.train, dls.train_ds, None, **kwargs)
+        dl.rng.seed(VALID_SEED)
+        for b in dl:
+            x = (b[0] if isinstance(b, (tuple, list)) else b).detach().as_subclass(torch.Tensor)
+            x = x.transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W)
+            total, total_sq, count = total + x.sum(1), total_sq + (x**2).sum(1), count + x.shape[1]
+            images += b[0].shape[0] if isinstance(b, (tuple, list)) else b.shape[0]
+            if images >= n:
+                break
+    mean = total / count
+    std = (total_sq / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a folder of one flat color has std 0
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def float_images(x: torch.Tensor) -> None:
+    """Raises `DataError` unless `x` is a batch of float images: integers mean that IntToFloatTensor is missing."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4:
+        shape = tuple(getattr(x, "shape", ())) or type(x).__name__
+        raise DataError(f"Expected a batch of images (B, C, H, W), got {shape}.")
+    if not x.is_floating_point():
+        fix = f"Add {IntToFloatTensor.__name__} to the batch transforms, or use UnlabeledBlock in the DataBlock."
+        raise DataError(f"Expected float images in [0, 1], got {x.dtype}. {fix}")

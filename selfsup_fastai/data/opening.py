@@ -1,0 +1,412 @@
+"""One file or array to right pixels, or to a `BadImage` that says why not.
+
+Light on purpose (no torch, no fastai): `python -m selfsup_fastai.data.opening` is the child process in which
+`selfsup_fastai.data.files` tries unknown files. Nothing here names a file: an error is about pixels, and a file name
+may identify a patient.
+"""
+
+import errno
+import io
+import json
+import os
+import signal
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from selfsup_fastai.errors import DataError
+
+__all__ = ["MAX_PIXELS", "REASONS", "BadImage", "Source", "describe", "open_image"]
+
+MAX_PIXELS = 89_478_485
+"""The most pixels an image may have: 1 GiB / 4 bytes / 3 channels, Pillow's own limit against decompression bombs."""
+
+MEMORY_LIMIT = 2 << 30
+"""Bytes of address space of the process that checks files."""
+
+REASONS = {
+    "missing": "The file does not exist (it was removed, or it is a link to nothing).",
+    "no_permission": "The file may not be read by this user.",
+    "not_a_file": "This is a folder, pipe, socket or device, not a regular file.",
+    "empty": "The file has no bytes.",
+    "not_an_image": "The contents are in no image format that Pillow reads.",
+    "dicom": "This is a DICOM file: those are read by a later version; export it to 16-bit PNG or TIFF for now.",
+    "truncated": "The image ends too early: copy or download it again.",
+    "unreadable": "The format is known, but the contents are damaged or of a kind that Pillow cannot decode.",
+    "too_large": f"The image has more than {MAX_PIXELS:,} pixels: cut it into tiles or make it smaller.",
+    "unsupported": "The image is of a kind that cannot be turned into grey or RGB pixels.",
+    "timeout": "Decoding took too long and was stopped.",
+    "crashed": "The decoder crashed on this file.",
+    "out_of_memory": "Decoding needs more memory than there is (or than the check allows).",
+}
+"""Every `BadImage.code` and what it means, in one sentence."""
+
+Source = str | bytes | os.PathLike | BinaryIO | np.ndarray | Image.Image
+"""What an image can be opened from; `bytes` are an encoded image, not a path."""
+
+T = TypeVar("T")
+
+_GREY = {"1", "L", "LA", "La"}
+_DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+# Drawings, films and stubs: Pillow knows their header, but for the pixels calls Ghostscript, or nothing at all.
+_NO_PIXELS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(DataError):
+    """An image that cannot be used. `code` is a key of `REASONS`; the message holds neither path nor file contents."""
+
+    # The message alone must do as an argument: that is how a loader's worker process hands an exception over.
+    def __init__(self, message: str, code: str = "unreadable"):
+        super().__init__(message)
+        self.code = code
+
+
+def _bad(code: str, detail: str = "") -> BadImage:
+    return BadImage(f"{REASONS[code]} {detail}".strip(), code)
+
+
+def open_image(
+    source: Source,  # A path, the bytes of a file, a binary file object, a NumPy array or a PIL image
+    n_in: int | None = None,  # 1: grey, 3: RGB, None: as the image is
+    min_side: int | None = None,  # A JPEG may be decoded at 1/2, 1/4 or 1/8 while its shorter side keeps 2 * min_side
+) -> Image.Image:
+    """A new PIL image of mode 'L' or 'RGB' (8 bits), or 'F' for a grey image of more than 8 bits.
+
+    'F' is float32 on the 0..255 scale, so that a batch may mix depths and a division by 255 is right for all:
+
+    - 16-bit integers: value / 65535 * 255, never clipped;
+    - 32-bit integers ('I'): as 16-bit ones if all lie within 0..65535, else stretched: minimum to 0, maximum to 255;
+    - floats (and arrays of other number types): times 255 if all lie within [0, 1]; unchanged if within [0, 255];
+      / 65535 * 255 if within [0, 65535]; else stretched. First, NaN and -inf become the smallest finite value and
+      inf the largest.
+
+    PIL has no float RGB: a deep image asked for as RGB is rounded to 8 bits, and so are deep color arrays.
+    Alpha is dropped, not blended, as PIL's `convert`, OpenCV and torchvision do; grey from color is the luma of BT.601.
+    Of several pages or frames it is the first. The EXIF orientation is applied; no metadata is kept.
+
+    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); a PIL image is not changed, but loaded if it was not.
+    Raises `BadImage` (its `code` says why, see `REASONS`) or, where `source` is none of the above, `DataError`.
+    """
+    if n_in not in (None, 1, 3):
+        raise DataError(f"n_in is the number of channels, 1 (grey), 3 (RGB) or None (as the image is); got {n_in!r}.")
+    return _reported(lambda: _open(source, n_in, min_side))
+
+
+def describe(source: Source) -> dict[str, int | float | str | None]:
+    """Decode all of an image and say what it is.
+
+    width, height: in pixels, after orientation. mode, format: as PIL names them (format is None for an array).
+    frames: pages or frames. channels: 1 for grey, also where an RGB file has R = G = B everywhere; else 3.
+    bits: 8, 16 or 32 a channel, as PIL decodes it (an integer image that fits 0..65535 counts as 16).
+    max: the largest value in the file's own units for images of more than 8 bits, else None.
+
+    Raises `BadImage` or `DataError`, as `open_image` does.
+    """
+    return _reported(lambda: _describe(source))
+
+
+def _reported(read: Callable[[], T]) -> T:
+    """Whatever goes wrong as a `BadImage`, raised outside the handlers: the error it replaces may hold the path."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read()
+    except DataError as err:
+        bad = err
+    except Exception as err:  # plugins raise anything: SystemError, RecursionError, struct.error, ...
+        bad = _diagnosis(err)
+    try:
+        raise bad
+    finally:
+        del bad  # else error and traceback hold each other, and the pixels read so far, until the next collection
+
+
+def _diagnosis(err: Exception) -> BadImage:
+    """The reason for an error of the operating system or of Pillow. Its text is left out: it may quote the file."""
+    gone = isinstance(err, OSError) and err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    short = isinstance(err, EOFError) or "truncated" in str(err).lower() or "not enough image data" in str(err)
+    causes = {
+        "missing": gone,
+        "no_permission": isinstance(err, PermissionError),
+        "out_of_memory": isinstance(err, MemoryError),
+        "too_large": isinstance(err, Image.DecompressionBombError),
+        "not_an_image": isinstance(err, UnidentifiedImageError),
+        "unsupported": isinstance(err, NotImplementedError),
+        "truncated": short,
+    }
+    code = next((code for code, holds in causes.items() if holds), "unreadable")
+    return _bad(code, f"({type(err).__name__})" if code == "unreadable" else "")
+
+
+def _open(source: Source, n_in: int | None, min_side: int | None) -> Image.Image:
+    with _lazy(source) as lazy:
+        image, _ = _load(lazy, min_side, "L" if n_in == 1 else None)
+        return _turned(_pixels(image, n_in), _orientation(image))
+
+
+def _describe(source: Source) -> dict[str, int | float | str | None]:
+    with _lazy(source) as lazy:
+        mode, form = lazy.mode, lazy.format
+        image, size = _load(lazy, min_side=128, mode=None)
+        width, height = size[::-1] if _orientation(image) >= 5 else size
+        channels = 1 if image.mode in _DEEP or _is_grey(_pixels(image, None)) else 3
+        bits, largest = _depth(image)
+        frames = _frames(lazy)  # last: it moves on in the file
+    facts = {"width": width, "height": height, "mode": mode, "format": form, "frames": frames}
+    return {**facts, "channels": channels, "bits": bits, "max": largest}
+
+
+@contextmanager
+def _lazy(source: Source) -> Iterator[Image.Image]:
+    """A PIL image of which at most the header is read; its file is closed at the end if it was opened here."""
+    if isinstance(source, Image.Image):
+        yield source
+    elif isinstance(source, np.ndarray):
+        yield _from_array(source)
+    elif isinstance(source, bytes):
+        yield _identify(io.BytesIO(source))
+    elif hasattr(source, "read"):
+        seekable = getattr(source, "seekable", lambda: False)()
+        yield _identify(source if seekable else io.BytesIO(source.read()))
+    elif isinstance(source, (str, os.PathLike)):
+        _refuse_non_file(os.stat(source))
+        with open(source, "rb") as file:
+            yield _identify(file)
+    else:
+        raise DataError(
+            f"An image is opened from a path, bytes, a binary file object, a NumPy array or a PIL image; "
+            f"got {type(source).__name__}. For a tensor of shape (C, H, W) pass `x.permute(1, 2, 0).numpy()`."
+        )
+
+
+def _refuse_non_file(info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise _bad("not_a_file")
+    if info.st_size == 0:
+        raise _bad("empty")
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    """The image behind an open file, told by its first bytes."""
+    file.seek(0)
+    head = file.read(132)
+    if not head:
+        raise _bad("empty")
+    if head[128:] == b"DICM":
+        raise _bad("dicom")
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        image = None
+    if image is None:
+        raise _bad("unreadable" if head.startswith(_MAGIC) else "not_an_image")
+    if image.format in _NO_PIXELS:
+        raise _bad("unsupported", f"(format {image.format})")
+    return image
+
+
+def _load(image: Image.Image, min_side: int | None, mode: str | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The image with its pixels decoded, perhaps at reduced scale, and the width and height of the full scale."""
+    size = image.size
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _bad("too_large")
+    if min_side:
+        image.draft(mode, (2 * min_side, 2 * min_side))
+    reduced = image.size != size
+    image.load()
+    return image, size if reduced else image.size  # TIFF turns itself and ICO finds its size while loading
+
+
+def _frames(image: Image.Image) -> int:
+    """How many frames there are; a file that is damaged after the first one counts as one image."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except MemoryError:
+        raise
+    except Exception:  # plugins raise anything; the frame we use has been read
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """1..8 as EXIF counts; 1, unturned, also where EXIF is broken: that must not cost the image."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the EXIF parser raises anything on broken bytes
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _pixels(image: Image.Image, n_in: int | None) -> Image.Image:
+    """A loaded image of any mode as a new one of mode L, RGB or F that carries no metadata."""
+    if image.mode in _DEEP:
+        scaled = _deep_to_255(image)
+        return Image.fromarray(_to_uint8(scaled)).convert("RGB") if n_in == 3 else Image.fromarray(scaled)
+    grey = image.mode in _GREY
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
+    if not grey:
+        image = _to_rgb(image)
+    wanted = n_in or (1 if grey else 3)
+    image = image.convert("L" if wanted == 1 else "RGB")
+    image.info = {}  # EXIF in it would turn the image a second time, and may name a person
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "LAB":
+        return ImageCms.applyTransform(image, _lab_to_srgb())
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        mode = image.mode
+    raise _bad("unsupported", f"(mode {mode})")
+
+
+@cache
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+
+
+def _deep_to_255(image: Image.Image) -> np.ndarray:
+    """(H, W) float32 on the 0..255 scale from a grey image of more than 8 bits."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return _floats_to_255(values)
+    if image.mode == "I" and not _fits_16_bits(values):
+        return _stretched(values)
+    return values.astype(np.float32) / np.float32(257)  # 65535 / 255
+
+
+def _fits_16_bits(values: np.ndarray) -> bool:
+    return values.min() >= 0 and values.max() <= 65535
+
+
+def _floats_to_255(values: np.ndarray) -> np.ndarray:
+    """float32 on the 0..255 scale, by the range of all values together (see `open_image`)."""
+    values = _all_finite(np.asarray(values, dtype=np.float32))
+    if values.min() < 0 or values.max() > 65535:
+        return _stretched(values)
+    if values.max() <= 1:
+        return values * np.float32(255)
+    return values if values.max() <= 255 else values / np.float32(257)
+
+
+def _all_finite(values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    if finite.all():
+        return values
+    known = values[finite] if finite.any() else np.zeros(1, values.dtype)
+    return np.nan_to_num(values, nan=known.min(), neginf=known.min(), posinf=known.max())
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """float32 with the minimum at 0 and the maximum at 255; all 0 where there is one value only."""
+    low, high = float(values.min()), float(values.max())
+    scaled = np.subtract(values, low, dtype=np.float64)  # float32 cannot tell large integers apart
+    scaled *= 255 / (high - low) if high > low else 0.0
+    return scaled.astype(np.float32)
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """The PIL image that holds an array's own values; deep color arrays as 8-bit RGB: PIL has no deeper one."""
+    shape, kind = array.shape, array.dtype
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[..., 0]
+    color = array.ndim == 3 and array.shape[2] in (3, 4)
+    if not (array.ndim == 2 or color) or array.size == 0 or kind.kind not in "buif":
+        expected = "Expected numbers of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        raise _bad("unsupported", f"{expected}, not empty; got {kind} of shape {shape}.")
+    if color:
+        array = array[..., :3]
+    if kind.kind == "b":
+        array = array.astype(np.uint8) * 255
+    elif kind.kind == "u" and kind.itemsize == 2:
+        array = _to_uint8(array / np.float32(257)) if color else array.astype(np.uint16)
+    elif kind != np.uint8:
+        array = _to_uint8(_floats_to_255(array)) if color else array.astype(np.float32)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether red, green and blue are equal everywhere."""
+    if image.mode != "RGB":
+        return True
+    values = np.asarray(image)
+    # A few rows first: they settle it for nearly every color image.
+    return all(bool((part[..., :2] == part[..., 1:]).all()) for part in (values[::16], values))
+
+
+def _depth(image: Image.Image) -> tuple[int, int | float | None]:
+    """Bits a channel, and the largest finite value where there are more than 8."""
+    if image.mode not in _DEEP:
+        return 8, None
+    values = np.asarray(image)
+    if image.mode == "F":
+        return 32, float(_all_finite(values).max())
+    return (16 if _fits_16_bits(values) else 32), int(values.max())
+
+
+def _answer(request: bytes) -> dict[str, object]:
+    """One request of `main`, answered."""
+    try:
+        return describe(json.loads(request)["path"])
+    except BadImage as err:
+        return {"code": err.code, "message": str(err)}
+
+
+def _limit_resources() -> None:
+    """At most `MEMORY_LIMIT`, and no core dumps: they fill disks and hold pixels. Windows has neither."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for kind, limit in (resource.RLIMIT_AS, MEMORY_LIMIT), (resource.RLIMIT_CORE, 0):
+        hard = resource.getrlimit(kind)[1]
+        with suppress(ValueError, OSError):  # some systems refuse; the deadline of the parent still holds
+            resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def main() -> None:
+    """Answer JSON lines {"path": ...} on stdin with JSON lines on stdout: what `describe` returns, or code and message.
+
+    The first line, {"ready": true}, says that the process has started.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # codecs print; the answers must stay clean
+    os.dup2(nowhere, 2)
+    _limit_resources()
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for request in iter(sys.stdin.buffer.readline, b""):
+        print(json.dumps(_answer(request)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""A pretrained encoder on labeled images: `downstream_learner` and its gradual `fine_tune`."""
+
+from collections.abc import Callable, Iterator, MutableSequence
+from contextlib import contextmanager
+from copy import deepcopy
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import fastai.vision.learner  # noqa: F401  (registers how results on images are shown)
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, Datasets
+from fastai.data.transforms import get_c
+from fastai.learner import Learner, defaults
+from fastai.optimizer import Adam, Optimizer, OptimWrapper
+from fastai.torch_core import TensorMask
+from fastai.vision.core import PILBase, TensorBBox, TensorPoint
+from fastcore.foundation import L
+from torch import nn
+
+from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of
+from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
+from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
+from selfsup_fastai.encoders.encoder import Encoder, is_timm_name
+from selfsup_fastai.encoders.heads import linear_head
+from selfsup_fastai.errors import DataError, TaskError, unknown
+from selfsup_fastai.messages import say
+from selfsup_fastai.seeding import preserved_rng
+
+_FORMATS = {"lr_min": "{:.1e}".format, "lr_max": "{:.1e}".format, "parameters": "{:,}".format}
+
+
+class DownstreamModel(nn.Module):
+    """An encoder with a head: images (B, C, H, W) -> predictions (B, n_out)."""
+
+    def __init__(
+        self,
+        encoder: Encoder,  # Images to (B, features)
+        head: nn.Module,  # (B, features) to predictions
+    ):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(x))
+
+
+def layer_groups(model: DownstreamModel) -> list[list[nn.Parameter]]:
+    """The encoder's groups of parameters, stem first, and the head's as the last: the learner's splitter."""
+    return [*model.encoder.param_groups(), list(model.head.parameters())]
+
+
+class DownstreamLearner(Learner):
+    """A fastai `Learner` for a `DownstreamModel`, with gradual unfreezing; made by `downstream_learner`."""
+
+    def __init__(
+        self,
+        dls: DataLoaders,  # Labeled images as the encoder wants them
+        model: DownstreamModel,  # What is trained
+        **kwargs,  # Passed to `Learner`
+    ):
+        super().__init__(dls, model, splitter=layer_groups, **kwargs)
+        self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
+        self.epochs_tuned = 0  # by all runs of `fine_tune`
+
+    def create_opt(self) -> None:
+        """fastai's, with weight decay switched off where the net asks for it (position embeddings, class tokens).
+
+        A torch optimizer in an `OptimWrapper` decays as it was told: it knows nothing of fastai's `do_wd`.
+        """
+        super().create_opt()
+        parameters = dict(self.model.encoder.named_parameters())
+        for name in self.model.encoder.no_weight_decay() & parameters.keys():
+            self.opt.state[parameters[name]]["do_wd"] = False
+
+    def fine_tune_plan(
+        self,
+        epochs: int,  # As in `fine_tune`
+        base_lr: float = 2e-3,  # As in `fine_tune`
+        freeze_epochs: int = 1,  # As in `fine_tune`
+        gradual: bool = True,  # As in `fine_tune`
+        lr_mult: float = 100,  # As in `fine_tune`
+    ) -> pd.DataFrame:
+        """What `fine_tune` with these arguments will do: one row a stage (see `schedule.plan`)."""
+        groups = layer_groups(self.model)
+        run = stages(len(groups), epochs, freeze_epochs, 5 if gradual else 2)
+        names = [*self.model.encoder.group_names(), "head"]
+        return plan(run, names, [sum(p.numel() for p in group) for group in groups], base_lr, lr_mult)
+
+    def fine_tune(
+        self,
+        epochs: int,  # Epochs after the head's own
+        base_lr: float = 2e-3,  # Peak rate of the head while it is alone; half of it is the highest rate afterwards
+        freeze_epochs: int = 1,  # Epochs of the head alone
+        gradual: bool = True,  # Unfreeze in up to five stages; False: fastai's `fine_tune` on our groups
+        lr_mult: float = 100,  # The stem learns so many times slower than the head
+        pct_start: float = 0.3,  # Part of each later stage in which rates rise
+        div: float = 5.0,  # Each later stage starts at its peak rates divided by this
+        norms: str | None = None,  # Frozen norm layers: 'eval' (still), 'train' (as fastai); None: 'eval' if gradual
+        cbs: Callback | MutableSequence | None = None,  # Callbacks for every stage
+        **kwargs,  # Passed to `fit_one_cycle`
+    ) -> None:
+        """Train the head, then more and more of the encoder from the top (Howard & Ruder 2018), each stage one-cycle.
+
+        Rates spread from `base_lr / 2 / lr_mult` at the stem to `base_lr / 2` at the head. `epochs + freeze_epochs`
+        is the total over all stages. The plan is shown first; `fine_tune_log` and the recorder hold the whole run.
+        Raises `TaskError` where an argument makes no sense, `UnknownNameError` for another `norms`.
+        """
+        if norms not in (None, "eval", "train"):
+            raise unknown("norm policy", norms, ["eval", "train"])
+        norms = norms or ("eval" if gradual else "train")
+        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, gradual, lr_mult)
+        say(table.to_string(index=False, formatters=_FORMATS))
+        log = StageLog()
+        with self._norm_policy(norms) as norm_cbs:
+            settings = {"pct_start": pct_start, "div": div, "cbs": [*L(cbs), *norm_cbs, log], **kwargs}
+            try:
+                if gradual:
+                    self._fit_stages(epochs, base_lr, freeze_epochs, lr_mult, **settings)
+                else:
+                    super().fine_tune(epochs, base_lr, freeze_epochs, lr_mult, **settings)
+            finally:
+                self.fine_tune_log = pd.DataFrame(log.rows)
+                self.epochs_tuned += len(log.rows)
+
+    def _fit_stages(self, epochs, base_lr, freeze_epochs, lr_mult, pct_start, div, **kwargs) -> None:
+        n_groups = len(self.opt.param_lists)
+        for stage in stages(n_groups, epochs, freeze_epochs):
+            self._freeze_before(stage.first)
+            shape = {"pct_start": 0.99} if stage.head_only else {"pct_start": pct_start, "div": div}
+            self.fit_one_cycle(stage.epochs, stage_rates(stage, n_groups, base_lr, lr_mult), **shape, **kwargs)
+
+    def _freeze_before(self, first: int) -> None:
+        """fastai's `freeze_to`, also after earlier training: weights with an old gradient, even 0, would decay."""
+        self.freeze_to(first)
+        for p in self.model.parameters():
+            if not p.requires_grad:
+                p.grad = None
+
+    @contextmanager
+    def _norm_policy(self, norms: str) -> Iterator[list[Callback]]:
+        """'eval': norm layers of frozen groups hold still, weights (`train_bn`) and statistics; 'train': as fastai."""
+        if self.opt is None:
+            self.create_opt()
+        if norms == "train":
+            yield []
+            return
+        train_bn = self.train_bn
+        self._set_train_bn(False)
+        try:
+            yield [FrozenNorms()]
+        finally:
+            self._set_train_bn(train_bn)
+
+    def _set_train_bn(self, train_bn: bool) -> None:
+        self.train_bn = train_bn
+        for state in self._bn_bias_state(False):
+            state["force_train"] = train_bn
+
+    def save_encoder(
+        self,
+        file: str | PathLike,  # Where to; `.safetensors` is added if missing
+    ) -> Path:
+        """Save the fine-tuned encoder, without the head; its lineage names this run too. Returns the file's path."""
+        last = {} if self.fine_tune_log.empty else self.fine_tune_log.iloc[-1].drop(["stage", "epoch"]).to_dict()
+        return save_encoder(self.model.encoder, file, task="fine_tune", epochs=self.epochs_tuned, metrics=last)
+
+
+def downstream_learner(
+    dls: DataLoaders,  # Labeled images: any fastai DataLoaders with categories, multi-categories or numbers
+    encoder: Any,  # A file from `save_encoder`, a learner, an `Encoder`, an `nn.Module` or a timm name
+    n_out: int | None = None,  # Outputs of the head; None: what the labels need
+    metrics: Callable | MutableSequence | None = None,  # As in `Learner`
+    pretrained: bool = False,  # For a timm name: start from timm's weights (downloaded)
+    n_in: int | None = None,  # For a new net: channels; None: 1 if the first images are all grey, else 3
+    dropout: float = 0.0,  # Before the head's linear layer
+    loss_func: Callable | None = None,  # None: what the labels need
+    opt_func: Optimizer | OptimWrapper | Callable = Adam,  # As in `Learner`
+    lr: float | slice = defaults.lr,  # Default rate of `fit`; `fine_tune` has its own
+    wd: float | None = None,  # Weight decay; None: the optimizer's
+    cbs: Callback | MutableSequence | None = None,  # As in `Learner`
+    path: str | PathLike | None = None,  # Where models are saved; None: the path of `dls`
+    model_dir: str | PathLike = "models",  # Folder below `path`
+) -> DownstreamLearner:
+    """A learner that trains a copy of `encoder` with a linear head on labeled images; `fine_tune` is its main call.
+
+    `dls` and `encoder` stay as they are: the learner has loaders of its own that open images with the encoder's
+    channels and normalize with its statistics (those of the training images where it has none). One line says so.
+    Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on.
+    """
+    targets = _targets(dls)
+    _check_targets(targets)
+    n_out = get_c(dls) if n_out is None else n_out
+    if not n_out:
+        raise TaskError("The number of outputs cannot be told from the labels: pass n_out, such as n_out=10.")
+    check_count("n_out", n_out, 1)
+    if loss_func is None and getattr(dls.train_ds, "loss_func", None) is None:
+        raise TaskError("The loss cannot be told from the labels: pass loss_func, such as CrossEntropyLossFlat().")
+    encoder, loaders = _adapt(dls, encoder, n_in, pretrained)
+    model = DownstreamModel(encoder, linear_head(encoder.num_features, n_out, dropout))
+    training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
+    return DownstreamLearner(loaders, model, metrics=metrics, path=path, model_dir=model_dir, **training)
+
+
+def _targets(dls: object) -> list:
+    """The labels of the first training image, without opening the image where that can be helped."""
+    if not isinstance(dls, DataLoaders):
+        fix = "Make labeled loaders first, such as ImageDataLoaders.from_folder(path, valid_pct=0.2)."
+        raise DataError(f"Expected labeled DataLoaders, got {type(dls).__name__}. {fix}")
+    if not len(dls.loaders) or not len(dls.train_ds):
+        raise DataError("The DataLoaders hold no training images.")
+    dataset = dls.train_ds
+    if isinstance(dataset, Datasets):
+        return [tl[0] for tl in dataset.tls[dataset.n_inp :]]
+    item = dataset[0]
+    return list(item[1:]) if isinstance(item, tuple | list) else []
+
+
+def _check_targets(targets: list) -> None:
+    """Raise unless there is one label an image, of a kind that a linear head can predict."""
+    if not targets:
+        fix = "Fine-tuning needs labels; without labels, pretext_learner learns from the images alone."
+        raise DataError(f"These DataLoaders give images without labels. {fix}")
+    if len(targets) > 1:
+        raise TaskError(f"Each image has {len(targets)} labels; one is expected (a category, several, or numbers).")
+    if isinstance(targets[0], PILBase | TensorMask | TensorPoint | TensorBBox):
+        kind = type(targets[0]).__name__
+        raise TaskError(
+            f"The labels are of the kind {kind}; categories, multi-categories and numbers are what a linear head "
+            "predicts. Masks, points and boxes need a decoder, which downstream_learner does not build."
+        )
+
+
+def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) -> tuple[Encoder, DataLoaders]:
+    """An encoder of the learner's own and loaders that suit it; says what was adapted."""
+    if _is_kept(source):
+        encoder = deepcopy(get_encoder(source, n_in=n_in))  # the given one stays as it is
+        _check_kept(encoder, n_in, pretrained)
+        origin = encoder.lineage[-1].get("task") if encoder.lineage else None
+        loaders = derive_loaders(dls, n_in=encoder.in_chans)
+    else:
+        origin = "published weights" if pretrained else "new"
+        n_in = n_in or n_in_of(dls)
+        loaders = derive_loaders(dls, n_in=n_in)
+        encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
+    own_stats = encoder.mean is not None
+    if not own_stats:
+        encoder.mean, encoder.std = measure_stats(loaders)
+    say(_adapted(encoder, origin, own_stats))
+    return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std))
+
+
+def _is_kept(source: Any) -> bool:
+    """Whether the net exists, with channels of its own; else it is made for these images."""
+    if isinstance(source, str):
+        return not is_timm_name(source) or Path(source).is_file()
+    return isinstance(source, PathLike | nn.Module | Learner)
+
+
+def _check_kept(encoder: Encoder, n_in: int | None, pretrained: bool) -> None:
+    """Raise where the arguments ask for another net, or the encoder for other pictures than grey or color."""
+    if pretrained:
+        raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
+    if n_in not in (None, encoder.in_chans):
+        fix = "Leave n_in out: the images are opened as the encoder needs them."
+        raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
+    if encoder.input not in ("rgb", "grey", "other"):
+        fix = "Pretrain an encoder on the images themselves, such as with 'rotation'."
+        raise TaskError(f"This encoder was trained on {encoder.input} pictures, which fine-tuning does not make. {fix}")
+
+
+def _image_size(dls: DataLoaders) -> int | None:
+    """The side of the images that the net will see; None where they are not square."""
+    dl = dls.valid if len(dls.loaders) > 1 and len(dls.valid) else dls.train
+    with preserved_rng():
+        height, width = dl.one_batch()[0].shape[-2:]
+    return height if height == width else None
+
+
+def _adapted(encoder: Encoder, origin: str | None, own_stats: bool) -> str:
+    """One line: which encoder, and what was done to the images for it."""
+    size = f"{encoder.size} px" if encoder.size else None
+    channels = f"{encoder.in_chans} channel{'s' if encoder.in_chans > 1 else ''}"
+    facts = ", ".join(str(fact) for fact in (origin, size, channels) if fact)
+    color = {1: "grey", 3: "color"}.get(encoder.in_chans, channels)
+    stats = "the encoder's" if own_stats else "their own"
+    name = encoder.arch or type(encoder.body).__name__
+    return f"encoder {name} ({facts}): labeled images opened as {color}, normalized with {stats} statistics"

@@ -1,0 +1,1 @@
+"""The network that is kept, and the file it is kept in."""

@@ -1,0 +1,30 @@
+"""Small heads that tasks and fine-tuning put on an encoder."""
+
+from torch import nn
+
+
+def linear_head(
+    n_in: int,  # Features that enter
+    n_out: int,  # Classes, or numbers to predict
+    dropout: float = 0.0,  # Share of the features dropped in training
+) -> nn.Sequential:
+    """Dropout and one linear layer: `(B, n_in)` to `(B, n_out)`."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(n_in, n_out))
+
+
+def mlp(
+    n_in: int,  # Features that enter
+    n_hidden: int,  # Width of the hidden layers
+    n_out: int,  # Features that come out
+    n_layers: int = 2,  # Linear layers; 1 is a linear head
+    batchnorm: bool = False,  # Normalize each hidden layer before its ReLU
+) -> nn.Sequential:
+    """A projector or predictor: `(B, n_in)` to `(B, n_out)`, linear, (batch norm,) ReLU, ..., linear.
+
+    With 2 layers the projection head of SimCLR (Chen et al., 2020), whose code has the batch norms.
+    """
+    layers = []
+    for width_in in [n_in, *[n_hidden] * (n_layers - 2)][: n_layers - 1]:
+        layers.append(nn.Linear(width_in, n_hidden, bias=not batchnorm))  # A batch norm has a bias of its own
+        layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(n_hidden if n_layers > 1 else n_in, n_out))

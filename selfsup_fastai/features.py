@@ -1,0 +1,301 @@
+"""An encoder run over loaders, and what is computed from its embeddings.
+
+train, test = embed(encoder, dls.train), embed(encoder, dls.valid)
+knn_accuracy(train, test)          # is the neighborhood in feature space the right one?
+effective_rank(train.x)            # how many directions are in use?
+linear_probe(encoder, dls.train, dls.valid)   # what each layer knows
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders, TfmdDL, TfmdLists
+from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize
+from fasttransform import Pipeline
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from selfsup_fastai.errors import DataError, TaskError
+from selfsup_fastai.messages import say
+from selfsup_fastai.seeding import preserved_rng
+
+_KNN_CELLS = 2**24  # Similarities held at once: 64 MB
+_PROBE_STEPS = 1000
+
+
+class Embeddings(NamedTuple):
+    """Features of N images, row i from image i of the data set, and their labels where the data set has any."""
+
+    x: Tensor  # (N, C) float32 on the CPU
+    y: Tensor | None  # (N, ...) on the CPU
+
+
+def embed(
+    encoder: nn.Module,  # (B, C, H, W) -> (B, D); its `prepare` is applied to the [0, 1] images first, if it has one
+    dl: DataLoader,  # fastai loader of images, labeled or not
+    layers: str | list[str] | None = None,  # None: what `encoder(x)` returns; else the averaged maps of these layers
+    device: str | torch.device | None = None,  # None: where the encoder is
+) -> Embeddings:
+    """One row for every image of the loader's data set, in its order.
+
+    Nothing is shuffled, dropped or augmented: item and batch transforms run as they do in validation, a `Normalize`
+    is left out. The loader, the encoder's train/eval modes and the random generators are afterwards as before.
+    Raises `DataError` for something that is no loader, `TaskError` for pretext batches or an unsuitable encoder.
+    """
+
+    def whole(x: Tensor) -> dict[str, Tensor]:
+        return {"": _rows(encoder(x))}
+
+    def averaged(x: Tensor) -> dict[str, Tensor]:
+        return {"": torch.cat([m.mean(dim=(2, 3)) for m in _maps(encoder, x, layers).values()], dim=1)}
+
+    return _run(encoder, dl, whole if layers is None else averaged, device)[""]
+
+
+def embed_layers(
+    encoder: nn.Module,  # With `feature_maps(x, layers) -> {name: (B, C, h, w)}`
+    dl: DataLoader,  # fastai loader of images, labeled or not
+    layers: str | list[str] | None = None,  # None: all that the encoder names
+    max_dim: int = 4096,  # Numbers kept of each layer
+    device: str | torch.device | None = None,  # None: where the encoder is
+) -> dict[str, Embeddings]:
+    """The feature maps of each layer, averaged to the largest s x s grid with C·s² <= `max_dim`, in one pass."""
+
+    def flattened(x: Tensor) -> dict[str, Tensor]:
+        return {name: _to_grid(m, max_dim).flatten(1) for name, m in _maps(encoder, x, layers).items()}
+
+    return _run(encoder, dl, flattened, device)
+
+
+def _to_grid(x: Tensor, max_dim: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, s, s)"""
+    _, c, h, w = x.shape
+    side = max(1, min(h, w, int((max_dim / c) ** 0.5 + 1e-9)))
+    return F.adaptive_avg_pool2d(x, side)
+
+
+def _maps(encoder: nn.Module, x: Tensor, layers: str | list[str] | None) -> dict[str, Tensor]:
+    if not hasattr(encoder, "feature_maps"):
+        raise TaskError(
+            f"A {type(encoder).__name__} names no layers. Wrap it with create_encoder, which finds its feature maps."
+        )
+    return encoder.feature_maps(x, [layers] if isinstance(layers, str) else layers)
+
+
+def _rows(z: Tensor) -> Tensor:
+    if z.ndim != 2:
+        raise TaskError(
+            f"The encoder turned a batch into {tuple(z.shape)}; embeddings are (B, D). "
+            f"Wrap the network with create_encoder, or pass `layers`."
+        )
+    return z
+
+
+def _run(encoder: nn.Module, dl: DataLoader, features: Callable, device=None) -> dict[str, Embeddings]:
+    """`features(x)` of every batch; rows of all batches one under the other."""
+    _check(encoder, dl)
+    xs: dict[str, list[Tensor]] = {}
+    ys: list[Tensor] = []
+    with preserved_rng(), torch.no_grad(), _evaluating(encoder, device) as home, _plain(dl) as loader:
+        for batch in tqdm(loader, desc="features", delay=1, disable=None, leave=False):
+            x, y = _images(batch)
+            x = x.to(home)
+            for name, z in features(encoder.prepare(x) if hasattr(encoder, "prepare") else x).items():
+                xs.setdefault(name, []).append(z.float().cpu())
+            if isinstance(y, Tensor):
+                ys.append(y.as_subclass(Tensor).cpu())
+    if not xs:
+        raise DataError("The loader has no images to compute features of.")
+    y = torch.cat(ys) if ys else None
+    return {name: Embeddings(torch.cat(rows), y) for name, rows in xs.items()}
+
+
+def _check(encoder: nn.Module, dl: DataLoader) -> None:
+    if not isinstance(encoder, nn.Module):
+        raise TaskError(
+            f"Features are computed by an encoder (an nn.Module), not by a {type(encoder).__name__}. "
+            f"The encoder of a learner is `learn.model.encoder`."
+        )
+    if isinstance(dl, DataLoaders):
+        raise DataError("These are several loaders; pass one of them: dls.train or dls.valid.")
+    if not isinstance(dl, DataLoader):
+        raise DataError(f"Expected a fastai loader such as dls.valid, got a {type(dl).__name__}.")
+
+
+def _images(batch) -> tuple[Tensor, object]:
+    """Images (B, C, H, W) and the target, None where there is none."""
+    x, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        what = f"{tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TaskError(
+            f"Features need batches of plain images (B, C, H, W); the first element of this loader's batch is {what}. "
+            f"Pass the loaders of the images themselves, not those of a pretext learner."
+        )
+    if not x.is_floating_point():
+        raise TaskError(f"Features need images as floats in [0, 1], not {x.dtype}; IntToFloatTensor makes them so.")
+    return x.as_subclass(Tensor), rest[0] if rest else None
+
+
+@contextmanager
+def _evaluating(encoder: nn.Module, device) -> Iterator[torch.device]:
+    """The encoder in eval mode, on `device` if given; every module's mode (frozen parts have their own) comes back."""
+    modes = {module: module.training for module in encoder.modules()}
+    home = next((t.device for t in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))
+    try:
+        encoder.eval()
+        if device is not None:
+            encoder.to(device)
+        yield home if device is None else torch.device(device)
+    finally:
+        if device is not None:
+            encoder.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _plain(dl: DataLoader) -> Iterator[DataLoader]:
+    """A copy of the loader: every image once, in order, as in validation, not normalized."""
+    with _as_validation(dl.dataset):
+        pipelines = {}
+        if isinstance(dl, TfmdDL):  # `new` would share the transforms with the given loader
+            kept = [copy(f) for f in dl.after_batch.fs if not isinstance(f, Normalize)]
+            pipelines = {"after_batch": Pipeline(kept)}
+        yield copy(dl).new(shuffle=False, drop_last=False, **pipelines)  # `new` may leave marks on what it is asked of
+
+
+@contextmanager
+def _as_validation(dataset) -> Iterator[None]:
+    """Transforms for the training set only (augmentation) rest: a training image is looked at as a test image is."""
+    lists = [t for t in getattr(dataset, "tls", [dataset]) if isinstance(t, TfmdLists) and t.tfms.split_idx == 0]
+    before = [t.split_idx for t in lists]
+    try:
+        for t in lists:
+            t.split_idx = t.tfms.split_idx = 1
+        yield
+    finally:
+        for t, split_idx in zip(lists, before):
+            t.split_idx, t.tfms.split_idx = split_idx, 0
+
+
+def knn_predict(
+    train: Embeddings,  # With class numbers
+    test_x: Tensor,  # (N, C)
+    k: int = 20,  # Neighbors; cut to the number of training rows
+    temperature: float = 0.07,  # τ
+) -> tuple[Tensor, Tensor]:  # classes (N,) int64, shares of the vote (N, n_classes) that sum to 1
+    """The k training rows of largest cosine similarity s vote for their class with weight exp(s / τ).
+
+    Wu et al. 2018; DINO (Caron et al. 2021) uses the same rule with k = 10, 20, 100 or 200.
+    """
+    y = _classes(train.y)
+    if k < 1 or not temperature > 0:
+        raise TaskError(f"Nearest neighbors need k >= 1 and a temperature above 0; got {k} and {temperature}.")
+    k, n_classes = min(k, len(y)), int(y.max()) + 1
+    bank = F.normalize(_finite(train.x).float(), dim=1)
+    queries = F.normalize(_finite(test_x).float(), dim=1)
+    chunks = queries.split(max(1, _KNN_CELLS // len(y)))
+    scores = torch.cat([_votes(q @ bank.T, y, k, temperature, n_classes) for q in chunks])
+    return scores.argmax(dim=1), scores
+
+
+def _votes(similarity: Tensor, y: Tensor, k: int, temperature: float, n_classes: int) -> Tensor:
+    """(n, n_train) -> (n, n_classes)"""
+    nearest, rows = similarity.topk(k, dim=1)
+    weights = (nearest / temperature).softmax(dim=1)  # exp(s / τ) over their sum, without overflow at a small τ
+    return torch.zeros(len(similarity), n_classes).scatter_add_(1, y[rows], weights)
+
+
+def knn_accuracy(
+    train: Embeddings,
+    test: Embeddings,
+    k: int = 20,  # Neighbors
+    temperature: float = 0.07,
+) -> float:  # Share of the test rows in [0, 1]
+    """How often the vote of the nearest training rows is right; see `knn_predict`."""
+    predictions, _ = knn_predict(train, test.x, k, temperature)
+    return (predictions == _classes(test.y)).float().mean().item()
+
+
+def _classes(y: Tensor | None) -> Tensor:
+    """Class numbers (N,) int64."""
+    if y is None:
+        raise TaskError("These embeddings carry no labels. Embed a labeled loader.")
+    if y.ndim != 1 or y.is_floating_point():
+        raise TaskError(f"Neighbors and probes need one class number an image; these are {tuple(y.shape)} {y.dtype}.")
+    return y.long()
+
+
+def _finite(x: Tensor) -> Tensor:
+    if not torch.isfinite(x).all():
+        raise TaskError("The embeddings hold NaN or infinite numbers: the encoder has diverged. Train at a lower rate.")
+    return x
+
+
+def linear_probe(
+    encoder: nn.Module,
+    train_dl: DataLoader,  # Labeled
+    test_dl: DataLoader,  # Labeled
+    layers: str | list[str] = "all",  # 'all', or names of layers
+    C: float = 1.0,  # Inverse strength of the L2 penalty, as in scikit-learn
+    max_dim: int = 4096,  # Numbers kept of each layer
+) -> pd.DataFrame:  # Columns layer, dim, accuracy, n_test; one row a layer
+    """The test accuracy of a logistic regression on the frozen features of each layer.
+
+    The protocol of the classic pretext papers (a linear classifier on every block), fitted to convergence on features
+    that are computed once and standardized on the training images.
+    """
+    names = None if layers == "all" else layers
+    train, test = (embed_layers(encoder, dl, names, max_dim) for dl in (train_dl, test_dl))
+    accuracy = {name: _probe(name, train[name], test[name], C) for name in train}
+    rows = [(name, train[name].x.shape[1], accuracy[name], len(test[name].x)) for name in train]
+    return pd.DataFrame(rows, columns=["layer", "dim", "accuracy", "n_test"])
+
+
+def _probe(name: str, train: Embeddings, test: Embeddings, C: float) -> float:
+    y_train, y_test = _classes(train.y).numpy(), _classes(test.y).numpy()
+    if len(set(y_train.tolist())) < 2:
+        raise TaskError("All training images of the probe have one label; a classifier needs at least two.")
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=_PROBE_STEPS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(_finite(train.x).numpy(), y_train)
+    _tell(name, caught)
+    return float((model.predict(_finite(test.x).numpy()) == y_test).mean())
+
+
+def _tell(name: str, caught: Iterable[warnings.WarningMessage]) -> None:
+    """A fit that stopped early is still a fair lower bound: say so. Any other warning goes on its way."""
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            say(f"linear probe: the fit on {name} had not converged after {_PROBE_STEPS} steps; a smaller C helps.")
+        else:
+            warnings.warn(warning.message, stacklevel=3)
+
+
+def effective_rank(
+    x: Tensor,  # (N, C) embeddings, raw and not centered
+    eps: float = 1e-7,  # Added to each share
+) -> float:  # 1 .. min(N, C); 0 if every number is 0
+    """RankMe (Garrido et al. 2023): exp of the entropy of the singular values as shares of their sum.
+
+    Compares runs of one method at one width; the paper takes about 25,600 images.
+    """
+    if x.ndim != 2 or 0 in x.shape:
+        raise TaskError(f"The effective rank is that of embeddings (N, C); got {tuple(x.shape)}.")
+    singular = torch.linalg.svdvals(_finite(x.detach().cpu().double()))
+    if singular.sum() == 0:
+        return 0.0
+    p = singular / singular.sum() + eps
+    return torch.exp(-(p * p.log()).sum()).item()

@@ -1,0 +1,49 @@
+"""Losses that more than one place uses."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfsup_fastai.errors import TaskError, unknown
+
+
+def nt_xent(
+    z1: Tensor,  # (B, D) embeddings of the first views, any scale
+    z2: Tensor,  # (B, D) embeddings of the second views, row i from the same image as in z1
+    temperature: float = 0.1,  # τ; the author's code takes 0.1 on ImageNet
+    reduction: str = "mean",  # 'mean' over the 2B views, or 'none': the mean of each image's two terms
+) -> Tensor:  # scalar, or (B,) with reduction='none'
+    """The loss of SimCLR (Chen et al. 2020): each of the 2B views must find its partner among the 2B - 1 others.
+
+    Cross-entropy over cosine similarities divided by τ; a view is not compared with itself. 'mean' is the paper's mean
+    over 2B terms; the author's code adds the means of the two directions, which is twice as much.
+    Half precision and autocast are left for float32 inside, float64 stays float64.
+    Raises `TaskError` for fewer than 2 images (no negatives) or shapes that do not match.
+    """
+    _check_pair(z1, z2, temperature)
+    if reduction not in ("mean", "none"):
+        raise unknown("reduction", reduction, ["mean", "none"])
+    b = len(z1)
+    with torch.autocast(z1.device.type, enabled=False):
+        z = torch.cat([z1, z2])
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        similarity = z @ z.T / temperature  # (2B, 2B)
+        similarity = similarity.masked_fill(torch.eye(2 * b, dtype=torch.bool, device=z.device), float("-inf"))
+        partner = torch.arange(2 * b, device=z.device).roll(b)
+        terms = F.cross_entropy(similarity, partner, reduction="none").view(2, b).mean(dim=0)
+    return terms.mean() if reduction == "mean" else terms
+
+
+def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
+    if z1.ndim != 2 or z1.shape != z2.shape:
+        raise TaskError(
+            f"The contrastive loss compares two sets of embeddings (B, D) of the same images; "
+            f"it got {tuple(z1.shape)} and {tuple(z2.shape)}."
+        )
+    if len(z1) < 2:
+        raise TaskError(
+            f"The contrastive loss needs at least 2 images in a batch, to have something to tell an image from; "
+            f"it got {len(z1)}. Use a larger batch size, or drop the last batch."
+        )
+    if not temperature > 0:
+        raise TaskError(f"The temperature of the contrastive loss is {temperature}; it must be above 0 (SimCLR: 0.1).")

@@ -1,0 +1,166 @@
+"""`PretextTask`, the contract: what a task writes, and what the base does for it."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.torch_core import TensorImage
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from selfsup_fastai.data.loader import float_images
+from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pictures import draw, grid_axes
+
+
+class PretextTask(ABC):
+    """A question about unlabeled images.
+
+    Axis 0 is the image, always: B images in; B rows in every input, target and prediction. Turns, tiles and views are
+    axis 1. A task never opens a file, never sees a normalized image, and draws only from the generator it is given.
+    Constructor arguments are its settings: each is kept under its own name.
+    """
+
+    name: ClassVar[str]  # Key in TASKS, word in the CLI, name of the docs page
+    paper: ClassVar[str]  # Authors and year
+    n_inp: ClassVar[int] = 1  # How many tensors of the new batch go to the model
+    needs: ClassVar[tuple[str, ...]] = ()  # 'index': make_batch is given each image's place in its dataset
+    items: ClassVar[str] = "images"  # What the data room builds
+    normalized: ClassVar[tuple[bool, ...]] = (
+        True,
+    )  # Per input: an image of the data's channels, which Normalize may touch?
+    channels: ClassVar[tuple[int, ...]] = (1, 3)  # That the task can work with
+    min_side: ClassVar[int] = 8  # Pixels
+    passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
+    metrics: Sequence = ()
+
+    def setup(self, dls: DataLoaders, encoder: Encoder) -> None:  # noqa: B027  (most tasks need none)
+        """Called once by `pretext_learner`: sizes that depend on the data."""
+
+    @abstractmethod
+    def make_batch(self, x: Tensor, *, generator: torch.Generator, train: bool, idx: Tensor | None = None):
+        """x (B, C, H, W) in [0, 1], on the device -> (inputs, targets), two tuples of tensors with B rows each."""
+
+    @abstractmethod
+    def model(self, encoder: Encoder) -> nn.Module:
+        """The module that is trained; it owns `.encoder`."""
+
+    @abstractmethod
+    def loss(self, pred, *targets: Tensor, reduction: str = "mean") -> Tensor:
+        """A scalar; with reduction='none' one number for each image, (B,)."""
+
+    def activation(self, pred):
+        """Raw predictions -> what `get_preds` returns; probabilities by default."""
+        return pred.softmax(-1)
+
+    def decode(self, pred):
+        """Predictions -> what a person reads; the likeliest class by default."""
+        return pred.argmax(-1)
+
+    def callbacks(self) -> list[Callback]:
+        """fastai callbacks that the method needs."""
+        return []
+
+    def chance(self) -> float | None:
+        """What the first metric would be by guessing, where that is known."""
+        return None
+
+    def product(self, model: nn.Module) -> nn.Module:
+        """The encoder that is saved: of some methods, the teacher's."""
+        return model.encoder
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n: int = 9, figsize=None) -> list[Axes]:
+        """The first input with target (and prediction) as title; inputs in [0, 1] again, on the CPU."""
+        images = inputs[0].flatten(1, -4) if inputs[0].ndim > 4 else inputs[0].unsqueeze(1)  # (B, V, C, H, W)
+        axes = grid_axes(min(max_n, len(images)), ctxs, figsize)
+        for i, ax in enumerate(axes):
+            guess = "" if pred is None else f" → {_short(pred[i])}"
+            draw(ax, images[i, 0], f"{_short(targets[0][i])}{guess}")
+        return axes
+
+    # --- what the base does -------------------------------------------------------------------------------------------
+
+    def batch(
+        self, x: Tensor, *, generator: torch.Generator, train: bool, idx: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """`make_batch` with its input checked and its output typed: (*inputs, *targets)."""
+        float_images(x)
+        x = x.as_subclass(Tensor)
+        if x.shape[1] not in self.channels:
+            wanted = " or ".join(map(str, self.channels))
+            raise TaskError(f"{self.name} works on images of {wanted} channels, these have {x.shape[1]}.")
+        if min(x.shape[-2:]) < self.min_side:
+            height, width = x.shape[-2:]
+            raise TaskError(
+                f"{self.name} needs images of at least {self.min_side} pixels a side, these are {height} x {width}."
+            )
+        inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx)
+        assert len(inputs) == self.n_inp and targets, (
+            f"{self.name}: n_inp inputs and at least one target, or fastai takes no step"
+        )
+        assert all(len(t) == len(x) for t in (*inputs, *targets)), f"{self.name}: axis 0 of every tensor is the image"
+        return (*(t.as_subclass(TensorImage) if n else t for t, n in zip(inputs, self.normalized)), *targets)
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        return [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "args", "kwargs")]
+
+    def settings(self) -> dict:
+        """Constructor arguments by name, as they travel in the encoder's card."""
+        return {name: getattr(self, name) for name in self.setting_names()}
+
+    @classmethod
+    def kind(cls) -> str:
+        """The family: the name of the folder that the task lives in."""
+        return cls.__module__.split(".")[-2].replace("_", " ")
+
+    @classmethod
+    def asks(cls) -> str:
+        """The question, in the first line of the docstring."""
+        return inspect.getdoc(cls).splitlines()[0].rstrip(".")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+
+class PretextLoss:
+    """A task's loss as fastai calls one: with `reduction`, `activation` and `decodes`."""
+
+    def __init__(self, task: PretextTask):
+        self.task, self.reduction = task, "mean"
+
+    def __call__(self, pred, *targets, reduction: str | None = None):
+        return self.task.loss(pred, *targets, reduction=reduction or self.reduction)
+
+    def activation(self, pred):
+        return self.task.activation(pred)
+
+    def decodes(self, pred):
+        return self.task.decode(pred)
+
+
+class PerView(nn.Module):
+    """Encoder and head on every view of every image: (B, V, C, H, W) -> (B, V, d)."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, v = x.shape[:2]
+        return self.head(self.encoder(x.flatten(0, 1))).unflatten(0, (b, v))
+
+
+def per_image(loss: Tensor, reduction: str) -> Tensor:
+    """Reduces losses (B, ...) of one image each to their mean, or to one number for each image, (B,)."""
+    loss = loss.flatten(1).mean(1) if loss.ndim > 1 else loss
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _short(value: Tensor) -> str:
+    return f"{value.item():.3g}" if value.numel() == 1 else f"{tuple(value.shape)}"

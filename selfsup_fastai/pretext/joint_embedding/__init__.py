@@ -1,0 +1,1 @@
+"""Tasks that pull the embeddings of two views of one image together."""

@@ -1,0 +1,83 @@
+"""SimCLR."""
+
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from selfsup_fastai.data.views import random_view, simclr_recipe
+from selfsup_fastai.encoders.heads import mlp
+from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pretext.base import PerView, PretextTask
+
+
+def found_pair(pred, target):
+    """Share of images whose second view is nearest to the first among all second views of the batch."""
+    z = F.normalize(pred.float(), dim=-1)
+    return ((z[:, 0] @ z[:, 1].T).argmax(1) == target).float().mean()
+
+
+class SimCLR(PretextTask):
+    """Which of the other images is the other view of this one?
+
+    Chen, Kornblith, Norouzi & Hinton, A Simple Framework for Contrastive Learning of Visual Representations, 2020
+    (arXiv 2002.05709). Two random views of an image are pulled together, those of all other images in the batch are
+    pushed away; what survives cropping and recoloring is what the image is of.
+
+    In: two views of each image, one input (B, 2, C, H, W): crop of 8-100 % of the area, flip, color jitter, grey, blur
+    (none under 64 pixels, as the paper does on CIFAR). Target: the row of its partner, (B,). Prediction: projections
+    (B, 2, dim); loss: NT-Xent. Validation draws the same views every time.
+
+    Suits most data once there are a thousand images and a batch of 64 or more. Does not suit data in which what tells
+    classes apart is what the views destroy (color of stains, tiny lesions): change the recipe then. Large batches help;
+    validation loss depends on the batch size. `get_preds` decodes to the cosine of an image's two views.
+    """
+
+    name = "simclr"
+    paper = "Chen et al. 2020"
+    passes = 2
+    metrics = (found_pair,)
+
+    def __init__(
+        self,
+        temperature: float = 0.1,  # Of NT-Xent; the paper's is 0.1, on CIFAR-10 0.5
+        dim: int = 128,  # Width of the projection
+        strength: float = 1.0,  # Of the color jitter; the paper's is 1, on CIFAR-10 0.5
+        min_area: float = 0.08,  # Smallest share of the image's area in a view
+        flip: float = 0.5,  # Probability of a mirror image; 0 where left and right matter
+        blur: bool | None = None,  # None: from 64 pixels up
+    ):
+        self.temperature, self.dim, self.strength = temperature, dim, strength
+        self.min_area, self.flip, self.blur = min_area, flip, blur
+
+    def recipe(self, side: int):
+        """The random views for images of `side` pixels."""
+        blur = side >= 64 if self.blur is None else self.blur
+        return replace(simclr_recipe(self.strength, blur=blur), scale=(self.min_area, 1.0), flip=self.flip)
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        recipe = self.recipe(min(x.shape[-2:]))
+        views = [random_view(x, recipe, generator) for _ in range(2)]
+        return (torch.stack(views, 1),), (torch.arange(len(x), device=x.device),)
+
+    def model(self, encoder):
+        return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim))
+
+    def loss(self, pred, target, reduction="mean"):
+        return nt_xent(pred[:, 0], pred[:, 1], self.temperature, reduction)
+
+    def activation(self, pred):
+        return F.normalize(pred, dim=-1)
+
+    def decode(self, pred):
+        """Cosine of the two views of each image, (B,)."""
+        return F.cosine_similarity(pred[:, 0], pred[:, 1], dim=-1)
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """The two views of each image side by side; after training with their cosine."""
+        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=2)
+        for i, ax in enumerate(axes):
+            title = f"two views of image {i}" if pred is None else f"cosine {pred[i]:.2f}"
+            draw(ax, side_by_side(inputs[0][i]), title)
+        return axes

@@ -1,0 +1,156 @@
+"""`pretext_learner`: unlabeled loaders and a task's name -> a fastai `Learner` that trains an encoder."""
+
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastai.callback.progress
+import fastai.callback.schedule  # noqa: F401  (brings fit_one_cycle, lr_find and so on)
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
+from fastai.learner import Learner, defaults
+from fastai.optimizer import Adam
+from fastcore.foundation import L
+from torch import nn
+
+from selfsup_fastai.data.blocks import OpenImage
+from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of
+from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
+from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.messages import say
+from selfsup_fastai.pretext import TASKS, get_task
+from selfsup_fastai.pretext.base import PretextLoss, PretextTask
+from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
+from selfsup_fastai.seeding import preserved_rng
+
+
+def pretext_learner(
+    dls: DataLoaders,  # Images: UnlabeledDataLoaders, or any fastai image loaders (labels are not used)
+    task: str | PretextTask | None = None,  # A name in TASKS, or a task; None: the PretextTransform of `dls`
+    arch: str | Callable | nn.Module = "resnet18",  # timm name, torchvision constructor, or a module
+    *,
+    encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
+    pretrained: bool = False,  # Start from timm's weights for `arch`
+    n_in: int | None = None,  # Channels, 1 or 3; None: what the images need
+    metrics=None,  # None: the task's
+    opt_func: Callable = Adam,
+    lr: float = defaults.lr,
+    wd: float | None = None,
+    cbs=None,
+    path: str | Path | None = None,  # For fastai's `save` and `export`; None: the current folder
+    model_dir: str | Path = "models",
+    **settings,  # Of the task, e.g. turns='one'
+) -> "PretextLearner":
+    """A learner that trains an encoder by a pretext task; every verb of fastai's `Learner` works.
+
+    `dls` stays as it is: loaders of their own are derived, with the labels left out and the images normalized by the
+    statistics of at least 1,024 of the training images (or the pretrained encoder's), measured here.
+    """
+    check_dls(dls)
+    task = _task_of(dls, task, settings)
+    if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
+        say("The labels are not used for pretraining.")
+    plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
+    with preserved_rng():
+        side = min(plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:])
+    encoder = get_encoder(arch if encoder is None else encoder, n_in or n_in_of(plain), side, pretrained)
+    plain = derive_loaders(plain, n_in=encoder.in_chans)
+    if encoder.mean is None:
+        encoder.mean, encoder.std = measure_stats(plain)
+    encoder.size = encoder.size or side
+    pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=[PretextTransform(task)])
+    task.setup(pretext, encoder)
+    fastai_args = dict(opt_func=opt_func, lr=lr, wd=wd, model_dir=model_dir, path=path)
+    metrics = task.metrics if metrics is None else metrics
+    return PretextLearner(pretext, task, task.model(encoder), metrics=metrics, cbs=cbs, **fastai_args)
+
+
+def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
+    if task is not None:
+        return get_task(task, **settings)
+    if isinstance(dls.train, PretextDL):
+        return dls.train.task
+    raise TaskError(f"Which task? pretext_learner(dls, 'rotation'), for one. There are: {', '.join(TASKS)}.")
+
+
+class Answer(NamedTuple):
+    """The question a task asked about one image, and what the network answered; a batch of one each."""
+
+    task: PretextTask
+    inputs: tuple
+    targets: tuple
+    pred: Any  # As `get_preds` returns it: probabilities, for a task that classifies
+    decoded: Any  # As a person reads it
+
+    def show(self, **kwargs):
+        """Question and answer as a picture."""
+        return self.task.show(self.inputs, self.targets, pred=self.decoded, **kwargs)
+
+
+class PretextLearner(Learner):
+    """A fastai `Learner` of a pretext task. `learn.encoder` is what it is all about."""
+
+    def __init__(self, dls: DataLoaders, task: PretextTask, model: nn.Module, cbs=None, **kwargs):
+        self.epochs_done, self.images_seen = 0, 0
+        cbs = [CountImages(task.passes), *task.callbacks(), *L(cbs)]
+        super().__init__(dls, model, loss_func=PretextLoss(task), cbs=cbs, **kwargs)
+        self.task = task
+
+    @property
+    def encoder(self) -> Encoder:
+        """The network that is kept."""
+        return self.task.product(self.model)
+
+    def show_batch(self, **kwargs):
+        """What the network is asked."""
+        return self.dls.train.show_batch(**kwargs)
+
+    def predict(self, item, **_) -> Answer:
+        """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""
+        source = TfmdLists([item], OpenImage(self.encoder.in_chans), split_idx=1, do_setup=False)
+        dl = self.dls.valid.new(Datasets(tls=L(source)), bs=1, n=1, shuffle=False, drop_last=False, num_workers=0)
+        b = dl.one_batch()
+        pred, _, decoded = self.get_preds(dl=[b], with_decoded=True)
+        return Answer(self.task, *dl.question(b), pred, decoded)
+
+    def save_encoder(self, file: str | Path) -> Path:
+        """The encoder and its card (`read_card(file)`) in a .safetensors file; returns its path."""
+        encoder = self.encoder
+        return save_encoder(encoder, file, lineage=encoder.lineage, **self._card())
+
+    def _card(self) -> dict:
+        values = self.recorder.values[-1] if getattr(self, "recorder", None) and self.recorder.values else []
+        names = self.recorder.metric_names[1 : 1 + len(values)] if values else []
+        return {
+            "task": self.task.name,
+            "settings": self.task.settings(),
+            "epochs": self.epochs_done,
+            "images": round(self.images_seen),
+            "data": self._data_print(),
+            "metrics": {name: float(value) for name, value in zip(names, values) if value is not None},
+        }
+
+    def _data_print(self) -> dict:
+        """Enough to tell two data sets apart, nothing that leads back to a person or a file."""
+        counts = [len(dl.dataset) for dl in self.dls.loaders]
+        stats = [round(v, 6) for v in (*self.encoder.mean, *self.encoder.std)]
+        return {"images": counts, "print": sha256(repr((counts, stats)).encode()).hexdigest()[:16]}
+
+
+class CountImages(Callback):
+    """Counts what training cost: epochs, and images through the encoder (RotNet: four for each image)."""
+
+    def __init__(self, passes: float):
+        self.passes = passes
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+    def after_batch(self):
+        if self.training:
+            self.learn.images_seen += len(self.xb[0]) * self.passes
+
+    def after_epoch(self):
+        self.learn.epochs_done += 1

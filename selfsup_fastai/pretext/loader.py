@@ -1,0 +1,123 @@
+"""`PretextTransform` turns a batch of images into a question; `PretextDL` is a loader that carries one."""
+
+from copy import copy
+
+import torch
+from fastai.torch_core import to_cpu
+from fasttransform import Pipeline, Transform
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from selfsup_fastai.data.loader import IndexedDL, TensorIndex
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pretext import get_task
+from selfsup_fastai.pretext.base import PretextTask
+from selfsup_fastai.seeding import VALID_SEED
+
+
+class PretextTransform(Transform):
+    """A batch transform that asks the question: `(x, ...)` -> `(*inputs, *targets)`. Labels are dropped.
+
+    It runs on the device, after IntToFloatTensor (order 10) and augmentation (30-40) and before Normalize (99), so a
+    task sees images in [0, 1] and its targets are never normalized. Use it in a `PretextDL`, which seeds it.
+    """
+
+    order = 50
+
+    def __init__(
+        self,
+        task: str | PretextTask,  # A name in TASKS, or a task
+        **settings,  # Of the task
+    ):
+        super().__init__()
+        self.task = get_task(task, **settings)
+        self.reseed(VALID_SEED)
+
+    def reseed(self, seed: int) -> None:
+        """What follows is drawn as `seed` says, whatever was drawn before."""
+        self.seed, self._generator = seed, None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        return self._generator
+
+    def __call__(self, b, split_idx: int | None = None, **kwargs) -> tuple[Tensor, ...]:
+        items = list(b) if isinstance(b, (tuple, list)) else [b]
+        idx = items.pop().as_subclass(Tensor) if isinstance(items[-1], TensorIndex) else None
+        if idx is None and "index" in self.task.needs:
+            raise TaskError(f"{self.task.name} needs each image's index: make the loaders with dl_type=PretextDL.")
+        x = items[0]
+        return self.task.batch(x, generator=self.generator(x.device), train=split_idx == 0, idx=idx)
+
+    def decode(self, b, **kwargs):
+        return b
+
+    def __repr__(self) -> str:
+        return f"PretextTransform({self.task!r})"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_generator": None}  # a torch.Generator is tied to its device
+
+
+class PretextDL(IndexedDL):
+    """A loader of pretext batches: an `IndexedDL` with a `PretextTransform` among its batch transforms.
+
+    For DataBlock users: `dblock.dataloaders(path, dl_type=PretextDL, batch_tfms=[PretextTransform('rotation')])`.
+    """
+
+    def __init__(self, dataset, *args, after_batch=None, **kwargs):
+        # a copy of its own: else a look at one loader would reseed the draws of another
+        tfms = [copy(t) if isinstance(t, PretextTransform) else t for t in Pipeline(after_batch).fs]
+        super().__init__(dataset, *args, after_batch=Pipeline(tfms), **kwargs)
+        self._types, self._n_inp = None, None  # spares fastai a pass through the pipeline to find out
+
+    @property
+    def transform(self) -> PretextTransform:
+        found = [t for t in self.after_batch.fs if isinstance(t, PretextTransform)]
+        if len(found) != 1:
+            raise TaskError(f"A PretextDL needs one PretextTransform among its batch_tfms, this one has {len(found)}.")
+        return found[0]
+
+    @property
+    def task(self) -> PretextTask:
+        return self.transform.task
+
+    @property
+    def n_inp(self) -> int:
+        return self.task.n_inp
+
+    @property
+    def with_index(self) -> bool:
+        return "index" in self.task.needs
+
+    def before_iter(self):
+        super().before_iter()
+        self.transform.reseed(self.pass_seed)
+
+    def question(self, b) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(inputs, targets) of a batch as the task made them: before Normalize, on the CPU, plain tensors."""
+        b = tuple(b)
+        for tfm in reversed(self.after_batch.fs):
+            if tfm.order > PretextTransform.order:
+                b = tfm.decode(b, split_idx=self.after_batch.split_idx)
+        b = tuple(t.as_subclass(Tensor) for t in to_cpu(b))
+        return b[: self.n_inp], b[self.n_inp :]
+
+    def show_batch(
+        self, b=None, max_n: int = 9, ctxs=None, show: bool = True, unique: bool = False, **kwargs
+    ) -> list[Axes]:
+        """What the network is asked. `unique`: one image, asked about again and again; `show=False`: (inputs, targets)."""
+        if b is None:
+            b = self._repeated_item(max_n) if unique else self.one_batch()
+        if not show:
+            return self.question(b)
+        return self.task.show(*self.question(b), ctxs=ctxs, max_n=max_n, **kwargs)
+
+    def _repeated_item(self, n: int):
+        return self.new(get_idxs=lambda: [0] * n, bs=n, n=n, shuffle=False, num_workers=0).one_batch()
+
+    def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs) -> list[Axes]:
+        """What the network was asked and what it answered; `out` as `task.decode` gives it."""
+        inputs, targets = self.question(b)
+        return self.task.show(inputs, targets, pred=to_cpu(out), ctxs=ctxs, max_n=max_n, **kwargs)

@@ -1,0 +1,1 @@
+"""Tasks that predict something known about the image: how it was turned, cut or shuffled."""

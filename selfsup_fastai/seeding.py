@@ -1,0 +1,53 @@
+"""The one rule of randomness.
+
+Everything random about an image while it is opened and cut (item level) draws from Python's `random`, seeded here for
+that item alone; everything random about a batch (turns, permutations, views) draws from the `torch.Generator` of the
+loader's `PretextTransform`. Both seeds come from `dl.rng` at the start of each pass over the data, and `dl.rng` itself
+from Python's `random` when the loader is made. So `set_seed(42)` before the loaders are made fixes a whole run, with
+any number of worker processes; a validation pass always draws the same.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+VALID_SEED = 42  # of every validation pass
+
+
+def rng_state() -> dict:
+    """The state of the global generators of Python, NumPy and torch (CPU and every CUDA device in use)."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """What happens inside (looking at a batch, measuring statistics) leaves the global generators as they were."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+@contextmanager
+def seeded_item(seed: int, index: int) -> Iterator[None]:
+    """Python's `random` seeded for item `index` of a pass with `seed`; afterwards it goes on as if nothing happened."""
+    state = random.getstate()
+    random.seed(f"{seed}-{index}")
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,353 @@
+"""Views against torchvision's own functions for the same draw, and the draws against torchvision's rule."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from selfsup_fastai.data.views import (
+    BYOL_1,
+    BYOL_2,
+    MOCO,
+    SIMCLR,
+    Recipe,
+    Views,
+    apply_shifts,
+    apply_views,
+    center_square,
+    draw_shifts,
+    draw_views,
+    random_shift_flip,
+    random_view,
+    simclr_recipe,
+)
+from selfsup_fastai.errors import TaskError
+
+PLAIN = Recipe(flip=0.0, jitter_p=0.0, grey_p=0.0)
+EVERYTHING = replace(simclr_recipe(), jitter_p=0.9, grey_p=0.3, blur_p=0.6, solarize_p=0.4)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(b: int, c: int = 3, h: int = 48, w: int = 40, seed: int = 1) -> Tensor:
+    """Smooth at a scale of a few pixels, values over all of [0, 1], with some exactly grey pixels."""
+    coarse = torch.rand(b, c, h // 4 + 1, w // 4 + 1, generator=seeded(seed))
+    x = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")
+    x[..., :3, :3] = 0.25
+    return x
+
+
+def same(a: Views, b: Views) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Views)]
+    return all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in pairs)
+
+
+def by_torchvision(x: Tensor, views: Views) -> Tensor:
+    """One image at a time, with torchvision's functions."""
+    return torch.stack([_one_by_torchvision(image, views[i]) for i, image in enumerate(x)])
+
+
+def _one_by_torchvision(image: Tensor, view: Views) -> Tensor:
+    image = tv.resized_crop(image, *view.boxes[0].tolist(), [view.size] * 2, antialias=False)
+    if view.flip.item():
+        image = tv.horizontal_flip(image)
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    if view.jitter[0].tolist() != [1, 1, 1, 0]:
+        for k in view.order[0].tolist():
+            image = adjust[k](image, view.jitter[0, k].item())
+    if view.grey.item():
+        image = tv.rgb_to_grayscale(image, num_output_channels=image.shape[0])
+    if view.sigma.item() > 0:
+        side = view.size // 10
+        image = tv.gaussian_blur(image, [side + 1 - side % 2] * 2, [view.sigma.item()] * 2)
+    return tv.solarize(image, view.threshold) if view.solarize.item() else image
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape, size", [((48, 40), 32), ((47, 61), 64), ((61, 47), None), ((20, 20), 96)])
+def test_crop_and_flip_equal_torchvision(channels, shape, size):
+    x = images(16, channels, *shape)
+    views = draw_views(replace(PLAIN, flip=0.5), x.shape, seeded(), size)
+    assert 0 < views.flip.sum() < 16
+    torch.testing.assert_close(apply_views(x, views), by_torchvision(x, views), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_color_operation_equals_torchvision(name, channels):
+    x = images(24, channels)
+    recipe = replace(PLAIN, jitter_p=1.0, **{name: 0.5})
+    views = draw_views(recipe, x.shape, seeded(), 40)
+    out = apply_views(x, views)
+    torch.testing.assert_close(out, by_torchvision(x, views), atol=2e-3 if name == "hue" else 1e-3, rtol=0)
+    changed = (out - apply_views(x, replace_jitter(views))).abs().amax((1, 2, 3)) > 0.01
+    assert changed.sum() == 0 if channels == 1 and name in ("saturation", "hue") else changed.sum() > 15
+
+
+def replace_jitter(views: Views) -> Views:
+    return replace(views, jitter=torch.tensor([[1.0, 1, 1, 0]]).repeat(len(views), 1))
+
+
+def test_hue_on_pure_colors_turns_the_wheel():
+    red, green, blue = torch.eye(3)[:, None, :, None, None].expand(3, 1, 3, 8, 8)
+    for shift, expected in [(1 / 3, green), (-1 / 3, blue), (0.5, 1 - red)]:
+        whole = draw_views(replace(PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0)), (1, 3, 8, 8), seeded())
+        out = apply_views(red, replace(whole, jitter=torch.tensor([[1.0, 1, 1, shift]])))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("field", ["grey_p", "blur_p", "solarize_p"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_blur_and_solarize_equal_torchvision_where_they_were_drawn(field, channels):
+    x = images(24, channels, 70, 70)
+    views = draw_views(replace(PLAIN, **{field: 0.5}), x.shape, seeded(3), 64)
+    drawn = {"grey_p": views.grey, "blur_p": views.sigma > 0, "solarize_p": views.solarize}[field]
+    assert 4 < drawn.sum() < 20
+    out, cropped = apply_views(x, views), apply_views(x, draw_views(PLAIN, x.shape, seeded(3), 64))
+    torch.testing.assert_close(out, by_torchvision(x, views), atol=1e-3, rtol=0)
+    assert torch.equal(out[~drawn], cropped[~drawn])
+    if not (field == "grey_p" and channels == 1):
+        assert (out - cropped)[drawn].abs().amax((1, 2, 3)).median() > 0.05  # a narrow blur does little
+
+
+@pytest.mark.parametrize("recipe", [SIMCLR, MOCO, BYOL_1, BYOL_2, EVERYTHING])
+@pytest.mark.parametrize(
+    "b, channels, shape, size", [(32, 3, (48, 40), 64), (2, 3, (47, 61), 47), (1, 1, (47, 61), 32)]
+)
+def test_whole_recipes_equal_torchvision(recipe, b, channels, shape, size):
+    x = images(b, channels, *shape)
+    views = draw_views(recipe, x.shape, seeded(5), size)
+    out = apply_views(x, views)
+    assert out.shape == (b, channels, size, size) and out.min() >= 0 and out.max() <= 1
+    # solarize inverts at a threshold: a pixel within rounding of it may fall on either side
+    close = ((out - by_torchvision(x, views)).abs() < 2e-3).float()
+    assert close.mean() > 0.9995
+
+
+def test_values_stay_in_range_and_the_type_is_kept():
+    x = torch.rand(8, 3, 33, 35, generator=seeded()).round()
+    strong = replace(EVERYTHING, brightness=3.0, contrast=3.0, saturation=3.0, hue=0.5)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        out = random_view(x.to(dtype), strong, seeded(), 30)
+        assert out.dtype == dtype and out.min() >= 0 and out.max() <= 1
+        reference = random_view(x, strong, seeded(), 30)
+        assert ((out.float() - reference).abs() < 0.01).float().mean() > 0.999
+
+
+def test_a_tiny_view_is_not_blurred_because_a_tenth_of_it_is_one_pixel():
+    x = images(2, 3, 19, 19)
+    whole = replace(PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0), blur_p=1.0)
+    torch.testing.assert_close(random_view(x, whole, seeded(), 19), x)
+    assert (
+        random_view(x, whole, seeded(), 20) - random_view(x, replace(whole, blur_p=0.0), seeded(), 20)
+    ).abs().max() > 0
+
+
+# --- draws ----------------------------------------------------------------------------------------------------------
+
+
+def test_same_generator_state_same_views_and_applying_twice_is_identical():
+    x = images(8)
+    a, b, c = (draw_views(EVERYTHING, x.shape, seeded(seed), 32) for seed in (7, 7, 8))
+    assert same(a, b) and not same(a, c)
+    assert torch.equal(apply_views(x, a), apply_views(x, b))
+    assert torch.equal(random_view(x, EVERYTHING, seeded(7), 32), apply_views(x, a))
+    assert torch.equal(x, images(8))
+
+
+def test_every_image_has_its_own_view_and_the_next_draw_is_another():
+    x = images(1).expand(16, -1, -1, -1)
+    generator = seeded()
+    first, second = (random_view(x, SIMCLR, generator, 32) for _ in range(2))
+    distances = torch.cdist(torch.cat([first, second]).flatten(1), torch.cat([first, second]).flatten(1))
+    assert distances.fill_diagonal_(1).min() > 1e-3
+
+
+def test_rows_of_views_are_views():
+    x = images(6)
+    views = draw_views(EVERYTHING, x.shape, seeded(2), 32)
+    whole = apply_views(x, views)
+    mask = torch.tensor([True, False, True, True, False, False])
+    for rows in (slice(1, 4), mask, torch.tensor([5, 0])):
+        torch.testing.assert_close(apply_views(x[rows], views[rows]), whole[rows])
+    torch.testing.assert_close(apply_views(x[-1:], views[-1]), whole[-1:])
+    assert len(views) == 6 and len(views[2]) == 1 and len(list(views)) == 6
+
+
+def test_drawing_for_grey_images_takes_the_same_numbers_as_for_color():
+    assert same(draw_views(SIMCLR, (4, 1, 40, 40), seeded()), draw_views(SIMCLR, (4, 3, 40, 40), seeded()))
+
+
+N = 20_000
+
+
+@pytest.fixture(scope="module")
+def many() -> Views:
+    return draw_views(EVERYTHING, (N, 3, 96, 128), seeded(11))
+
+
+def _close_in_mean(values: Tensor, expected: float) -> bool:
+    values = values.double()
+    return abs(values.mean().item() - expected) < 4 * values.std().item() / math.sqrt(len(values))
+
+
+def test_shares_of_what_is_drawn(many):
+    for drawn, p in [(many.flip, 0.5), (many.grey, 0.3), (many.sigma > 0, 0.6), (many.solarize, 0.4)]:
+        assert _close_in_mean(drawn, p)
+    assert _close_in_mean((many.jitter != torch.tensor([1.0, 1, 1, 0])).any(1), 0.9)
+
+
+def test_jitter_is_uniform_within_its_strength(many):
+    drawn = many.jitter[(many.jitter != torch.tensor([1.0, 1, 1, 0])).any(1)]
+    for column, (low, high) in zip(drawn.T, [(0.2, 1.8), (0.2, 1.8), (0.2, 1.8), (-0.2, 0.2)]):
+        assert _is_uniform(column, low, high)
+    assert _is_uniform(many.sigma[many.sigma > 0], 0.1, 2.0)
+    for k in range(4):
+        assert _close_in_mean(many.order[:, 0] == k, 0.25)
+    assert torch.equal(many.order.sort(dim=1).values, torch.arange(4).expand(N, 4))
+    assert draw_views(replace(SIMCLR, brightness=2.0), (999, 3, 8, 8), seeded()).jitter[:, 0].min() >= 0
+
+
+def _is_uniform(values: Tensor, low: float, high: float) -> bool:
+    """Kolmogorov-Smirnov at about 1 in 10,000, and the bounds."""
+    shares = ((values.double().sort().values - low) / (high - low)).clamp(-1, 2)
+    distance = (shares - torch.linspace(0, 1, len(shares), dtype=torch.double)).abs().max().item()
+    return shares.min() >= -1e-6 and shares.max() <= 1 + 1e-6 and distance < 2.2 / math.sqrt(len(shares))
+
+
+def test_crop_area_and_ratio_are_uniform_where_every_try_fits():
+    recipe = replace(SIMCLR, scale=(0.08, 0.5))  # on a square at most 0.5 * 4/3 of a side squared: always inside
+    boxes = draw_views(recipe, (N, 3, 1000, 1000), seeded(12)).boxes.double()
+    assert _is_uniform(boxes[:, 2] * boxes[:, 3] / 1e6, 0.0798, 0.5005)
+    assert _is_uniform((boxes[:, 3] / boxes[:, 2]).log(), math.log(0.747), math.log(1.338))
+    assert _is_uniform(boxes[:, 0] / (1000 - boxes[:, 2]), 0, 1) and _is_uniform(
+        boxes[:, 1] / (1000 - boxes[:, 3]), 0, 1
+    )
+
+
+@pytest.mark.parametrize("h, w", [(96, 128), (30, 200), (200, 30)])
+def test_boxes_are_distributed_as_torchvisions(h, w):
+    ours = draw_views(SIMCLR, (N, 3, h, w), seeded(13)).boxes
+    torch.manual_seed(14)
+    image = torch.zeros(3, h, w)
+    theirs = [RandomResizedCrop.get_params(image, list(SIMCLR.scale), list(SIMCLR.ratio)) for _ in range(2000)]
+    theirs = torch.tensor(theirs)
+    for column in range(4):
+        assert _same_distribution(ours[:, column].double(), theirs[:, column].double())
+    share = ours[:, 2] * ours[:, 3] / (h * w)
+    assert _same_distribution(share, theirs[:, 2] * theirs[:, 3] / (h * w))
+    inside = (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= h).all() and (ours[:, 1] + ours[:, 3] <= w).all()
+    assert inside and (ours[:, 2:] > 0).all()
+
+
+def _same_distribution(a: Tensor, b: Tensor) -> bool:
+    """Two-sample Kolmogorov-Smirnov at about 1 in 10,000."""
+    at = torch.cat([a, b]).sort().values
+    share_a, share_b = (torch.searchsorted(v.sort().values, at, right=True) / len(v) for v in (a, b))
+    return (share_a - share_b).abs().max().item() < 2.2 * math.sqrt(1 / len(a) + 1 / len(b))
+
+
+@pytest.mark.parametrize(
+    "h, w, box", [(10, 400, [0, 193, 10, 13]), (400, 10, [193, 0, 13, 10]), (60, 60, [0, 0, 60, 60])]
+)
+def test_the_center_is_taken_when_no_try_fits(h, w, box):
+    recipe = replace(PLAIN, scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3) if h != w else (0.9, 0.9))
+    recipe = recipe if h != w else replace(recipe, ratio=(1.0, 1.0))
+    assert draw_views(recipe, (5, 3, h, w), seeded()).boxes.tolist() == [box] * 5
+
+
+def test_recipes_are_the_papers():
+    assert (SIMCLR.scale, SIMCLR.jitter_p, SIMCLR.grey_p, SIMCLR.blur_p) == ((0.08, 1.0), 0.8, 0.2, 0.5)
+    assert (SIMCLR.brightness, SIMCLR.contrast, SIMCLR.saturation, SIMCLR.hue) == (0.8, 0.8, 0.8, 0.2)
+    cifar = simclr_recipe(strength=0.5, blur=False)
+    assert (cifar.brightness, cifar.hue, cifar.blur_p) == (0.4, 0.1, 0.0)
+    assert (MOCO.scale, MOCO.saturation, MOCO.hue, MOCO.blur_p, MOCO.solarize_p) == ((0.2, 1.0), 0.4, 0.1, 0.5, 0.0)
+    assert (BYOL_1.saturation, BYOL_1.blur_p, BYOL_1.solarize_p) == (0.2, 1.0, 0.0)
+    assert (BYOL_2.saturation, BYOL_2.blur_p, BYOL_2.solarize_p) == (0.2, 0.1, 0.2)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"flip": 1.5}, "flip is 1.5"),
+        ({"hue": 0.7}, "0.5"),
+        ({"scale": (0.5, 0.2)}, "scale"),
+        ({"scale": (0.0, 1.0)}, "scale"),
+        ({"brightness": -1.0}, "brightness"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
+        ({"jitter_p": math.nan}, "jitter_p"),
+    ],
+)
+def test_impossible_recipes_say_what_is_wrong(change, words):
+    with pytest.raises(TaskError, match=words):
+        Recipe(**change)
+
+
+def test_impossible_images_say_what_is_wrong():
+    with pytest.raises(TaskError, match="4"):
+        draw_views(SIMCLR, (2, 4, 8, 8), seeded())
+    with pytest.raises(TaskError, match="uint8"):
+        random_view(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), SIMCLR, seeded())
+    with pytest.raises(TaskError, match="size"):
+        draw_views(SIMCLR, (2, 3, 8, 8), seeded(), size=0)
+    with pytest.raises(TaskError, match="3 views"):
+        apply_views(images(2), draw_views(SIMCLR, (3, 3, 48, 40), seeded()))
+
+
+# --- shifts and squares ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("h, w", [(32, 32), (47, 61)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shift_and_flip_can_be_undone(h, w, channels):
+    x, pad = torch.rand(40, channels, h, w, generator=seeded()), 4
+    shifts, mirrored = draw_shifts(x.shape, seeded(3), pad, 0.5)
+    out = random_shift_flip(x, seeded(3), pad, 0.5)
+    assert torch.equal(out, apply_shifts(x, shifts, mirrored))
+    for image, moved, (down, right), mirror in zip(x, out, shifts.tolist(), mirrored.tolist()):
+        moved = moved.flip(2) if mirror else moved
+        rows, columns = slice(pad, h - pad), slice(pad, w - pad)
+        back = moved[:, pad - down : h - pad - down, pad - right : w - pad - right]
+        assert torch.equal(back, image[:, rows, columns])
+
+
+def test_shifted_borders_are_reflected_as_in_a_padded_crop():
+    x = torch.rand(6, 3, 9, 7, generator=seeded())
+    shifts = torch.tensor([[-4, 4], [4, -4], [0, 0], [3, 1], [-1, 0], [0, -2]])
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")
+    expected = torch.stack([p[:, 4 + d : 13 + d, 4 + r : 11 + r] for p, (d, r) in zip(padded, shifts.tolist())])
+    assert torch.equal(apply_shifts(x, shifts, torch.zeros(6, dtype=torch.bool)), expected)
+    assert torch.equal(apply_shifts(x, shifts, torch.ones(6, dtype=torch.bool)), expected.flip(3))
+
+
+def test_shifts_are_uniform_and_their_limits_are_checked():
+    shifts, mirrored = draw_shifts((N, 3, 32, 32), seeded(4), 4, 0.3)
+    for column in shifts.T:
+        counts = torch.bincount(column + 4, minlength=9)
+        assert len(counts) == 9 and ((counts - N / 9).abs() < 4 * math.sqrt(N / 9)).all()
+    assert _close_in_mean(mirrored, 0.3)
+    x = images(3)
+    assert torch.equal(random_shift_flip(x, seeded(), 0, 0.0), x)
+    with pytest.raises(TaskError, match=r"0\.\.7"):
+        random_shift_flip(torch.rand(2, 3, 8, 9), seeded(), 8, 0.5)
+
+
+def test_center_square_is_the_middle():
+    x = torch.arange(5 * 8).view(1, 1, 5, 8)
+    assert torch.equal(center_square(x), x[..., 1:6])
+    assert torch.equal(center_square(x.transpose(2, 3)), x.transpose(2, 3)[..., 1:6, :])
+    odd = torch.rand(2, 3, 47, 61, generator=seeded())
+    assert torch.equal(center_square(odd), odd[..., 7:54])
+    assert torch.equal(center_square(odd[0]), odd[0, :, :, 7:54])
