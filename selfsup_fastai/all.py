@@ -1,7 +1,28 @@
-"""Everything at once, for notebooks: `from selfsup_fastai.all import *` brings these names and those of fastai.vision.all."""
+"""Everything at once, for notebooks: `from selfsup_fastai.all import *` brings these names and fastai.vision.all's."""
+
+# ruff: noqa: F401  (everything here is imported to be passed on; ruff cannot read the `__all__` below)
 
 import fastai.vision.all as _fastai
 from fastai.vision.all import *
+
+from selfsup_fastai import __version__
+from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
+from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.data.albumentations import AlbumentationsTransform
+from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
+from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.downstream.interpret import nearest_neighbors
+from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
+from selfsup_fastai.encoders.encoder import Encoder, create_encoder
+from selfsup_fastai.errors import SelfsupError
+from selfsup_fastai.features import effective_rank, embed, embed_layers, knn_accuracy, knn_predict, linear_probe
+from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.pretext import TASKS, get_task, list_tasks
+from selfsup_fastai.pretext.base import PretextTask
+from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
+from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 
 OURS = [
     "TASKS",

@@ -4,18 +4,21 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error 
 2 wrong usage, 130 stopped by Ctrl-C, 143 by a termination signal.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from selfsup_fastai import __version__
-from selfsup_fastai.errors import SelfsupError, UnknownNameError, unknown
+from selfsup_fastai.errors import SelfsupError, unknown
 from selfsup_fastai.pretext import TASKS
 
 app = typer.Typer(
@@ -31,6 +34,27 @@ app = typer.Typer(
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, so that what Ctrl-C saves is saved then, too."""
+
+
+def reported(command: Callable) -> Callable:
+    """Turns what can end a command into one line and an exit code."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            line, code = "stopped", 143 if isinstance(stop, Terminated) else 130
+        except (SelfsupError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # nobody reads on: typer ends quietly
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            line, code = error, 1
+        typer.echo(f"selfsup: {line}", err=True)
+        raise typer.Exit(code)
+
+    return run
 
 
 def _version(wanted: bool) -> None:
@@ -49,6 +73,7 @@ def _options(
 
 
 @app.command()
+@reported
 def tasks() -> None:
     """List the pretext tasks."""
     from selfsup_fastai.pretext import list_tasks
@@ -57,6 +82,7 @@ def tasks() -> None:
 
 
 @app.command()
+@reported
 def pretrain(
     folder: Annotated[
         Path, typer.Argument(help="Folder of images, at any depth; labels are not needed.", show_default=False)
@@ -97,6 +123,7 @@ def pretrain(
 
 
 @app.command()
+@reported
 def finetune(
     labeled: Annotated[
         Path,
@@ -133,6 +160,7 @@ def finetune(
 
 
 @app.command()
+@reported
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
@@ -150,7 +178,7 @@ def _setting(text: str) -> tuple[str, object]:
     """'turns=one' -> ('turns', 'one'); numbers, true, false and none become values."""
     name, eq, value = text.partition("=")
     if not eq:
-        raise click.UsageError(f"--set takes NAME=VALUE, got {text!r}.")
+        raise typer.BadParameter(f"--set takes NAME=VALUE, got {text!r}.")
     words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return name, words[value.lower()]
@@ -163,30 +191,18 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _terminate(*_):
+    if multiprocessing.parent_process():  # a worker that opens images inherits this handler; it has nothing to save
+        os._exit(143)
     raise Terminated
 
 
 def main() -> None:
-    """The entry point: runs a command and turns whatever ends it into one line and an exit code."""
+    """The entry point."""
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = app(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt) as error:
-        stopped = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
-        typer.echo("selfsup: stopped; what there was has been saved", err=True)
-        code = 143 if stopped else 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; say nothing more
-        code = 141
-    except (SelfsupError, UnknownNameError, OSError) as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        typer.echo(f"selfsup: {error}", err=True)
-        code = 1
-    sys.exit(code)
+    warnings.filterwarnings(
+        "ignore", "`torch.jit.script` is deprecated", FutureWarning
+    )  # fastai's, while it is imported
+    app()
 
 
 if __name__ == "__main__":

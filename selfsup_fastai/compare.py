@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import fastai.callback.progress  # noqa: F401  (brings no_bar to Learner)
 import numpy as np
 import pandas as pd
 from fastai.data.block import CategoryBlock, DataBlock
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.data.blocks import UnlabeledBlock
 from selfsup_fastai.data.loader import IndexedDL
-from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
@@ -48,22 +49,23 @@ def label_draws(labels: pd.Series, per_class: int, draws: int, seed: int = 42) -
 
 
 def compare_encoders(
-    starts: Mapping[
-        str, Any
-    ],  # Name -> what downstream_learner takes: a saved encoder, or an architecture (from scratch)
+    starts: Mapping[str, Any],  # Name -> a saved encoder, an Encoder or a learner; or an architecture, from scratch
     train: pd.DataFrame,  # Columns file and label: where the few labels are drawn from
     test: pd.DataFrame,  # The same for the images to test on; pretraining must not have seen them
     per_class: int = 5,  # Labels a class
     draws: int = 5,  # Times the labels are drawn; every start gets the same
-    epochs: int = 20,  # Of fine_tune, after one with the encoder frozen; the same for every start
-    size: int = 32,
-    n_in: int = 3,
+    epochs: int = 20,  # Over the labeled images, the same for every start
+    size: int = 32,  # Pixels
+    n_in: int = 3,  # Channels of nets from scratch
     bs: int = 16,
     k: int = 5,  # Of kNN on the frozen encoder
+    scratch_lr: float = 5e-3,  # Peak rate of nets from scratch
     seed: int = 42,
-    **fine_tune,  # More arguments of `DownstreamLearner.fine_tune`
 ) -> pd.DataFrame:
     """One row a run: start, draw, accuracy on the test set after the last epoch, and kNN accuracy before fine-tuning.
+
+    A pretrained encoder is fine-tuned gradually. A net from scratch is trained by one cycle with all layers at one
+    rate, for as many epochs: low rates and frozen layers would hold it back, and flatter the others.
 
     Test labels choose nothing: neither the epoch nor any setting. The interval that `summarize` makes of it covers the
     draw of the labels and the order and initialization of fine-tuning, not the one pretraining run behind each encoder.
@@ -77,13 +79,31 @@ def compare_encoders(
                 set_seed(seed + draw)
                 with quiet():
                     learn = downstream_learner(labeled_loaders(table, n_in, size, bs), start, metrics=accuracy)
-                few = embed(learn.model.encoder, learn.dls.train)
-                knn = knn_accuracy(few, embed(learn.model.encoder, learn.dls.valid), k=k)
-                with quiet(), learn.no_bar(), learn.no_logging():
-                    learn.fine_tune(epochs, cbs=SkipValidation(), **fine_tune)
-                runs.append({"start": name, "draw": draw, "accuracy": learn.validate()[1], "knn": knn})
+                knn = _knn(learn, k)
+                rate = scratch_lr if is_fresh(start) else None
+                runs.append({"start": name, "draw": draw, "accuracy": _trained(learn, epochs, rate), "knn": knn})
                 bar.update()
     return pd.DataFrame(runs)
+
+
+def is_fresh(start: Any) -> bool:
+    """Whether a start names an architecture, to be trained from scratch."""
+    return isinstance(start, str) and not start.endswith(".safetensors")
+
+
+def _knn(learn: DownstreamLearner, k: int) -> float:
+    encoder = learn.model.encoder
+    return knn_accuracy(embed(encoder, learn.dls.train), embed(encoder, learn.dls.valid), k=k)
+
+
+def _trained(learn: DownstreamLearner, epochs: int, scratch_lr: float | None) -> float:
+    """Accuracy on the validation set after training, which does not look at it."""
+    with quiet(), learn.no_bar(), learn.no_logging():
+        if scratch_lr is None:
+            learn.fine_tune(epochs - 1, freeze_epochs=1, cbs=SkipValidation())
+        else:
+            learn.fit_one_cycle(epochs, scratch_lr, cbs=SkipValidation())
+        return learn.validate()[1]
 
 
 def summarize(runs: pd.DataFrame, baseline: str = "scratch", confidence: float = 0.95) -> pd.DataFrame:

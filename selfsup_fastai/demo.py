@@ -15,11 +15,12 @@ SIZE, ARCH = 32, "resnet10t"
 EPOCHS = {"rotation": 8, "simclr": 30}
 
 LESSON = """
-What this says. Five labels a class is very little: the net that starts from random weights has to learn what strokes
-look like from 50 pictures. SimCLR has seen 1,300 of them without labels, and it shows. Rotation helps less, or even
-hurts: many digits look alike upside down (0, 1, 8; 6 and 9 swap), so 'which way up?' is a poor question for digits,
-while it is a good one for photographs. No task is best everywhere: that is why swapping it is one word.
-± is the 95 % interval over the draws of labels (one pretraining run behind each encoder)."""
+What this says. Fifty labels are very little: a net that starts from random weights has to learn from them what strokes
+look like. SimCLR has seen 1,297 digits without labels before, and it shows. Rotation helps little or not at all: many
+digits look alike upside down (0, 1, 8; a turned 6 is a 9), so 'which way up?' is a poor question for digits, while it
+is a good one for photographs. No task is best everywhere: that is why swapping it is one word.
+± is the 95 % interval over the draws of labels (one pretraining run behind each encoder); gain is the paired
+difference to scratch."""
 
 
 def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

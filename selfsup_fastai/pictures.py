@@ -36,7 +36,8 @@ def draw(
 ) -> Axes:
     """One image on one axis, grey from black to white."""
     pixels = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
-    ax.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     mark = "" if right is None else "  ✓" if right else "  ✗"
     ax.set_title(title + mark, fontsize=9, color="black" if right is None else RIGHT if right else WRONG)
     ax.set_axis_off()
@@ -53,7 +54,7 @@ def side_by_side(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
 
 
 def plot_history(history, chance: float | None = None) -> None:
-    """Curves of a run, one point an epoch: losses on the left, the first metric on the right with the level of guessing.
+    """Curves of a run, a point an epoch: losses on the left, the first metric on the right with the level of guessing.
 
     `history`: a DataFrame with columns epoch, train_loss, valid_loss and then metrics, as `MetricsFile` writes it.
     """

@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile
-from selfsup_fastai.compare import labeled_loaders
+from selfsup_fastai.compare import is_fresh, labeled_loaders
 from selfsup_fastai.data.files import find_files
 from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers, split, usable_files
 from selfsup_fastai.downstream.interpret import nearest_neighbors
@@ -88,29 +88,28 @@ def finetune(
     out = _run_folder(out)
     table, report = labeled_files(folder, valid_pct, seed)
     report.to_csv(out / "left_out.csv", index=False)
-    source = get_encoder(encoder)
-    size = size or source.size or 128
+    fresh = is_fresh(encoder)
+    source = encoder if fresh else get_encoder(encoder)
+    n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
     set_seed(seed, reproducible=True)
-    workers = auto_workers(len(table), size) if num_workers is None else num_workers
-    dls = labeled_loaders(table, source.in_chans, size, bs, workers)
-    learn = downstream_learner(dls, encoder, metrics=accuracy, path=out)
-    _write_settings(
-        out,
-        encoder=source.arch,
-        epochs=epochs,
-        lr=lr,
-        gradual=gradual,
-        valid_pct=valid_pct,
-        size=size,
-        bs=bs,
-        seed=seed,
-    )
+    workers = auto_workers(len(table), side) if num_workers is None else num_workers
+    dls = labeled_loaders(table, n_in, size or side, bs, workers)
+    learn = downstream_learner(dls, source, metrics=accuracy, path=out)
+    _write_settings(out, encoder=learn.model.encoder.arch, epochs=epochs, lr=lr, gradual=gradual, seed=seed)
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with _finished(learn, out, 1 / len(dls.vocab)):
-        learn.fine_tune(epochs, lr, gradual=gradual, cbs=MetricsFile(out / "metrics.csv"))
+        _fit(learn, epochs, lr, gradual, fresh, MetricsFile(out / "metrics.csv"))
     _write_predictions(learn, table, out)
     return learn
+
+
+def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh: bool, log: MetricsFile) -> None:
+    if fresh:
+        say("From scratch there is nothing to keep: all layers train from the start, at one rate.")
+        learn.fit_one_cycle(epochs + 1, lr, cbs=log)
+    else:
+        learn.fine_tune(epochs, lr, gradual=gradual, cbs=log)
 
 
 def labeled_files(folder: str | Path, valid_pct: float = 0.2, seed: int = 42) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -121,10 +120,9 @@ def labeled_files(folder: str | Path, valid_pct: float = 0.2, seed: int = 42) ->
     """
     folder = Path(folder)
     ok, report = usable_files(find_files(folder))
-    table = pd.DataFrame({"file": ok["file"], "label": [f.parent.name for f in ok["file"]]})
-    parts = pd.Series(
-        [f.relative_to(folder).parts[0] if len(f.relative_to(folder).parts) > 2 else "" for f in ok["file"]], dtype=str
-    )
+    table = pd.DataFrame({"file": ok["file"], "label": [f.parent.name for f in ok["file"]], "channels": ok["channels"]})
+    within = [f.relative_to(folder).parts for f in ok["file"]]
+    parts = pd.Series([p[0] if len(p) > 2 else "" for p in within], dtype=str)
     if (parts == "train").any() and parts.isin(VALID_NAMES).any():
         valid_name = next(name for name in VALID_NAMES if (parts == name).any())
         table["is_valid"] = parts == valid_name
@@ -170,6 +168,9 @@ def _finished(learn: Learner, out: Path, chance: float | None) -> Iterator[None]
     try:
         with learn.no_bar():
             yield
+    except KeyboardInterrupt:
+        say("Stopped; the encoder is saved as it is.")
+        raise
     finally:
         learn.remove_cb(lines)
         learn.save_encoder(out / "encoder.safetensors")
@@ -193,15 +194,14 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path)
     vocab = list(learn.dls.vocab)
     rows = table[table["is_valid"]].reset_index(drop=True)
     rows = rows.assign(predicted=[vocab[i] for i in named], probability=probabilities.max(1).values.numpy())
-    rows.drop(columns="is_valid").to_csv(out / "predictions.csv", index=False)
+    rows.drop(columns=["is_valid", "channels"]).to_csv(out / "predictions.csv", index=False)
     counts = pd.crosstab(rows["label"], rows["predicted"]).reindex(index=vocab, columns=vocab, fill_value=0)
     _plot_confusion(counts)
     save_picture(out / "confusion.png")
     right = int((named == truth).sum())
     low, high = wilson(right, len(truth))
-    say(
-        f"{right} of {len(truth)} validation images right: {right / len(truth):.1%} (95 % interval {low:.1%} to {high:.1%})."
-    )
+    share = f"{right / len(truth):.1%} (95 % interval {low:.1%} to {high:.1%})"
+    say(f"{right} of {len(truth)} validation images right: {share}.")
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

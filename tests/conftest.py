@@ -24,7 +24,7 @@ def _close_figures():
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory):
-    """`shared_data(name)` unpacks the real data set `name` and returns its folder; skips the test where it is absent."""
+    """`shared_data(name)` unpacks a real data set and returns its folder; where it is absent, the test is skipped."""
     base = Path(os.environ.get("SELFSUP_DATA", ROOT.parent / "shared" / "data"))
     unpacked: dict[str, Path] = {}
 

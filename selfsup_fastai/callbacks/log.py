@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 class EpochLines(Callback):
     """One aligned line an epoch on stderr, and on a terminal a bar over the batches: for shells and log files.
 
-    Stands in for fastai's progress bar, whose table goes to stdout: `with learn.no_bar(): learn.fit(..., cbs=EpochLines())`.
+    Stands in for fastai's bar, whose table goes to stdout: `with learn.no_bar(): learn.fit(3, cbs=EpochLines())`.
     """
 
     order = 60  # after the Recorder, whose values it prints
@@ -24,8 +24,7 @@ class EpochLines(Callback):
             self._line(self.recorder.metric_names)
 
     def before_train(self):
-        kwargs = dict(total=len(self.dls.train), leave=False, disable=None, file=sys.stderr, desc=f"epoch {self.epoch}")
-        self.bar = tqdm(**kwargs)
+        self.bar = tqdm(total=len(self.dls.train), desc=f"epoch {self.epoch}", leave=False, disable=None)
 
     def after_batch(self):
         if self.training:

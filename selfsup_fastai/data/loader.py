@@ -1,7 +1,9 @@
 """Loaders: items seeded one by one, the index along where it is needed, and new loaders derived from given ones."""
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
 from copy import copy
+from inspect import signature
 
 import numpy as np
 import torch
@@ -10,11 +12,13 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorBase
 from fastai.vision.augment import Resize
+from fastai.vision.core import PILImageBW
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 
-from selfsup_fastai.data.blocks import OpenChecked, OpenImage
-from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.data.blocks import OpenImage
+from selfsup_fastai.data.opening import image_size, open_image
+from selfsup_fastai.data.pixels import is_grey
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import VALID_SEED, preserved_rng, seeded_item
@@ -90,7 +94,7 @@ def derive_loaders(
     for i, dl in enumerate(dls.loaders):
         dataset, opened = _derive_dataset(dl.dataset, inputs_only, n_in)
         item_tfms, batch_tfms = list(dl.after_item.fs), without(dl.after_batch.fs, Normalize, *drop)
-        if resize and all(isinstance(t, ToTensor) or t.name == "noop" for t in item_tfms):
+        if resize and _nothing_resizes(dl):
             item_tfms.append(Resize(resize))
         if n_in and not opened:
             batch_tfms.append(ToChannels(n_in))
@@ -98,23 +102,36 @@ def derive_loaders(
             batch_tfms.append(Normalize.from_stats(*stats, cuda=False))
         batch_tfms += [copy(t) for t in add]
         kwargs = {"after_item": Pipeline(without(item_tfms)), "after_batch": Pipeline(batch_tfms)}
-        loaders.append(_new_loader(dl, dataset, dl_type, bs=bs if i == 0 else dl.bs, **kwargs))
+        loaders.append(_new_loader(dl, dataset, dl_type, bs=bs if i == 0 else dl.bs, n=dl.n, **kwargs))
     return DataLoaders(*loaders, path=dls.path, device=dls.device)
 
 
 def _new_loader(dl: TfmdDL, dataset, dl_type: type[TfmdDL] | None, **kwargs) -> TfmdDL:
     """`dl.new(...)` that leaves no trace in `dl` and keeps nothing that was learned from its old pipeline."""
     before = set(dl.__dict__)
-    with preserved_rng():
+    kwargs = {"before_batch": Pipeline(without(dl.before_batch.fs)), **kwargs}
+    if dl_type in (None, type(dl)):
+        kwargs = {**_own_settings(dl), **kwargs}
+    with preserved_rng():  # fastai tries one item, with the user's random transforms
         new = dl.new(dataset, cls=dl_type, **kwargs)
+    new.rng.seed(random.getrandbits(62))  # one draw for a new loader, as in fastai
     for name in set(dl.__dict__) - before:
         delattr(dl, name)
     new._types = None  # found anew from a batch of its own
     return new
 
 
+def _own_settings(dl: TfmdDL) -> dict:
+    """Arguments that a loader class adds to fastai's and keeps by name (`WeightedDL.wgts`): `new` forgets them."""
+    known = {*signature(TfmdDL.__init__).parameters, *signature(DataLoader.__init__).parameters}
+    own = set(signature(type(dl).__init__).parameters) - known
+    return {name: value for name, value in vars(dl).items() if name in own}
+
+
 def _derive_dataset(dataset, inputs_only: bool, n_in: int | None):
     """A copy of a fastai dataset with our image opener; and whether an opener was found to replace."""
+    if isinstance(dataset, TfmdLists):
+        return _with_opener(dataset, n_in)
     if not isinstance(dataset, Datasets):
         return dataset, False
     tls = dataset.tls[: dataset.n_inp] if inputs_only else dataset.tls
@@ -129,16 +146,19 @@ def is_opener(tfm: Transform) -> bool:
 
 
 def _with_opener(tl: TfmdLists, n_in: int | None) -> tuple[TfmdLists, bool]:
-    tfms, opened = [], False
-    for tfm in tl.tfms.fs:
-        if n_in and is_opener(tfm):
-            checked = isinstance(tfm, OpenChecked)
-            tfm = (OpenChecked if checked else OpenImage)(n_in, getattr(tfm, "min_side", None))
-            opened = True
-        tfms.append(tfm)
+    """A copy of `tl` that opens images with `n_in` channels; and whether it has an opener."""
+    tfms = [_reopening(t, n_in) if n_in and is_opener(t) else t for t in tl.tfms.fs]
     new = tl._new(tl.items)
     new.tfms = Pipeline(tfms, split_idx=tl.split_idx)
-    return new, opened
+    return new, any(isinstance(t, OpenImage) for t in tfms)
+
+
+def _reopening(opener: Transform, n_in: int) -> OpenImage:
+    if not isinstance(opener, OpenImage):
+        return OpenImage(n_in)
+    new = copy(opener)
+    new.n_in = n_in
+    return new
 
 
 class ToChannels(Transform):
@@ -165,51 +185,84 @@ def n_in_of(dls: DataLoaders, n: int = 64) -> int:
 
     Asks the files, not the batches: fastai opens grey files as RGB.
     """
-    dataset = dls.train_ds
-    fs = list(dataset.tls[0].tfms.fs) if isinstance(dataset, Datasets) else []
-    at = next((i for i, t in enumerate(fs) if is_opener(t)), None)
-    if at is None:
+    images = _images_of(dls.train_ds)
+    if images is None:
         with preserved_rng():
-            return _first_images(dls.train).shape[1]
-    if getattr(fs[at], "n_in", None):
-        return fs[at].n_in
-    items = dataset.tls[0].items[:n]
-    return 1 if all(_is_grey(Pipeline(fs[:at])(item)) for item in items) else 3
+            return _batch_images(_evaluating(dls.train).one_batch()).shape[1]
+    opener = next(t for t in images.tfms.fs if is_opener(t))
+    if getattr(opener, "n_in", None):
+        return opener.n_in
+    if PILImageBW in (images.types or ()):
+        return 1
+    return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, range(min(n, len(images))))) else 3
 
 
-def _is_grey(source) -> bool:
-    image = open_image(source() if callable(source) else source)
-    if image.mode != "RGB":
-        return True
-    pixels = np.asarray(image)
-    return bool((pixels == pixels[..., :1]).all())
+def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:
+    """Whether the images of `dls` differ in size and nothing resizes them: as they are they make no batches.
+
+    Asks the headers of `n` images of each loader, evenly spread.
+    """
+    sizes = set()
+    for dl in dls.loaders:
+        images = _images_of(dl.dataset)
+        if images is None or not _nothing_resizes(dl):
+            return False
+        spread = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
+        for source in _sources(images, spread.tolist()):
+            sizes.add(image_size(source))
+            if len(sizes) > 1:
+                return True
+    return False
 
 
-def _first_images(dl: DataLoader) -> torch.Tensor:
-    b = dl.one_batch()
-    return b[0] if isinstance(b, (tuple, list)) else b
+def _nothing_resizes(dl: TfmdDL) -> bool:
+    tfms = [*dl.after_item.fs, *dl.before_batch.fs]
+    return all(isinstance(t, ToTensor) or t.name == "noop" for t in tfms)
+
+
+def _images_of(dataset) -> TfmdLists | None:
+    """The part of a fastai dataset that opens images; None where nothing in it does."""
+    images = dataset.tls[0] if isinstance(dataset, Datasets) else dataset
+    return images if isinstance(images, TfmdLists) and any(map(is_opener, images.tfms.fs)) else None
+
+
+def _sources(images: TfmdLists, indices: Iterable[int]) -> Iterator:
+    """What the opener gets to open, for each index."""
+    fs = list(images.tfms.fs)
+    before = Pipeline(fs[: next(i for i, t in enumerate(fs) if is_opener(t))])
+    for i in indices:
+        source = before(images._get(i))
+        yield source() if callable(source) else source
+
+
+def _evaluating(dl: TfmdDL) -> TfmdDL:
+    """`dl` as it would be for one pass over all images in order, in this process."""
+    return _new_loader(dl, dl.dataset, None, shuffle=False, drop_last=False, num_workers=0)
+
+
+def _batch_images(b) -> torch.Tensor:
+    """The images of a batch, as a plain tensor."""
+    x = b[0] if isinstance(b, (tuple, list)) else b
+    return x.detach().as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x
 
 
 def measure_stats(dls: DataLoaders, n: int = 1024) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel over at least `n` training images (all, if there are fewer), in [0, 1].
 
-    One batch is not enough: its mean strays. The images are those that training sees, with the user's transforms, before
-    any `Normalize`.
+    One batch is not enough: its mean strays. The images are those that training sees, with the user's transforms,
+    before any `Normalize`.
     """
     total, total_sq, count, images = 0.0, 0.0, 0, 0
+    plain = Pipeline(without(dls.train.after_batch.fs, Normalize))
     with preserved_rng():
-        kwargs = {
-            "shuffle": True,
-            "drop_last": False,
-            "after_batch": Pipeline(without(dls.train.after_batch.fs, Normalize)),
-        }
-        dl = _new_loader(dls.train, dls.train_ds, None, **kwargs)
+        dl = _new_loader(dls.train, dls.train_ds, None, shuffle=True, drop_last=False, after_batch=plain)
         dl.rng.seed(VALID_SEED)
         for b in dl:
-            x = (b[0] if isinstance(b, (tuple, list)) else b).detach().as_subclass(torch.Tensor)
+            x = _batch_images(b)
+            float_images(x)
+            images += len(x)
             x = x.transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W)
             total, total_sq, count = total + x.sum(1), total_sq + (x**2).sum(1), count + x.shape[1]
-            images += b[0].shape[0] if isinstance(b, (tuple, list)) else b.shape[0]
             if images >= n:
                 break
     mean = total / count

@@ -5,7 +5,6 @@ Light on purpose (no torch, no fastai): `python -m selfsup_fastai.data.opening` 
 may identify a patient.
 """
 
-import errno
 import io
 import json
 import os
@@ -15,47 +14,25 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from selfsup_fastai.data.pixels import DEEP, depth, from_array, is_grey, to_pixels
+from selfsup_fastai.data.reasons import MAX_PIXELS, REASONS, BadImage, bad, diagnosis
 from selfsup_fastai.errors import DataError
 
-__all__ = ["MAX_PIXELS", "REASONS", "BadImage", "Source", "describe", "open_image"]
-
-MAX_PIXELS = 89_478_485
-"""The most pixels an image may have: 1 GiB / 4 bytes / 3 channels, Pillow's own limit against decompression bombs."""
+__all__ = ["MAX_PIXELS", "REASONS", "BadImage", "Source", "describe", "image_size", "open_image"]
 
 MEMORY_LIMIT = 2 << 30
 """Bytes of address space of the process that checks files."""
-
-REASONS = {
-    "missing": "The file does not exist (it was removed, or it is a link to nothing).",
-    "no_permission": "The file may not be read by this user.",
-    "not_a_file": "This is a folder, pipe, socket or device, not a regular file.",
-    "empty": "The file has no bytes.",
-    "not_an_image": "The contents are in no image format that Pillow reads.",
-    "dicom": "This is a DICOM file: those are read by a later version; export it to 16-bit PNG or TIFF for now.",
-    "truncated": "The image ends too early: copy or download it again.",
-    "unreadable": "The format is known, but the contents are damaged or of a kind that Pillow cannot decode.",
-    "too_large": f"The image has more than {MAX_PIXELS:,} pixels: cut it into tiles or make it smaller.",
-    "unsupported": "The image is of a kind that cannot be turned into grey or RGB pixels.",
-    "timeout": "Decoding took too long and was stopped.",
-    "crashed": "The decoder crashed on this file.",
-    "out_of_memory": "Decoding needs more memory than there is (or than the check allows).",
-}
-"""Every `BadImage.code` and what it means, in one sentence."""
 
 Source = str | bytes | os.PathLike | BinaryIO | np.ndarray | Image.Image
 """What an image can be opened from; `bytes` are an encoded image, not a path."""
 
 T = TypeVar("T")
 
-_GREY = {"1", "L", "LA", "La"}
-_DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
-_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 # Drawings, films and stubs: Pillow knows their header, but for the pixels calls Ghostscript, or nothing at all.
 _NO_PIXELS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
@@ -68,19 +45,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class BadImage(DataError):
-    """An image that cannot be used. `code` is a key of `REASONS`; the message holds neither path nor file contents."""
-
-    # The message alone must do as an argument: that is how a loader's worker process hands an exception over.
-    def __init__(self, message: str, code: str = "unreadable"):
-        super().__init__(message)
-        self.code = code
-
-
-def _bad(code: str, detail: str = "") -> BadImage:
-    return BadImage(f"{REASONS[code]} {detail}".strip(), code)
 
 
 def open_image(
@@ -123,6 +87,14 @@ def describe(source: Source) -> dict[str, int | float | str | None]:
     return _reported(lambda: _describe(source))
 
 
+def image_size(source: Source) -> tuple[int, int]:
+    """Width and height in pixels, after orientation, from the header alone: whether the pixels can be read stays open.
+
+    Raises `BadImage` or `DataError`, as `open_image` does.
+    """
+    return _reported(lambda: _header_size(source))
+
+
 def _reported(read: Callable[[], T]) -> T:
     """Whatever goes wrong as a `BadImage`, raised outside the handlers: the error it replaces may hold the path."""
     try:
@@ -130,36 +102,19 @@ def _reported(read: Callable[[], T]) -> T:
             warnings.simplefilter("ignore")
             return read()
     except DataError as err:
-        bad = err
+        reason = err
     except Exception as err:  # plugins raise anything: SystemError, RecursionError, struct.error, ...
-        bad = _diagnosis(err)
+        reason = diagnosis(err)
     try:
-        raise bad
+        raise reason
     finally:
-        del bad  # else error and traceback hold each other, and the pixels read so far, until the next collection
-
-
-def _diagnosis(err: Exception) -> BadImage:
-    """The reason for an error of the operating system or of Pillow. Its text is left out: it may quote the file."""
-    gone = isinstance(err, OSError) and err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-    short = isinstance(err, EOFError) or "truncated" in str(err).lower() or "not enough image data" in str(err)
-    causes = {
-        "missing": gone,
-        "no_permission": isinstance(err, PermissionError),
-        "out_of_memory": isinstance(err, MemoryError),
-        "too_large": isinstance(err, Image.DecompressionBombError),
-        "not_an_image": isinstance(err, UnidentifiedImageError),
-        "unsupported": isinstance(err, NotImplementedError),
-        "truncated": short,
-    }
-    code = next((code for code, holds in causes.items() if holds), "unreadable")
-    return _bad(code, f"({type(err).__name__})" if code == "unreadable" else "")
+        del reason  # else error and traceback hold each other, and the pixels read so far, until the next collection
 
 
 def _open(source: Source, n_in: int | None, min_side: int | None) -> Image.Image:
     with _lazy(source) as lazy:
         image, _ = _load(lazy, min_side, "L" if n_in == 1 else None)
-        return _turned(_pixels(image, n_in), _orientation(image))
+        return _turned(to_pixels(image, n_in), _orientation(image))
 
 
 def _describe(source: Source) -> dict[str, int | float | str | None]:
@@ -167,11 +122,17 @@ def _describe(source: Source) -> dict[str, int | float | str | None]:
         mode, form = lazy.mode, lazy.format
         image, size = _load(lazy, min_side=128, mode=None)
         width, height = size[::-1] if _orientation(image) >= 5 else size
-        channels = 1 if image.mode in _DEEP or _is_grey(_pixels(image, None)) else 3
-        bits, largest = _depth(image)
+        channels = 1 if image.mode in DEEP or is_grey(to_pixels(image, None)) else 3
+        bits, largest = depth(image)
         frames = _frames(lazy)  # last: it moves on in the file
     facts = {"width": width, "height": height, "mode": mode, "format": form, "frames": frames}
     return {**facts, "channels": channels, "bits": bits, "max": largest}
+
+
+def _header_size(source: Source) -> tuple[int, int]:
+    with _lazy(source) as lazy:
+        turned = _orientation(lazy) >= 5 and lazy.format != "TIFF"  # Pillow turns TIFFs itself
+        return lazy.size[::-1] if turned else lazy.size
 
 
 @contextmanager
@@ -180,7 +141,7 @@ def _lazy(source: Source) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
         yield source
     elif isinstance(source, np.ndarray):
-        yield _from_array(source)
+        yield from_array(source)
     elif isinstance(source, bytes):
         yield _identify(io.BytesIO(source))
     elif hasattr(source, "read"):
@@ -199,9 +160,9 @@ def _lazy(source: Source) -> Iterator[Image.Image]:
 
 def _refuse_non_file(info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise _bad("not_a_file")
+        raise bad("not_a_file")
     if info.st_size == 0:
-        raise _bad("empty")
+        raise bad("empty")
 
 
 def _identify(file: BinaryIO) -> Image.Image:
@@ -209,17 +170,17 @@ def _identify(file: BinaryIO) -> Image.Image:
     file.seek(0)
     head = file.read(132)
     if not head:
-        raise _bad("empty")
+        raise bad("empty")
     if head[128:] == b"DICM":
-        raise _bad("dicom")
+        raise bad("dicom")
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
         image = None
     if image is None:
-        raise _bad("unreadable" if head.startswith(_MAGIC) else "not_an_image")
+        raise bad("unreadable" if head.startswith(_MAGIC) else "not_an_image")
     if image.format in _NO_PIXELS:
-        raise _bad("unsupported", f"(format {image.format})")
+        raise bad("unsupported", f"(format {image.format})")
     return image
 
 
@@ -227,7 +188,7 @@ def _load(image: Image.Image, min_side: int | None, mode: str | None) -> tuple[I
     """The image with its pixels decoded, perhaps at reduced scale, and the width and height of the full scale."""
     size = image.size
     if size[0] * size[1] > MAX_PIXELS:
-        raise _bad("too_large")
+        raise bad("too_large")
     if min_side:
         image.draft(mode, (2 * min_side, 2 * min_side))
     reduced = image.size != size
@@ -256,120 +217,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
-def _pixels(image: Image.Image, n_in: int | None) -> Image.Image:
-    """A loaded image of any mode as a new one of mode L, RGB or F that carries no metadata."""
-    if image.mode in _DEEP:
-        scaled = _deep_to_255(image)
-        return Image.fromarray(_to_uint8(scaled)).convert("RGB") if n_in == 3 else Image.fromarray(scaled)
-    grey = image.mode in _GREY
-    if image.mode in _PREMULTIPLIED:
-        image = image.convert(_PREMULTIPLIED[image.mode])
-    if not grey:
-        image = _to_rgb(image)
-    wanted = n_in or (1 if grey else 3)
-    image = image.convert("L" if wanted == 1 else "RGB")
-    image.info = {}  # EXIF in it would turn the image a second time, and may name a person
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _lab_to_srgb())
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        mode = image.mode
-    raise _bad("unsupported", f"(mode {mode})")
-
-
-@cache
-def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
-
-
-def _deep_to_255(image: Image.Image) -> np.ndarray:
-    """(H, W) float32 on the 0..255 scale from a grey image of more than 8 bits."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        return _floats_to_255(values)
-    if image.mode == "I" and not _fits_16_bits(values):
-        return _stretched(values)
-    return values.astype(np.float32) / np.float32(257)  # 65535 / 255
-
-
-def _fits_16_bits(values: np.ndarray) -> bool:
-    return values.min() >= 0 and values.max() <= 65535
-
-
-def _floats_to_255(values: np.ndarray) -> np.ndarray:
-    """float32 on the 0..255 scale, by the range of all values together (see `open_image`)."""
-    values = _all_finite(np.asarray(values, dtype=np.float32))
-    if values.min() < 0 or values.max() > 65535:
-        return _stretched(values)
-    if values.max() <= 1:
-        return values * np.float32(255)
-    return values if values.max() <= 255 else values / np.float32(257)
-
-
-def _all_finite(values: np.ndarray) -> np.ndarray:
-    finite = np.isfinite(values)
-    if finite.all():
-        return values
-    known = values[finite] if finite.any() else np.zeros(1, values.dtype)
-    return np.nan_to_num(values, nan=known.min(), neginf=known.min(), posinf=known.max())
-
-
-def _stretched(values: np.ndarray) -> np.ndarray:
-    """float32 with the minimum at 0 and the maximum at 255; all 0 where there is one value only."""
-    low, high = float(values.min()), float(values.max())
-    scaled = np.subtract(values, low, dtype=np.float64)  # float32 cannot tell large integers apart
-    scaled *= 255 / (high - low) if high > low else 0.0
-    return scaled.astype(np.float32)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    return np.rint(values).clip(0, 255).astype(np.uint8)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    """The PIL image that holds an array's own values; deep color arrays as 8-bit RGB: PIL has no deeper one."""
-    shape, kind = array.shape, array.dtype
-    if array.ndim == 3 and shape[2] == 1:
-        array = array[..., 0]
-    color = array.ndim == 3 and array.shape[2] in (3, 4)
-    if not (array.ndim == 2 or color) or array.size == 0 or kind.kind not in "buif":
-        expected = "Expected numbers of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
-        raise _bad("unsupported", f"{expected}, not empty; got {kind} of shape {shape}.")
-    if color:
-        array = array[..., :3]
-    if kind.kind == "b":
-        array = array.astype(np.uint8) * 255
-    elif kind.kind == "u" and kind.itemsize == 2:
-        array = _to_uint8(array / np.float32(257)) if color else array.astype(np.uint16)
-    elif kind != np.uint8:
-        array = _to_uint8(_floats_to_255(array)) if color else array.astype(np.float32)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _is_grey(image: Image.Image) -> bool:
-    """Whether red, green and blue are equal everywhere."""
-    if image.mode != "RGB":
-        return True
-    values = np.asarray(image)
-    # A few rows first: they settle it for nearly every color image.
-    return all(bool((part[..., :2] == part[..., 1:]).all()) for part in (values[::16], values))
-
-
-def _depth(image: Image.Image) -> tuple[int, int | float | None]:
-    """Bits a channel, and the largest finite value where there are more than 8."""
-    if image.mode not in _DEEP:
-        return 8, None
-    values = np.asarray(image)
-    if image.mode == "F":
-        return 32, float(_all_finite(values).max())
-    return (16 if _fits_16_bits(values) else 32), int(values.max())
 
 
 def _answer(request: bytes) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Pictures of what an encoder has learned."""
 
+from typing import Any
+
 import torch
 from fastai.data.load import DataLoader
 from matplotlib.axes import Axes
@@ -10,7 +12,7 @@ from selfsup_fastai.pictures import draw, grid_axes
 
 
 def nearest_neighbors(
-    encoder,  # An Encoder, or anything with `.encoder`
+    encoder: Any,  # An Encoder, or anything with `.encoder`, such as a learner
     dl: DataLoader,  # Images, labeled or not: `dls.train`, `dls.valid`
     queries: int = 6,  # How many images to find neighbors of, spread evenly over the data
     k: int = 6,  # Neighbors of each

@@ -7,15 +7,12 @@ damaged file from a whole one; only `load_encoder` checks it, `read_card` reads 
 import copy
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torchvision.models
@@ -23,17 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from selfsup_fastai import __version__
-from selfsup_fastai.encoders.encoder import Encoder, bare_module, create_encoder, is_timm_name, torchvision_names
+from selfsup_fastai.encoders.bodies import bare_module, is_timm_name, torchvision_names
+from selfsup_fastai.encoders.card import damaged, make_card, parse_card
+from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.errors import EncoderFileError, SelfsupError, UnknownNameError
 
-FORMAT = 1  # Raised when an older `load_encoder` could no longer read what is written
 KEY = "selfsup_fastai"  # Where the card stands in the safetensors metadata
 SUFFIX = ".safetensors"
-ROUND = ("task", "epochs", "images", "data")  # What a lineage tells of a round
-MAX_CHANNELS, MAX_SIZE, MAX_NUMBER = 1024, 16384, 65536  # Beyond these a card is damaged or hostile
-UNSAFE = {"checkpoint_path", "cache_dir", "model_name", "name", "progress", "features_only", "feature_cls"}
-UNSAFE |= {"out_indices", "pruned", "weights", "weights_backbone", "backbone", "device", "dtype"}
 
 
 def save_encoder(
@@ -51,7 +44,7 @@ def save_encoder(
         raise EncoderFileError(f"{str(file)!r} names no file to save the encoder in.")
     path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _state(encoder.body)}
-    card = _make_card(encoder, card_fields)
+    card = make_card(encoder, card_fields)
     card["digest"] = _digest(card, tensors)
     header = {KEY: json.dumps(card, sort_keys=True, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +62,7 @@ def read_card(file: str | os.PathLike) -> dict:
             f"{path.name} is a safetensors file without our card. Load its tensors into a network yourself "
             "(net.load_state_dict(safetensors.torch.load_file(file))), then pass the network: create_encoder(net)."
         )
-    try:
-        card = json.loads(metadata[KEY])
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "its card is not JSON") from error
-    _check_card(card, path)
-    return card
+    return parse_card(metadata[KEY], path)
 
 
 def load_encoder(
@@ -90,7 +78,7 @@ def load_encoder(
             _check_shapes(_body(card, module, path), shapes, path)
         tensors = {key: saved.get_tensor(key) for key in shapes}
     if card.get("digest") != _digest(card, tensors):
-        raise _damaged(path, "its contents do not add up to its checksum")
+        raise damaged(path, "its contents do not add up to its checksum")
     body = _body(card, module, path)
     body.load_state_dict(tensors, strict=True)
     with _as_card_says(card, path):
@@ -138,59 +126,6 @@ def _means_file(source: object) -> bool:
 
 def _state(body: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, value) for key, value in body.state_dict().items() if isinstance(value, Tensor)]
-
-
-def _make_card(encoder: Encoder, fields: dict) -> dict:
-    own = {
-        "format": FORMAT,
-        "arch": encoder.arch,
-        "source": encoder.source,
-        "kwargs": encoder.kwargs,
-        "in_chans": encoder.in_chans,
-        "input": encoder.input,
-        "mean": encoder.mean,
-        "std": encoder.std,
-        "size": encoder.size,
-        "num_features": encoder.num_features,
-        "versions": _versions(),
-    }
-    taken = (own.keys() | {"lineage", "digest"}) & fields.keys()
-    if taken:
-        raise EncoderFileError(f"The card fills in {', '.join(sorted(taken))} itself; choose other names.")
-    this_round = [{k: fields[k] for k in ROUND if k in fields}] if fields.get("task") else []
-    card = _plain({**own, **fields, "lineage": [*encoder.lineage, *this_round]}, "card")
-    if _unusable(card):
-        raise EncoderFileError(
-            f"The encoder cannot be saved, because nothing could load it again: unusable {', '.join(_unusable(card))}."
-        )
-    return card
-
-
-def _versions() -> dict[str, str]:
-    versions = {"selfsup_fastai": __version__}
-    for package in ("torch", "timm", "fastai"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # Installed from source without metadata
-            versions[package] = "unknown"
-    return versions
-
-
-def _plain(value: object, where: str) -> object:
-    """The same in JSON's types; numpy and torch scalars become numbers, and what is not finite becomes null."""
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
-    raise EncoderFileError(
-        f"The card takes numbers, strings, lists and dicts with string keys; {where} holds {type(value).__name__}."
-    )
 
 
 def _digest(card: dict, tensors: dict[str, Tensor]) -> str:
@@ -249,79 +184,13 @@ def _not_safetensors(path: Path) -> EncoderFileError:
         start = raw.read(16)
     if not start:
         return EncoderFileError(f"{path.name} is empty: it was never written to the end. Save the encoder again.")
-    if start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] <= b"\x05")):
+    headed = start[8:9] == b"{"  # By a safetensors header, whose length can look like the start of a pickle
+    if not headed and (start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] <= b"\x05")):
         return EncoderFileError(
             f"{path.name} is a pickle (.pth, .pt, .pkl) and was not opened, because loading a pickle can run code. If "
             "you trust it, load it into a network yourself and pass the network: create_encoder(net)."
         )
-    return _damaged(path, "it does not read as safetensors to the end")
-
-
-def _damaged(path: Path, why: str) -> EncoderFileError:
-    return EncoderFileError(f"{path.name} is damaged or no encoder of ours ({why}). Copy or save it again.")
-
-
-def _check_card(card: object, path: Path) -> None:
-    """Every field of the type and in the range that the code after this relies on."""
-    if not isinstance(card, dict) or not _whole(card.get("format"), 10**6):
-        raise _damaged(path, "its card names no format")
-    if card["format"] > FORMAT:
-        raise EncoderFileError(
-            f"{path.name} was written by a newer selfsup_fastai (format {card['format']}; this one reads {FORMAT}). "
-            "Upgrade selfsup_fastai."
-        )
-    wrong = _unusable(card)
-    if wrong:
-        raise _damaged(path, f"its card has an unusable {', '.join(wrong)}")
-
-
-def _unusable(card: dict) -> list[str]:
-    return [field for field, good in _card_checks(card).items() if not good]
-
-
-def _card_checks(card: dict) -> dict[str, bool]:
-    channels, kwargs, lineage = card.get("in_chans"), card.get("kwargs"), card.get("lineage")
-    return {
-        "source": card.get("source") in ("timm", "torchvision", "module"),
-        "arch": isinstance(card.get("arch"), str),
-        "kwargs": isinstance(kwargs, dict) and not _unsafe(kwargs),
-        "in_chans": _whole(channels, MAX_CHANNELS),
-        "input": isinstance(card.get("input"), str),
-        "mean": "mean" in card and _statistics(card["mean"], channels, -math.inf),
-        "std": "std" in card and _statistics(card["std"], channels, 0),
-        "size": "size" in card and (card["size"] is None or _whole(card["size"], MAX_SIZE)),
-        "num_features": _whole(card.get("num_features"), 2**31),
-        "versions": isinstance(card.get("versions"), dict),
-        "lineage": isinstance(lineage, list) and all(isinstance(entry, dict) for entry in lineage),
-    }
-
-
-def _whole(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def _statistics(values: object, channels: object, above: float) -> bool:
-    """One finite number above `above` for each channel, or None."""
-    if values is None:
-        return True
-    if not isinstance(values, list) or len(values) != channels:
-        return False
-    return all(isinstance(v, int | float) and math.isfinite(v) and v > above for v in values)
-
-
-def _unsafe(kwargs: dict) -> list[str]:
-    """Arguments that could make timm or torchvision fetch or open something, and numbers no network has."""
-    return [key for key, value in kwargs.items() if key in UNSAFE or key.startswith("pretrained") or not _modest(value)]
-
-
-def _modest(value: object) -> bool:
-    if isinstance(value, list):
-        return len(value) <= 64 and all(_modest(item) for item in value)
-    if isinstance(value, dict):
-        return len(value) <= 64 and all(_modest(item) for item in value.values()) and not _unsafe(value)
-    if isinstance(value, int | float):
-        return abs(value) < MAX_NUMBER
-    return value is None or isinstance(value, str)
+    return damaged(path, "it does not read as safetensors to the end")
 
 
 def _body(card: dict, module: nn.Module | None, path: Path) -> nn.Module:
@@ -349,7 +218,7 @@ def _as_card_says(card: dict, path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # A card can hold any arguments, and a constructor can raise anything
         why = f"{card['arch']:.80} cannot be built as its card says: {type(error).__name__}"
-        raise _damaged(path, why) from error
+        raise damaged(path, why) from error
 
 
 def _check_shapes(body: nn.Module, saved: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pretext tasks: questions about unlabeled images whose answers are known for free. `TASKS` is the one table of them."""
+"""Pretext tasks: questions about unlabeled images whose answers come for free. `TASKS` is the one table of them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ TASKS = {
 
 def task_class(name: str) -> "type[PretextTask]":
     """The class of the task called `name`; `UnknownNameError` with the nearest name if there is none."""
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise unknown("pretext task", name, TASKS)
     module, cls = TASKS[name].split(":")
     return getattr(import_module(f"{__name__}.{module}"), cls)

@@ -108,6 +108,7 @@ class PretextTask(ABC):
 
     @classmethod
     def setting_names(cls) -> list[str]:
+        """Names of the constructor's arguments."""
         return [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "args", "kwargs")]
 
     def settings(self) -> dict:

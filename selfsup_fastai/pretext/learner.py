@@ -1,6 +1,7 @@
 """`pretext_learner`: unlabeled loaders and a task's name -> a fastai `Learner` that trains an encoder."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,14 +56,15 @@ def pretext_learner(
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
     with preserved_rng():
         side = min(plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:])
-    encoder = get_encoder(arch if encoder is None else encoder, n_in or n_in_of(plain), side, pretrained)
+    encoder = _encoder_to_train(arch if encoder is None else encoder, n_in or n_in_of(plain), side, pretrained)
     plain = derive_loaders(plain, n_in=encoder.in_chans)
     if encoder.mean is None:
         encoder.mean, encoder.std = measure_stats(plain)
     encoder.size = encoder.size or side
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=[PretextTransform(task)])
     task.setup(pretext, encoder)
-    fastai_args = dict(opt_func=opt_func, lr=lr, wd=wd, model_dir=model_dir, path=path)
+    path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
+    fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
     metrics = task.metrics if metrics is None else metrics
     return PretextLearner(pretext, task, task.model(encoder), metrics=metrics, cbs=cbs, **fastai_args)
 
@@ -71,8 +73,17 @@ def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
     if task is not None:
         return get_task(task, **settings)
     if isinstance(dls.train, PretextDL):
-        return dls.train.task
+        return get_task(dls.train.task, **settings)
     raise TaskError(f"Which task? pretext_learner(dls, 'rotation'), for one. There are: {', '.join(TASKS)}.")
+
+
+def _encoder_to_train(source: object, n_in: int, side: int, pretrained: bool) -> Encoder:
+    """Of a pretext learner a copy, which remembers that learner's round: each learner keeps the encoder it trained."""
+    encoder = get_encoder(source, n_in, side, pretrained)
+    if isinstance(source, PretextLearner):
+        encoder = deepcopy(encoder)
+        encoder.lineage = [*encoder.lineage, source.this_round()]
+    return encoder
 
 
 class Answer(NamedTuple):
@@ -93,7 +104,7 @@ class PretextLearner(Learner):
     """A fastai `Learner` of a pretext task. `learn.encoder` is what it is all about."""
 
     def __init__(self, dls: DataLoaders, task: PretextTask, model: nn.Module, cbs=None, **kwargs):
-        self.epochs_done, self.images_seen = 0, 0
+        self.epochs_done, self.images_seen, self.last_values = 0, 0, {}
         cbs = [CountImages(task.passes), *task.callbacks(), *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), cbs=cbs, **kwargs)
         self.task = task
@@ -110,26 +121,28 @@ class PretextLearner(Learner):
     def predict(self, item, **_) -> Answer:
         """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""
         source = TfmdLists([item], OpenImage(self.encoder.in_chans), split_idx=1, do_setup=False)
-        dl = self.dls.valid.new(Datasets(tls=L(source)), bs=1, n=1, shuffle=False, drop_last=False, num_workers=0)
+        dl = self.dls.valid.new(Datasets(tls=L([source])), bs=1, n=1, shuffle=False, drop_last=False, num_workers=0)
         b = dl.one_batch()
         pred, _, decoded = self.get_preds(dl=[b], with_decoded=True)
         return Answer(self.task, *dl.question(b), pred, decoded)
 
     def save_encoder(self, file: str | Path) -> Path:
         """The encoder and its card (`read_card(file)`) in a .safetensors file; returns its path."""
-        encoder = self.encoder
-        return save_encoder(encoder, file, lineage=encoder.lineage, **self._card())
+        return save_encoder(self.encoder, file, **self._card())
+
+    def this_round(self) -> dict:
+        """What the lineage of an encoder tells of its training by this learner: task, epochs, images, data."""
+        card = self._card()
+        return {key: card[key] for key in ("task", "epochs", "images", "data")}
 
     def _card(self) -> dict:
-        values = self.recorder.values[-1] if getattr(self, "recorder", None) and self.recorder.values else []
-        names = self.recorder.metric_names[1 : 1 + len(values)] if values else []
         return {
             "task": self.task.name,
             "settings": self.task.settings(),
             "epochs": self.epochs_done,
             "images": round(self.images_seen),
             "data": self._data_print(),
-            "metrics": {name: float(value) for name, value in zip(names, values) if value is not None},
+            "metrics": {name: float(value) for name, value in self.last_values.items() if value is not None},
         }
 
     def _data_print(self) -> dict:
@@ -140,7 +153,12 @@ class PretextLearner(Learner):
 
 
 class CountImages(Callback):
-    """Counts what training cost: epochs, and images through the encoder (RotNet: four for each image)."""
+    """Counts what training cost: epochs, and images through the encoder (RotNet: four for each image).
+
+    Keeps the losses and metrics of the last epoch, which the Recorder forgets at the next `validate` or `get_preds`.
+    """
+
+    order = 51  # after the Recorder, whose values it reads
 
     def __init__(self, passes: float):
         self.passes = passes
@@ -153,4 +171,6 @@ class CountImages(Callback):
             self.learn.images_seen += len(self.xb[0]) * self.passes
 
     def after_epoch(self):
-        self.learn.epochs_done += 1
+        if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
+            self.learn.epochs_done += 1
+            self.learn.last_values = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))

@@ -4,6 +4,7 @@ from copy import copy
 
 import torch
 from fastai.torch_core import to_cpu
+from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -38,6 +39,7 @@ class PretextTransform(Transform):
         self.seed, self._generator = seed, None
 
     def generator(self, device: torch.device) -> torch.Generator:
+        """What the task draws from; made anew after `reseed`, and on another device."""
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
         return self._generator
@@ -66,9 +68,12 @@ class PretextDL(IndexedDL):
     For DataBlock users: `dblock.dataloaders(path, dl_type=PretextDL, batch_tfms=[PretextTransform('rotation')])`.
     """
 
-    def __init__(self, dataset, *args, after_batch=None, **kwargs):
+    def __init__(self, dataset, *args, after_batch=None, batch_tfms=None, **kwargs):
+        tfms = list(Pipeline(after_batch).fs)
+        # fastai's loaders drop `batch_tfms` without a word; DataBlock.dataloaders hands them to every split's loader
+        tfms += [t for t in L(batch_tfms) if all(type(t) is not type(f) for f in tfms)]
         # a copy of its own: else a look at one loader would reseed the draws of another
-        tfms = [copy(t) if isinstance(t, PretextTransform) else t for t in Pipeline(after_batch).fs]
+        tfms = [copy(t) if isinstance(t, PretextTransform) else t for t in tfms]
         super().__init__(dataset, *args, after_batch=Pipeline(tfms), **kwargs)
         self._types, self._n_inp = None, None  # spares fastai a pass through the pipeline to find out
 
@@ -107,7 +112,7 @@ class PretextDL(IndexedDL):
     def show_batch(
         self, b=None, max_n: int = 9, ctxs=None, show: bool = True, unique: bool = False, **kwargs
     ) -> list[Axes]:
-        """What the network is asked. `unique`: one image, asked about again and again; `show=False`: (inputs, targets)."""
+        """What the network is asked. `unique`: about one image, again and again; `show=False`: (inputs, targets)."""
         if b is None:
             b = self._repeated_item(max_n) if unique else self.one_batch()
         if not show:

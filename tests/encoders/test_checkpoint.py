@@ -302,6 +302,7 @@ HOSTILE = {
     "large": kwargs(channels=[60000, 60000, 60000, 60000]),  # Terabytes, were it built
     "unknown kwarg": kwargs(foo=1),
     "wrong kwarg": kwargs(layers="many"),
+    "no mean": lambda card: card.pop("mean"),
     "mean short": lambda card: card.update(mean=[0.5]),
     "mean text": lambda card: card.update(mean="abc"),
     "mean infinite": lambda card: card.update(mean=[float("inf")] * 3),
@@ -343,9 +344,7 @@ def test_missing_and_unexpected_tensors_are_counted(saved):
     card = json.dumps(read_card(saved))
     tensors.pop("conv1.0.weight")
     save_file({**tensors, "extra": torch.zeros(1), "more": torch.zeros(1)}, saved, {"selfsup_fastai": card})
-    with pytest.raises(
-        EncoderFileError, match=r"1 missing, 2 unexpected, 0 of another shape \(e\.g\. conv1\.0\.weight\)"
-    ):
+    with pytest.raises(EncoderFileError, match=r"1 missing, 2 unexpected, 0 of another shape .e\.g\. conv1\.0"):
         load_encoder(saved)
 
 

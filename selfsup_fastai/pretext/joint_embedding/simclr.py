@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 from selfsup_fastai.data.views import random_view, simclr_recipe
 from selfsup_fastai.encoders.heads import mlp
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
-from selfsup_fastai.pretext.base import PerView, PretextTask
+from selfsup_fastai.pretext.base import PerView, PretextTask, per_image
 
 
 def found_pair(pred, target):
@@ -51,6 +52,10 @@ class SimCLR(PretextTask):
         self.temperature, self.dim, self.strength = temperature, dim, strength
         self.min_area, self.flip, self.blur = min_area, flip, blur
 
+    def setup(self, dls, encoder):
+        if dls.train.bs is not None and dls.train.bs < 2:
+            raise TaskError("simclr tells images of a batch apart: it needs a batch size of 2 or more, not 1.")
+
     def recipe(self, side: int):
         """The random views for images of `side` pixels."""
         blur = side >= 64 if self.blur is None else self.blur
@@ -65,6 +70,8 @@ class SimCLR(PretextTask):
         return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim))
 
     def loss(self, pred, target, reduction="mean"):
+        if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
+            return per_image(pred.new_zeros(1), reduction)  # the formula's value where there is nobody else
         return nt_xent(pred[:, 0], pred[:, 1], self.temperature, reduction)
 
     def activation(self, pred):

@@ -42,8 +42,8 @@ class Jigsaw(PretextTask):
     the number of the permutation, (B,). Prediction: (B, n_permutations) logits; chance is 1 / n_permutations.
 
     Guards against answers without understanding: random gaps (edges that continue), each tile standardized by channel
-    (brightness gradients), the whole image grey for 30 % (color), channels shifted by up to 1/32 of the tile against
-    each other (chromatic aberration; about the paper's 2 of 64 pixels). No mirror images, as in the authors' data.
+    (brightness gradients), the whole image grey for 30 % (color), each color channel shifted by up to 1/32 of the tile
+    (chromatic aberration; about the paper's 2 of 64 pixels). No mirror images, as in the authors' data.
     The released set has 100 permutations, the paper's best run 1000; 64 is ours, for thousands of images rather than a
     million, and so are the narrower layers after the encoder (the paper's: 1024 a tile, then 4096).
 
@@ -66,7 +66,7 @@ class Jigsaw(PretextTask):
         shift: bool = True,  # Channels shifted against each other
         tile_features: int = 256,  # Width per tile after the encoder
         hidden: int = 1024,  # Width of the layer that sees all tiles
-        dropout: float = 0.5,
+        dropout: float = 0.5,  # Share of the features dropped, of each tile and of the hidden layer
     ):
         if not 2 <= n_permutations <= 10_000:
             raise TaskError(f"n_permutations is from 2 to 10,000, got {n_permutations}.")

@@ -1,0 +1,191 @@
+"""Writes what the documentation takes from the code: a page for each pretext task, and the table of tasks in README.md.
+
+    make docs
+
+Texts come from `TASKS`, docstrings and the comments behind arguments; tests/test_docs.py fails while a committed page
+says something else than the code. Pictures are drawn here too, and are not compared.
+"""
+
+import inspect
+import io
+import re
+from pathlib import Path
+
+import torch
+from fastcore.docments import docments
+from matplotlib import pyplot as plt
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+from selfsup_fastai.pretext import TASKS, task_class
+from selfsup_fastai.pretext.base import PretextTask
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- tasks: written by docs/generate.py -->", "<!-- end of tasks -->"
+HEADINGS = {"In:": "What goes in, what comes out", "Guards": "Guards against shortcuts", "Suits": "When it suits"}
+CREDIT = (
+    "Made from [china.jpg](https://www.flickr.com/photos/danielbuechele/6061409035/) by danielbuechele and "
+    "[flower.jpg](https://www.flickr.com/photos/vultilion/6056698931/) by vultilion, which come with scikit-learn; "
+    "both [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/), cut and changed as the task does."
+)
+PAGE = """# {name}
+
+*{question}?*
+
+![What the network is asked](../img/{name}.png)
+
+{paper}
+
+{sections}
+
+## Settings
+
+{settings}
+
+## Cost and limits
+
+For each image of the data, {passes} through the encoder.
+Images of {channels} channels, at least {min_side} pixels a side.
+
+## How to use it
+
+```python
+from selfsup_fastai.all import *
+
+dls = UnlabeledDataLoaders.from_folder('photos', size=128, bs=64)
+learn = pretext_learner(dls, '{name}'{example})
+learn.show_batch()
+learn.fit_one_cycle(20, 3e-3)
+learn.save_encoder('{name}')
+```
+
+From the shell:
+
+```bash
+selfsup pretrain photos --task {name}{flag}
+```
+
+Code: [`{module}`](../../{file}). All tasks: [README](../../README.md#the-tasks).
+
+---
+
+Picture: {credit}
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Every generated text, by the file it belongs in (below the repository's root)."""
+    texts = {Path("docs/tasks") / f"{name}.md": task_page(name) for name in TASKS}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    return {**texts, Path("README.md"): with_table(readme)}
+
+
+def task_page(name: str) -> str:
+    """The page of one task, in Markdown."""
+    cls = task_class(name)
+    _, paper, *rest = paragraphs(cls)
+    setting = next(iter(settings_of(cls)), None)
+    return PAGE.format(
+        name=name,
+        question=cls.asks().rstrip("?"),
+        paper=linked(paper),
+        sections="\n\n".join(linked(f"## {_heading(p)}\n\n{p}" if _heading(p) else p) for p in rest),
+        settings=settings_table(cls),
+        passes=_passes(cls().passes),
+        channels=" or ".join(map(str, cls.channels)),
+        min_side=cls.min_side,
+        example=f", {setting[0]}={setting[1]!r}" if setting else "",
+        flag=f" --set {setting[0]}={setting[1]}" if setting else "",
+        module=cls.__module__,
+        file=cls.__module__.replace(".", "/") + ".py",
+        credit=CREDIT,
+    )
+
+
+def paragraphs(cls: type[PretextTask]) -> list[str]:
+    """The paragraphs of a docstring, each on one line."""
+    return [" ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.getdoc(cls))]
+
+
+def linked(text: str) -> str:
+    """arXiv numbers become links."""
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def _heading(paragraph: str) -> str | None:
+    return next((heading for start, heading in HEADINGS.items() if paragraph.startswith(start)), None)
+
+
+def settings_of(cls: type[PretextTask]) -> list[tuple[str, object, str]]:
+    """(name, default, comment) of each setting."""
+    found = docments(cls.__init__, full=True)
+    return [(name, found[name]["default"], found[name]["docment"] or "") for name in cls.setting_names()]
+
+
+def settings_table(cls: type[PretextTask]) -> str:
+    rows = [f"| `{name}` | `{default!r}` | {_cell(comment)} |" for name, default, comment in settings_of(cls)]
+    return "\n".join(["| setting | default | |", "|---|---|---|", *rows]) if rows else "None."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _passes(n: float) -> str:
+    return "1 image-sized pass" if n == 1 else f"{n:.2g} image-sized passes"
+
+
+def task_table() -> str:
+    """The table of all tasks, in Markdown."""
+    rows = ["| task | what the network is asked | paper | passes per image |", "|---|---|---|---|"]
+    for name in TASKS:
+        cls = task_class(name)
+        rows.append(f"| [{name}](docs/tasks/{name}.md) | {_cell(cls.asks())} | {cls.paper} | {cls().passes:.2g} |")
+    return "\n".join(rows)
+
+
+def with_table(readme: str) -> str:
+    """README.md with the table between the two marks brought up to date."""
+    before, mark, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"README.md has lost the marks of its task table: {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{task_table()}\n{END}{after}"
+
+
+def photos(side: int = 160) -> Tensor:
+    """Six squares of scikit-learn's two photographs, (6, 3, side, side) in [0, 1]."""
+    squares = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = Image.fromarray(load_sample_image(name))
+        room = photo.width - photo.height
+        for left in (0, room // 2, room):
+            square = photo.crop((left, 0, left + photo.height, photo.height))
+            squares.append(torch.frombuffer(bytearray(square.resize((side, side)).tobytes()), dtype=torch.uint8))
+    return torch.stack(squares).view(6, side, side, 3).permute(0, 3, 1, 2).float() / 255
+
+
+def draw_picture(name: str, file: Path) -> None:
+    """What the task asks about the six squares, as a PNG of 256 colors."""
+    task = task_class(name)()
+    batch = task.batch(photos(), generator=torch.Generator().manual_seed(0), train=True)
+    batch = [t.as_subclass(Tensor) for t in batch]
+    task.show(batch[: task.n_inp], batch[task.n_inp :], max_n=6)
+    buffer = io.BytesIO()
+    plt.savefig(buffer, dpi=80, bbox_inches="tight")
+    plt.close()
+    Image.open(buffer).convert("RGB").quantize(256).save(file, optimize=True)
+
+
+def main() -> None:
+    for folder in ("docs/tasks", "docs/img"):
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    for file, text in pages().items():
+        (ROOT / file).write_text(text, "utf-8")
+    for name in TASKS:
+        draw_picture(name, ROOT / "docs/img" / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The command `selfsup`, run as a user runs it: in a process of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from selfsup_fastai.encoders.checkpoint import read_card
+from tests.conftest import write_images
+
+QUICK = ["--epochs", "2", "--size", "32", "--bs", "8", "--arch", "resnet10t", "--workers", "0"]
+
+
+def selfsup(*args, cwd, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "selfsup_fastai.cli", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 images without labels, one broken file and one that is no image."""
+    folder = write_images(tmp_path_factory.mktemp("images"), 24, (32, 32))
+    (folder / "broken.png").write_bytes((folder / "0000.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(images, tmp_path_factory):
+    """A finished `selfsup pretrain` and its run folder."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    return selfsup("pretrain", images, "--out", out, *QUICK, cwd=images), out
+
+
+def test_help_is_quick_to_load(tmp_path):
+    code = "import sys, selfsup_fastai.cli; print(sorted({'torch', 'fastai', 'numpy', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stderr
+    done = selfsup("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("tasks", "pretrain", "finetune", "demo"))
+
+
+def test_pretrain_leaves_a_whole_run_folder(pretrained):
+    done, out = pretrained
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "encoder.safetensors")  # the result, alone, for a pipe
+    names = {file.name for file in out.iterdir()}
+    pictures = {"batch.png", "history.png", "results.png", "neighbors.png"}
+    assert names == {"settings.json", "metrics.csv", "left_out.csv", "encoder.safetensors", *pictures}
+    metrics = pd.read_csv(out / "metrics.csv")
+    assert list(metrics.columns) == ["epoch", "train_loss", "valid_loss", "accuracy"]
+    assert list(metrics["epoch"]) == [0, 1]
+    assert sorted(pd.read_csv(out / "left_out.csv")["code"]) == ["not_an_image", "truncated"]
+    assert json.loads((out / "settings.json").read_text())["epochs"] == 2
+
+
+def test_pretrain_says_what_it_did_on_stderr(pretrained):
+    done, _ = pretrained
+    assert "2 of 26 files left out" in done.stderr
+    assert "24 images" in done.stderr
+    assert "\r" not in done.stderr  # no progress bar in a pipe
+    rows = [line.split() for line in done.stderr.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    assert [len(row) for row in rows] == [5, 5]  # epoch, two losses, accuracy, time
+
+
+def test_the_encoder_knows_its_cost(pretrained):
+    card = read_card(pretrained[1] / "encoder.safetensors")
+    assert (card["task"], card["epochs"], card["in_chans"], card["size"]) == ("rotation", 2, 3, 32)
+    assert card["images"] == 2 * 16 * 4  # 22 to train, in whole batches of 8; four turns each
+
+
+def test_same_seed_same_encoder(pretrained, images, tmp_path):
+    done = selfsup("pretrain", images, "--out", tmp_path / "again", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = (pretrained[1] / "encoder.safetensors").read_bytes()
+    assert (tmp_path / "again" / "encoder.safetensors").read_bytes() == first
+
+
+def test_finetune(pretrained, tmp_path):
+    for label, seed in (("cats", 1), ("dogs", 2)):
+        write_images(tmp_path / "labeled" / label, 10, (32, 32), seed=seed)
+    encoder = pretrained[1] / "encoder.safetensors"
+    args = ["--encoder", encoder, "--epochs", 3, "--bs", 4, "--out", tmp_path / "tuned", "--workers", 0]
+    done = selfsup("finetune", tmp_path / "labeled", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "tuned")
+    assert "head" in done.stderr  # the plan
+    assert "of 4 validation images right" in done.stderr
+    predictions = pd.read_csv(tmp_path / "tuned" / "predictions.csv")
+    assert len(predictions) == 4 and set(predictions["label"]) == {"cats", "dogs"}
+    assert predictions["probability"].between(0.5, 1).all()
+    assert len(pd.read_csv(tmp_path / "tuned" / "metrics.csv")) == 4  # three epochs and the head's own
+    rounds = [entry["task"] for entry in read_card(tmp_path / "tuned" / "encoder.safetensors")["lineage"]]
+    assert rounds == ["rotation", "fine_tune"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said", "code"),
+    [
+        (["pretrain", "missing"], "missing", 1),
+        (["pretrain", ".", "--task", "rotaton"], "Did you mean 'rotation'", 1),
+        (["pretrain", ".", "--size", "0"], "--size", 2),
+        (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
+        (["finetune", ".", "--encoder", "nothing.safetensors"], "", 1),
+        (["finetune", "."], "--encoder", 2),
+        (["prtrain"], "prtrain", 2),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(args, said, code, tmp_path):
+    done = selfsup(*args, cwd=tmp_path)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_debug_shows_where(tmp_path):
+    done = selfsup("--debug", "pretrain", "missing", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_wrong_setting_of_a_task(images, tmp_path):
+    done = selfsup("pretrain", images, "--set", "trns=one", *QUICK, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "rotation has no setting 'trns'; it has turns" in done.stderr
+
+
+def test_closed_pipe_is_quiet(tmp_path):
+    command = f"{sys.executable} -m selfsup_fastai.cli --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stderr and done.stdout.startswith("Usage")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_runs_save_what_there_is(images, tmp_path, sent, code):
+    endless = ["100000" if word == "2" else word for word in QUICK]
+    command = [sys.executable, "-m", "selfsup_fastai.cli", "pretrain", str(images), "--out", "run", *endless]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run.send_signal(sent)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == code, said
+    assert "Traceback" not in said and "selfsup: stopped" in said
+    assert read_card(tmp_path / "run" / "encoder.safetensors")["epochs"] >= 1
+    assert (tmp_path / "run" / "history.png").exists()

@@ -1,0 +1,246 @@
+"""The documentation says what is so: generated pages are up to date, links lead somewhere, and every code block runs.
+
+Blocks run as they stand but for sizes and epochs (`SMALLER`), in one folder and one namespace per document.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_images
+from fastai.torch_core import set_seed
+
+from selfsup_fastai import cli
+from selfsup_fastai.pretext import TASKS, task_class
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", *(f"docs/tasks/{name}.md" for name in TASKS)]
+SMALLER = [  # So that nobody waits; the rest of each block is what the reader reads
+    (r"size=128", "size=40"),
+    (r"Resize\(128\)", "Resize(40)"),
+    (r"bs=64", "bs=8"),
+    (r"(?:resnet18)", "resnet10t"),
+    (r"fit_one_cycle\((?:20|11),", "fit_one_cycle(1,"),
+    (r"(fine_tune|fine_tune_plan)\(10\)", r"\1(1)"),
+    (r"valid_pct=0.2, ", "valid_pct=0.2, bs=8, num_workers=0, "),
+]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def smaller(code: str) -> str:
+    for pattern, replacement in SMALLER:
+        code = re.sub(pattern, replacement, code)
+    return code
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with photos/ (24 images and one that is none) and labeled/ (two classes), as the documents assume."""
+    write_images(tmp_path / "photos", 24, (48, 48))
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    for seed, label in enumerate(("cat", "dog"), start=1):
+        write_images(tmp_path / "labeled" / label, 20, (48, 48), seed=seed)
+    monkeypatch.chdir(tmp_path)
+    set_seed(0)
+    return tmp_path
+
+
+def run_python(page: str) -> dict:
+    """All Python blocks of a page, one after the other; returns their namespace."""
+    names: dict = {}
+    for code in blocks(page, "python"):
+        exec(compile(smaller(code), page, "exec"), names)
+    return names
+
+
+def run_command(line: str, monkeypatch) -> int:
+    """`selfsup ...` in this process; returns the exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", line.split())
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return end.value.code
+
+
+# --- what is generated ------------------------------------------------------------------------------------------------
+
+
+def test_generated_texts_are_up_to_date(generate):
+    """If this fails: `make docs`."""
+    stale = [str(file) for file, text in generate.pages().items() if (ROOT / file).read_text("utf-8") != text]
+    assert stale == []
+
+
+def test_no_page_of_a_task_that_is_gone():
+    assert {file.stem for file in (ROOT / "docs/tasks").glob("*.md")} == set(TASKS)
+
+
+def test_table_takes_the_place_of_the_old_one(generate):
+    old = f"before\n{generate.BEGIN}\n| old |\n{generate.END}\nafter\n"
+    new = generate.with_table(old)
+    assert new.startswith("before\n") and new.endswith("\nafter\n") and "| old |" not in new
+    assert generate.with_table(new) == new
+    with pytest.raises(SystemExit, match="lost the marks"):
+        generate.with_table("no marks here")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_page_tells_all(generate, name):
+    cls, page = task_class(name), generate.task_page(name)
+    for part in (
+        cls.asks(),
+        *(f"`{setting}`" for setting in cls.setting_names()),
+        "## When it suits",
+        "arxiv.org/abs/",
+    ):
+        assert part in page
+    assert all(comment for _, _, comment in generate.settings_of(cls))  # each setting is explained
+
+
+def test_page_without_settings_and_with_bars(generate):
+    class Plain(task_class("rotation")):
+        def __init__(self):
+            super().__init__()
+
+    assert generate.settings_table(Plain) == "None."
+    assert generate._cell("a | b") == "a \\| b"
+
+
+def test_pictures_are_drawn_from_the_tasks(generate, tmp_path):
+    generate.draw_picture("rotation", tmp_path / "a.png")
+    generate.draw_picture("jigsaw", tmp_path / "b.png")
+    a, b = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert a[:4] == b[:4] == b"\x89PNG" and a != b and len(a) > 10_000
+    assert all((ROOT / f"docs/img/{name}.png").stat().st_size < 200_000 for name in TASKS)
+
+
+# --- links and commands -----------------------------------------------------------------------------------------------
+
+
+def heading_ids(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links to files and headings that are not there."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        target, _, anchor = link.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and anchor not in heading_ids(file)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    assert dead_links(ROOT / page) == []
+
+
+def test_dead_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A b\n[x](gone.md) [x](#a-b) [x](page.md#c) [x](https://example.org/y)")
+    assert dead_links(page) == ["gone.md", "page.md#c"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for block in blocks(page, "bash") for line in block.splitlines() if line[:5] == "make "}
+    assert named <= targets
+
+
+def test_every_shell_line_is_one_we_know():
+    """What the tests below do not run, they would have to be taught."""
+    lines = {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()}
+    unknown = [
+        line for line in lines if not re.match(r"(selfsup (pretrain|finetune) |make [a-z-]+|pip install -e \.$)", line)
+    ]
+    assert unknown == []
+    assert any(line.startswith("selfsup finetune labeled --encoder runs/rotation/") for line in lines)
+
+
+# --- the blocks run ---------------------------------------------------------------------------------------------------
+
+
+def test_readme_python(workplace):
+    names = run_python("README.md")
+    assert len(names["dls"].train_ds) + len(names["dls"].valid_ds) == 24
+    card = names["read_card"]("rotation.safetensors")
+    assert card["task"] == "rotation" and card["epochs"] == 1
+    assert card["images"] == 4 * 16  # 22 images to train, two whole batches of 8, four turns of each
+    encoder = names["learn"].model.encoder
+    assert encoder.lineage[0]["task"] == "rotation" and names["scratch"].model.encoder.lineage == []
+    assert names["scratch_accuracy"] in [n / 8 for n in range(9)]  # of 8 validation images
+    probabilities, truth = names["learn"].get_preds()
+    assert names["pretrained_accuracy"] == (probabilities.argmax(1) == truth).float().mean().item()
+
+
+def test_guide_python(workplace):
+    names = run_python("docs/guide.md")
+    assert list(names["dls"].report["code"]) == ["not_an_image"]
+    assert len(names["dls"].items_df) == 24
+    x = torch.rand(2, 3, 40, 40)
+    encoder = names["load_encoder"]("rotation.safetensors").eval()
+    assert torch.equal(names["net"].eval()(x), encoder(x))  # timm reads the file as we do
+    assert list(names["learn"].fine_tune_log["epoch"]) == [0, 1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_page_python(workplace, name):
+    names = run_python(f"docs/tasks/{name}.md")
+    assert names["read_card"](f"{name}.safetensors")["task"] == name
+    assert all(np.isfinite(names["learn"].recorder.values[-1]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_commands(workplace, monkeypatch, capsys, page):
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("selfsup ")]
+    assert [line.split()[1] for line in lines] == ["pretrain", "finetune"]
+    small = {"pretrain": " --size 40 --bs 8 --arch resnet10t", "finetune": " --bs 8"}
+    for line in lines:
+        line = re.sub(r" --epochs \d+", "", line)
+        assert run_command(f"{line}{small[line.split()[1]]} --epochs 1 --workers 0", monkeypatch) == 0
+    assert capsys.readouterr().out.split() == ["runs/rotation/encoder.safetensors", "runs/finetune"]
+    settings = json.loads(Path("runs/finetune/settings.json").read_text())
+    assert settings["epochs"] == 1
+    assert list(pd.read_csv("runs/rotation/left_out.csv")["code"]) == ["not_an_image"]
+    assert len(pd.read_csv("runs/finetune/predictions.csv")) == 8
+    promised = set(re.findall(r"`(\w+\.(?:json|csv|png|safetensors))`", (ROOT / page).read_text()))
+    made = {file.name for file in Path("runs").glob("*/*")}
+    assert promised == made  # the table of files is complete and promises nothing else
+    shutil.rmtree("runs")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_page_command(workplace, monkeypatch, name):
+    (line,) = [block.strip() for block in blocks(f"docs/tasks/{name}.md", "bash")]
+    assert run_command(f"{line} --size 40 --bs 8 --arch resnet10t --epochs 1 --workers 0", monkeypatch) == 0
+    assert Path(f"runs/{name}/encoder.safetensors").stat().st_size > 1_000_000
