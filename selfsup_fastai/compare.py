@@ -19,6 +19,7 @@ from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.data.blocks import UnlabeledBlock
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.encoders.bodies import is_timm_name
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
@@ -88,7 +89,7 @@ def compare_encoders(
 
 def is_fresh(start: Any) -> bool:
     """Whether a start names an architecture, to be trained from scratch."""
-    return isinstance(start, str) and not start.endswith(".safetensors")
+    return isinstance(start, str) and is_timm_name(start)
 
 
 def _knn(learn: DownstreamLearner, k: int) -> float:

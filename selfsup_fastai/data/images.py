@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,13 @@ from fastcore.parallel import num_cpus
 from PIL import Image
 
 from selfsup_fastai.data.blocks import OpenChecked
+from selfsup_fastai.data.crops import picture, random_crop
 from selfsup_fastai.data.files import check_files, find_files, summary
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
-from selfsup_fastai.data.opening import open_image
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
-from selfsup_fastai.seeding import preserved_rng, seeded_item
+from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
 
@@ -32,10 +33,10 @@ _NO_REPORT = {"file": [], "code": [], "message": []}
 class UnlabeledDataLoaders(DataLoaders):
     """fastai `DataLoaders` of images without labels: batches are `(x,)`, x (B, C, H, W) float in [0, 1].
 
-    Made by `from_folder`, `from_files`, `from_df`, `from_array` and `from_single_image`. Each image comes as `size` asks
-    for it: its largest part of that shape (a random one in training, the center in validation), resized.
-    Beside what every `DataLoaders` has: `report`, a DataFrame of what was left out (file, code, message), and `items_df`,
-    one row an image. The global random generators are left alone, but for one number per loader from Python's `random`.
+    Made by `from_folder`, `from_files`, `from_df`, `from_array` and `from_single_image`. Of each image comes the
+    largest part of the shape that `size` asks for, resized: in training at a random place, in validation the center.
+    Beside what every `DataLoaders` has: `report`, a DataFrame of what was left out (file, code, message), and
+    `items_df`, one row an image. Making them draws one number per loader from Python's `random`, and nothing else.
     """
 
     report: pd.DataFrame | None = None
@@ -56,9 +57,9 @@ class UnlabeledDataLoaders(DataLoaders):
         num_workers: int | None = None,  # Processes that open images; None: by the amount of work
         device: str | torch.device | None = None,  # Of the batches; None: fastai's default
     ) -> "UnlabeledDataLoaders":
-        """Loaders over every image in a folder. Each file is decoded once first; `dls.report` lists what cannot be read."""
-        settings = dict(size=size, bs=bs, valid_pct=valid_pct, seed=seed, n_in=n_in, item_tfms=item_tfms)
-        settings |= dict(batch_tfms=batch_tfms, num_workers=num_workers, device=device)
+        """Loaders over every image in a folder. Each file is tried first; `dls.report` lists what cannot be read."""
+        settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
+        settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
         _check_settings(**settings)
         files = find_files(path, recurse)
         if not files:
@@ -133,9 +134,9 @@ class UnlabeledDataLoaders(DataLoaders):
         task's or the user's to add.
         """
         _check_settings(seed=seed, **kwargs)
-        if not isinstance(n, (int, np.integer)) or n < 2:
+        if not _is_count(n, 2):
             raise DataError(f"n is the number of crops, an integer from 2 up; got {n!r}.")
-        image = _picture(path)
+        image = picture(path)
         side = max(_as_size(kwargs.get("size", 128)) or (128,))
         crops = [partial(random_crop, image, seed, i, side) for i in range(n)]
         info = pd.DataFrame(
@@ -225,44 +226,6 @@ def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None) -> Open
     return OpenChecked(n_in, max(size) if size else None, blank)
 
 
-def _picture(path: str | os.PathLike | Image.Image) -> Image.Image:
-    """The image to cut crops from. A deep one on the scale of 16 bits: opening then scales every crop alike."""
-    image = open_image(path)
-    if min(image.size) < 64:
-        size = f"{image.size[0]} x {image.size[1]}"
-        raise DataError(f"One picture of {size} pixels is too small to cut crops from; 64 is the least.")
-    return Image.fromarray(np.rint(np.asarray(image) * 257).astype(np.int32)) if image.mode == "F" else image
-
-
-def random_crop(image: Image.Image, seed: int, index: int, side: int) -> Image.Image:
-    """Crop number `index` of `image`: see `from_single_image`."""
-    with seeded_item(seed, index):
-        half = min(image.size) // 2
-        left, top = random.randint(0, image.width - half), random.randint(0, image.height - half)
-        share = random.uniform(1 / 500, 1) ** 0.5
-        inner = max(8, round(half * share))
-        left, top = left + random.randint(0, half - inner), top + random.randint(0, half - inner)
-        wide = image.crop((left, top, left + inner, top + inner)).resize(
-            (round(side * 2**0.5),) * 2, Image.Resampling.BILINEAR
-        )
-        turned = _turn_and_shear(wide, random.uniform(-30, 30), random.uniform(-30, 30))
-    margin = (turned.width - side) // 2
-    return turned.crop((margin, margin, margin + side, margin + side))
-
-
-def _turn_and_shear(image: Image.Image, turn: float, shear: float) -> Image.Image:
-    """Turned and sheared (degrees) about the center; the borders are filled by reflection."""
-    pad = image.width // 2
-    array = np.pad(np.asarray(image), ((pad, pad), (pad, pad)) + ((0, 0),) * (image.mode == "RGB"), mode="reflect")
-    padded = Image.fromarray(array)
-    cos, sin, slope = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn)), np.tan(np.deg2rad(shear))
-    a, b, d, e = cos, cos * slope - sin, sin, sin * slope + cos  # turn x shear, output -> input
-    c = padded.width / 2
-    matrix = (a, b, c - a * c - b * c, d, e, c - d * c - e * c)
-    warped = padded.transform(padded.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    return warped.crop((pad, pad, pad + image.width, pad + image.height))
-
-
 def _check_settings(
     size=128,
     bs=64,
@@ -321,8 +284,8 @@ def _as_list(tfms: object | Iterable | None) -> list:
 
 def _item_tfms(tfms) -> list:
     tfms = _as_list(tfms)
-    if not any(type(t).__module__.startswith("albumentations") for t in tfms):
+    if "albumentations" not in sys.modules:  # none of them can be of it, and importing it takes a second
         return tfms
-    from selfsup_fastai.data.albumentations import wrap_albumentations  # only here: importing it takes a second
+    from selfsup_fastai.data.albumentations import wrap_albumentations
 
-    return list(wrap_albumentations(tfms))
+    return wrap_albumentations(tfms)

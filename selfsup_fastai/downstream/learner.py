@@ -20,7 +20,7 @@ from fastai.vision.core import PILBase, TensorBBox, TensorPoint
 from fastcore.foundation import L
 from torch import nn
 
-from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of
+from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
 from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, is_timm_name
@@ -187,7 +187,9 @@ def downstream_learner(
     """A learner that trains a copy of `encoder` with a linear head on labeled images; `fine_tune` is its main call.
 
     `dls` and `encoder` stay as they are: the learner has loaders of its own that open images with the encoder's
-    channels and normalize with its statistics (those of the training images where it has none). One line says so.
+    channels and normalize with its statistics (those of the training images where it has none). Images of different
+    sizes that nothing in `dls` resizes are resized to the encoder's size; for a new net to 128 pixels, 224 with
+    published weights. One line says so.
     Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on.
     """
     targets = _targets(dls)
@@ -235,20 +237,23 @@ def _check_targets(targets: list) -> None:
 
 def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) -> tuple[Encoder, DataLoaders]:
     """An encoder of the learner's own and loaders that suit it; says what was adapted."""
+    mixed = needs_resize(dls)
     if _is_kept(source):
         encoder = deepcopy(get_encoder(source, n_in=n_in))  # the given one stays as it is
         _check_kept(encoder, n_in, pretrained)
         origin = encoder.lineage[-1].get("task") if encoder.lineage else None
-        loaders = derive_loaders(dls, n_in=encoder.in_chans)
+        side = (encoder.size or 128) if mixed else None
+        loaders = derive_loaders(dls, n_in=encoder.in_chans, resize=side)
     else:
         origin = "published weights" if pretrained else "new"
         n_in = n_in or n_in_of(dls)
-        loaders = derive_loaders(dls, n_in=n_in)
+        side = (224 if pretrained else 128) if mixed else None
+        loaders = derive_loaders(dls, n_in=n_in, resize=side)
         encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
     own_stats = encoder.mean is not None
     if not own_stats:
         encoder.mean, encoder.std = measure_stats(loaders)
-    say(_adapted(encoder, origin, own_stats))
+    say(_adapted(encoder, origin, own_stats, side))
     return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std))
 
 
@@ -279,7 +284,7 @@ def _image_size(dls: DataLoaders) -> int | None:
     return height if height == width else None
 
 
-def _adapted(encoder: Encoder, origin: str | None, own_stats: bool) -> str:
+def _adapted(encoder: Encoder, origin: str | None, own_stats: bool, side: int | None) -> str:
     """One line: which encoder, and what was done to the images for it."""
     size = f"{encoder.size} px" if encoder.size else None
     channels = f"{encoder.in_chans} channel{'s' if encoder.in_chans > 1 else ''}"
@@ -287,4 +292,5 @@ def _adapted(encoder: Encoder, origin: str | None, own_stats: bool) -> str:
     color = {1: "grey", 3: "color"}.get(encoder.in_chans, channels)
     stats = "the encoder's" if own_stats else "their own"
     name = encoder.arch or type(encoder.body).__name__
-    return f"encoder {name} ({facts}): labeled images opened as {color}, normalized with {stats} statistics"
+    resized = f", resized from different sizes to {side} px" if side else ""
+    return f"encoder {name} ({facts}): labeled images opened as {color}{resized}, normalized with {stats} statistics"

@@ -15,8 +15,9 @@ from selfsup_fastai.errors import SelfsupError, unknown
 from selfsup_fastai.messages import say
 
 HEADS = ("fc", "classifier", "heads", "head")  # What torchvision and most people call the classification head
-WEIGHT_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-WEIGHT_SOURCES |= {"weights", "progress"}  # Arguments that say where weights come from; no part of the network
+# Arguments that say where weights come from, where they go and of which type they are; no part of the network
+ABOUT_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+ABOUT_WEIGHTS |= {"weights", "progress", "device", "dtype"}
 
 
 class Body(NamedTuple):
@@ -47,7 +48,7 @@ def timm_body(arch: str, n_in: int, pretrained: bool, size: int | None, kwargs: 
     if ours:
         raise SelfsupError(f"{', '.join(sorted(ours))}: set by the encoder itself; `n_in` sets the channels.")
     kwargs = {"num_classes": 0, "in_chans": n_in, **{k: v for k, v in kwargs.items() if v is not None}}
-    kept = {k: v for k, v in kwargs.items() if k not in WEIGHT_SOURCES}
+    kept = {k: v for k, v in kwargs.items() if k not in ABOUT_WEIGHTS}
     if size and "img_size" not in kept and cfg.fixed_input_size and not kept.get("dynamic_img_size"):
         kept |= _fitting_size(arch, size, kept)
     net = _built(timm.create_model, arch, pretrained, {**kwargs, **kept, "model_name": arch, "pretrained": pretrained})
@@ -141,7 +142,7 @@ def _torchvision_body(make: Callable, n_in: int, pretrained: bool, kwargs: dict)
     bare_module(net, n_in, trained=kwargs["weights"] is not None, quiet=True)
     published = torchvision.models.get_model_weights(name).DEFAULT.transforms() if pretrained else None
     stats = (_spread(published.mean, n_in), _spread(published.std, n_in)) if published else None
-    return Body(net, name, "torchvision", {k: v for k, v in kwargs.items() if k not in WEIGHT_SOURCES}, n_in, stats)
+    return Body(net, name, "torchvision", {k: v for k, v in kwargs.items() if k not in ABOUT_WEIGHTS}, n_in, stats)
 
 
 def _fitting_size(arch: str, size: int, kwargs: dict) -> dict:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfsup_fastai import __version__
-from selfsup_fastai.encoders.bodies import WEIGHT_SOURCES
+from selfsup_fastai.encoders.bodies import ABOUT_WEIGHTS
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import EncoderFileError
 
@@ -97,7 +97,7 @@ def _checks(card: dict) -> dict[str, bool]:
     return {
         "source": card["source"] in ("timm", "torchvision", "module"),
         "arch": isinstance(card["arch"], str),
-        "kwargs": isinstance(kwargs, dict) and not kwargs.keys() & WEIGHT_SOURCES and _modest(kwargs),
+        "kwargs": isinstance(kwargs, dict) and not kwargs.keys() & ABOUT_WEIGHTS and _modest(kwargs),
         "in_chans": _whole(channels, MAX_CHANNELS),
         "input": isinstance(card["input"], str),
         "mean": _statistics(card["mean"], channels, -math.inf),

@@ -103,6 +103,14 @@ def test_round_trip_of_timm_networks(tmp_path, arch, size, n_in):
         assert torch.equal(bare.eval()(images(n_in)), features(encoder))
 
 
+def test_where_and_of_which_type_the_weights_were_is_no_part_of_the_network(tmp_path):
+    encoder = create_encoder("test_resnet", size=32, device="cpu", dtype=torch.float64)
+    assert next(encoder.parameters()).dtype == torch.float64
+    again = load_encoder(save_encoder(encoder, tmp_path / "x"))
+    assert again.kwargs == encoder.kwargs == {"num_classes": 0, "in_chans": 3}
+    assert next(again.parameters()).dtype == torch.float32
+
+
 def test_round_trip_of_a_torchvision_network(tmp_path):
     encoder = create_encoder(torchvision.models.mobilenet_v3_small, 1, dropout=0.5)
     again = load_encoder(save_encoder(encoder, tmp_path / "m"))

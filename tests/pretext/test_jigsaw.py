@@ -214,13 +214,14 @@ def test_gaps_take_the_continuing_edges_away():
 
 
 def test_network_sees_each_tile_alone_and_then_all_in_order():
+    set_seed(0)
     encoder = create_encoder(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()))
     net = get_task("jigsaw", n_permutations=8, tile_features=6, hidden=10).model(encoder).eval()
     tiles = torch.rand(2, 9, 3, 12, 12, generator=seeded())
     with torch.no_grad():
         features = torch.cat([net.tile(encoder(tiles[:, j])) for j in range(9)], 1)  # (2, 9 * 6)
         torch.testing.assert_close(net(tiles), net.head(features))
-        assert net(tiles).shape == (2, 8) and not torch.allclose(net(tiles), net(tiles.flip(1)))
+        assert net(tiles).shape == (2, 8) and (net(tiles) - net(tiles.flip(1))).abs().max() > 1e-4
     assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
 
 

@@ -1,0 +1,160 @@
+"""What the base does for every task: checks, types, settings, a default picture; and the table of tasks."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from fastai.torch_core import TensorImage
+from torch import Tensor, nn
+
+from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
+from selfsup_fastai.pretext import TASKS, get_task, list_tasks, task_class
+from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, per_image
+from selfsup_fastai.pretext.predictive.rotation import Rotation
+
+
+class Doubled(PretextTask):
+    """What is twice the image?
+
+    Two inputs, of which Normalize may touch the first.
+    """
+
+    name = "doubled"
+    paper = "nobody 2000"
+    n_inp = 2
+    normalized = (True, False)
+    channels = (3,)
+    min_side = 10
+
+    def __init__(self, factor: float = 2.0, rows: int | None = None):
+        self.factor, self.rows = factor, rows
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        return (x, x / 2), ((self.factor * x)[: self.rows],)
+
+    def model(self, encoder):
+        return encoder
+
+    def loss(self, pred, target, reduction="mean"):
+        return per_image((pred - target) ** 2, reduction)
+
+
+def ask(task: PretextTask, x: Tensor) -> tuple[Tensor, ...]:
+    return task.batch(x, generator=torch.Generator(), train=True)
+
+
+def test_inputs_that_normalize_may_touch_are_images_and_nothing_else_is():
+    x = torch.rand(4, 3, 12, 12)
+    seen = []
+    task = Doubled()
+    make = task.make_batch
+    task.make_batch = lambda x, **kwargs: seen.append(type(x)) or make(x, **kwargs)
+    image, half, target = ask(task, TensorImage(x))
+    assert seen == [Tensor]  # a task works on plain tensors
+    assert [type(t) for t in (image, half, target)] == [TensorImage, Tensor, Tensor]
+    assert torch.equal(image.as_subclass(Tensor), x) and torch.equal(half, x / 2) and torch.equal(target, 2 * x)
+
+
+def test_images_that_do_not_suit_are_refused():
+    with pytest.raises(TaskError, match="doubled works on images of 3 channels, these have 1"):
+        ask(Doubled(), torch.rand(4, 1, 12, 12))
+    with pytest.raises(TaskError, match="at least 10 pixels a side, these are 12 x 9"):
+        ask(Doubled(), torch.rand(4, 3, 12, 9))
+    with pytest.raises(DataError, match=r"float images in \[0, 1\], got torch.uint8"):
+        ask(Doubled(), torch.zeros(4, 3, 12, 12, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r"batch of images \(B, C, H, W\), got \(3, 12, 12\)"):
+        ask(Doubled(), torch.rand(3, 12, 12))
+
+
+def test_a_task_that_breaks_the_contract_is_told():
+    x = torch.rand(4, 3, 12, 12)
+    with pytest.raises(AssertionError, match="doubled: axis 0 of every tensor is the image"):
+        ask(Doubled(rows=3), x)
+    for inputs, targets in [((x,), (x,)), ((x, x), ())]:
+        task = Doubled()
+        task.make_batch = lambda x, inputs=inputs, targets=targets, **_: (inputs, targets)
+        with pytest.raises(AssertionError, match="n_inp inputs and at least one target"):
+            ask(task, x)
+
+
+def test_settings_are_the_constructors_arguments():
+    assert Doubled(factor=3).settings() == {"factor": 3, "rows": None}
+    assert repr(Doubled(factor=3)) == "Doubled(factor=3, rows=None)"
+    assert Doubled.asks() == "What is twice the image?"
+    assert (Rotation.kind(), Rotation.asks()) == ("predictive", "By which quarter turn was the image rotated?")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_keeps_its_settings_and_can_be_made_again_from_them(name):
+    task = get_task(name)
+    assert task.name == name and list(task.settings()) == task.setting_names()
+    assert get_task(name, **task.settings()).settings() == task.settings()
+    assert pickle.loads(pickle.dumps(task)).settings() == task.settings()
+    assert len(task.normalized) == task.n_inp
+    assert task.asks().endswith("?")
+
+
+def test_get_task_takes_a_name_a_class_or_a_task():
+    assert get_task("rotation", turns="one").turns == "one"
+    assert get_task(Rotation, turns="one").turns == "one"
+    task = Doubled()
+    assert get_task(task) is task and isinstance(get_task(Doubled, factor=5), Doubled)
+    with pytest.raises(TaskError, match="already made: give factor to Doubled"):
+        get_task(task, factor=3)
+    with pytest.raises(TaskError, match="doubled has no setting 'size'; it has factor, rows"):
+        get_task(Doubled, size=3)
+    with pytest.raises(UnknownNameError, match="'jigsaw'"):
+        task_class("jigsaws")
+    for wrong in (None, 3, ["rotation"], dict):
+        with pytest.raises(UnknownNameError, match="no pretext task called"):
+            get_task(wrong)
+
+
+def test_table_of_tasks():
+    table = list_tasks()
+    assert list(table.index) == list(TASKS)
+    row = table.loc["rotation"]
+    assert (row["kind"], row["paper"], row["passes"]) == ("predictive", "Gidaris et al. 2018", 4)
+    assert row["what is asked"] == "By which quarter turn was the image rotated?"
+
+
+def test_loss_for_fastai_has_reduction_activation_and_decodes():
+    loss, pred, target = PretextLoss(Doubled()), torch.rand(5, 4), torch.rand(5, 4)
+    rows = ((pred - target) ** 2).mean(1)
+    assert torch.equal(loss(pred, target), rows.mean())
+    assert torch.equal(loss(pred, target, reduction="none"), rows)
+    loss.reduction = "none"  # as `get_preds(with_loss=True)` sets it
+    assert torch.equal(loss(pred, target), rows)
+    torch.testing.assert_close(loss.activation(pred), pred.exp() / pred.exp().sum(-1, keepdim=True))
+    assert loss.decodes(torch.tensor([[0.1, 0.7, 0.2]])).tolist() == [1]
+
+
+def test_per_image_means_over_all_axes_but_the_first():
+    x = torch.arange(24.0).view(2, 3, 4)
+    assert per_image(x, "none").tolist() == [5.5, 17.5] and per_image(x, "mean") == 11.5
+    assert per_image(torch.tensor([1.0, 4.0]), "none").tolist() == [1, 4]
+
+
+def test_per_view_keeps_images_and_views_apart():
+    encoder, head = create_encoder(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), nn.Linear(8, 5)
+    x = torch.rand(2, 4, 3, 9, 9)
+    out = PerView(encoder, head)(x)
+    assert out.shape == (2, 4, 5)
+    for i in range(2):
+        for v in range(4):
+            torch.testing.assert_close(out[i, v], head(encoder(x[i, v : v + 1]))[0])
+
+
+@pytest.mark.parametrize("views", [(), (2,), (2, 3)])
+def test_default_picture_is_the_first_view_with_the_target_as_title(views):
+    images = torch.rand(3, *views, 3, 8, 8)
+    targets = torch.tensor([4, 5, 6])
+    axes = Doubled().show((images,), (targets,))
+    assert [ax.get_title() for ax in axes] == ["4", "5", "6"]
+    for image, ax in zip(images, axes):
+        pixels = image[(0,) * len(views)].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(ax.images[0].get_array(), pixels)
+    answered = Doubled().show((images,), (torch.rand(3, 2),), pred=torch.tensor([0.25, 0.5, 1]), max_n=2)
+    assert [ax.get_title() for ax in answered] == ["(2,) → 0.25", "(2,) → 0.5"]

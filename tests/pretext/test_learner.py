@@ -1,0 +1,160 @@
+"""`pretext_learner`: what it derives from the loaders it is given, and what it counts."""
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import ProgressCallback
+from fastai.data.transforms import get_image_files
+from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
+from torch import nn
+
+from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.encoders.checkpoint import read_card
+from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pretext.learner import pretext_learner
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+def loaders(n: int = 24, channels: int = 3, bs: int = 8, **kwargs) -> UnlabeledDataLoaders:
+    array = np.random.default_rng(0).integers(0, 256, (n, 16, 16, channels), dtype=np.uint8)
+    return UnlabeledDataLoaders.from_array(
+        array, **{"size": None, "bs": bs, "valid_pct": 1 / 3, "num_workers": 0, **kwargs}
+    )
+
+
+def learner(dls=None, task="rotation", arch=tiny, **kwargs):
+    set_seed(0)
+    learn = pretext_learner(dls or loaders(), task, arch, **kwargs)
+    learn.remove_cb(ProgressCallback)
+    return learn
+
+
+def labeled(folder, **kwargs) -> ImageDataLoaders:
+    settings = {"item_tfms": Resize(24), "bs": 8, "num_workers": 0, **kwargs}
+    return ImageDataLoaders.from_name_func(folder, get_image_files(folder), lambda name: name[3], **settings)
+
+
+def test_nothing_is_written_beside_the_images(color_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(color_folder.iterdir())
+    learn = learner(labeled(color_folder))
+    assert learn.dls.path == color_folder and learn.path == tmp_path  # fastai's labeled loaders bring the folder along
+    learn.lr_find(num_it=12, show_plot=False)
+    learn.save("weights")
+    learn.export()
+    assert sorted(color_folder.iterdir()) == before
+    assert {f.name for f in tmp_path.iterdir()} == {"models", "export.pkl"}
+
+
+@pytest.mark.parametrize("folder, channels", [("grey_folder", 1), ("color_folder", 3)])
+def test_channels_are_those_of_the_files_though_fastai_opens_all_as_color(folder, channels, request):
+    dls = labeled(request.getfixturevalue(folder))
+    assert dls.one_batch()[0].shape[1] == 3
+    learn = learner(dls)
+    assert learn.encoder.in_chans == channels == learn.dls.one_batch()[0].shape[2]
+    assert len(learn.encoder.mean) == channels
+
+
+def test_channels_can_be_chosen():
+    for given, chosen in [(3, 1), (1, 3)]:
+        learn = learner(loaders(channels=given), n_in=chosen)
+        assert learn.encoder.in_chans == chosen == learn.dls.one_batch()[0].shape[2]
+        learn.fit(1)
+
+
+def test_an_encoder_given_keeps_its_channels_and_statistics():
+    encoder = create_encoder(tiny(), n_in=1)
+    encoder.mean, encoder.std = (0.25,), (0.5,)
+    learn = learner(loaders(channels=3), encoder=encoder)
+    assert learn.encoder is encoder and encoder.normalize_stats() == ((0.25,), (0.5,))
+    x = learn.dls.valid.one_batch()[0]
+    back = learn.dls.valid.question(learn.dls.valid.one_batch())[0][0]
+    torch.testing.assert_close(x.as_subclass(torch.Tensor), (back - 0.25) / 0.5, atol=1e-6, rtol=0)
+    assert x.shape[2] == 1
+
+
+def test_batch_size_is_cut_to_the_images_and_that_is_said_once(capsys):
+    dls = loaders(bs=8)
+    dls = type(dls)(dls.train.new(bs=64), dls.valid.new(bs=64))
+    capsys.readouterr()
+    learn = learner(dls)
+    assert capsys.readouterr().err.count("Batch size 64 cut to 16") == 1
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 1 and learn.dls.train.bs == 16
+
+
+def test_metrics_are_the_tasks_unless_given():
+    assert learner().metrics.attrgot("name") == ["accuracy"]
+    assert len(learner(metrics=[]).metrics) == 0
+
+    def mine(pred, target):
+        return pred.new_tensor(0.5)
+
+    learn = learner(metrics=mine)
+    assert learn.validate()[1] == 0.5
+
+
+def test_what_training_cost_is_counted_over_all_fits_and_nothing_else_is():
+    learn = learner(turns="one")
+    learn.lr_find(num_it=12, show_plot=False)
+    learn.validate()
+    assert (learn.epochs_done, learn.images_seen, learn.last_values) == (0, 0, {})
+    learn.fit(2)
+    learn.get_preds()
+    learn.show_results()
+    learn.fit_one_cycle(1)
+    assert (learn.epochs_done, learn.images_seen) == (3, 3 * 16)
+
+
+def test_a_run_that_is_cut_short_counts_what_was_done():
+    def stop(learn):
+        if learn.train_iter == 3:
+            raise CancelFitException
+
+    learn = learner()
+    learn.fit(4, cbs=Callback(before_batch=stop))
+    assert (learn.epochs_done, learn.images_seen) == (1, 3 * 8 * 4)
+
+
+def test_an_encoder_can_be_saved_before_any_training(tmp_path):
+    card = read_card(learner().save_encoder(tmp_path / "fresh"))
+    assert (card["epochs"], card["images"], card["metrics"]) == (0, 0, {})
+
+
+def test_one_learner_after_another_leaves_the_first_as_it_was():
+    learn = learner()
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learner(task="simclr", encoder=learn).fit(1, 1e-1)
+    assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+
+
+def test_settings_without_a_task_are_refused_where_the_task_is_made_already():
+    with pytest.raises(TaskError, match=r"Which task\? pretext_learner\(dls, 'rotation'\)"):
+        pretext_learner(loaders(), turns="one")
+    made = learner(turns="one").dls
+    assert pretext_learner(made, arch=tiny).task.turns == "one"
+    with pytest.raises(TaskError, match="already made: give turns to Rotation"):
+        pretext_learner(made, turns="all")
+
+
+@pytest.mark.parametrize("item", ["array", "path"])
+def test_predict_opens_what_the_encoder_takes(item, grey_folder):
+    learn = learner(loaders(channels=3))
+    file = sorted(grey_folder.iterdir())[0]
+    answer = learn.predict(file if item == "path" else np.zeros((40, 40), np.uint8))
+    assert answer.inputs[0].shape[:3] == (1, 4, 3) and answer.targets[0].tolist() == [[0, 1, 2, 3]]
+    assert len(answer.show()) == 1
+
+
+def test_predict_resizes_as_validation_does(color_folder):
+    learn = learner(labeled(color_folder))
+    answer = learn.predict(np.full((60, 90, 3), 51, np.uint8))
+    assert answer.inputs[0].shape == (1, 4, 3, 24, 24)
+    torch.testing.assert_close(answer.inputs[0], torch.full((1, 4, 3, 24, 24), 0.2), atol=1e-6, rtol=0)

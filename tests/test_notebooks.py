@@ -1,0 +1,96 @@
+"""The notebooks run from top to bottom, and what they print is sane. Committed outputs are complete and small."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+NOTEBOOKS = Path(__file__).parents[1] / "nbs"
+QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
+
+
+TRACES = r"Traceback|Warning|(?<![\w<.])/\w[\w.-]*/\w"  # Of the machine that a notebook was executed on
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(outputs: list) -> list[str]:
+    """What can be read in the outputs of cells."""
+    kinds = ("text/plain", "text/html")
+    return [out.get("text", "") + "".join(out.get("data", {}).get(kind, "") for kind in kinds) for out in outputs]
+
+
+def results(notebook) -> dict:
+    """The JSON that the last cell prints."""
+    lines = [out.text for out in code_cells(notebook)[-1].outputs if out.output_type == "stream"]
+    return json.loads(lines[-1])
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """The quick start with few epochs, in a kernel of its own."""
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = {**os.environ, **inline, "QUICK": "1", "OMP_NUM_THREADS": "1"}
+    folder = {"metadata": {"path": tmp_path_factory.mktemp("notebook")}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
+    client.execute(env=environment)
+    return notebook
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::zmq.error.ZMQError", "ignore:.*TCP without encryption.*")
+def test_quickstart_runs(executed):
+    found = results(executed)
+    assert found["left_out"] == ["not_an_image", "truncated"]
+    assert found["images"] == found["confusion"] + 797 == 1297
+    assert found["card_epochs"] == 1 and found["card_images"] == 2 * 128 * (1167 // 128)
+    assert all(math.isfinite(loss) for loss in found["loss"])
+    assert 1 < found["rank"]["simclr"] <= 512
+    assert 0.5 < found["knn"]["random weights"] < 1  # digits are easy for any features: far above the 0.1 of guessing
+    assert 0.5 < found["knn"]["simclr"] < 1
+    assert found["tuned_epochs"] == 2
+    assert set(found["accuracy"]) == {"scratch", "simclr"}
+    assert all(0 <= value <= 1 for value in [found["fifty_labels"], *found["accuracy"].values()])
+
+
+def test_committed_run_is_a_real_one():
+    """What the reader sees is the whole training, in which pretraining learned something."""
+    found = results(nbformat.read(QUICKSTART, as_version=4))
+    assert found["card_epochs"] == 30 and found["tuned_epochs"] == 21
+    assert found["loss"][1] < found["loss"][0] - 0.3
+    assert found["knn"]["simclr"] > found["knn"]["random weights"]
+    assert found["rank"]["simclr"] > found["rank"]["random weights"]
+    assert found["fifty_labels"] > 0.7
+
+
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda f: f.name)
+def test_outputs_are_committed_clean_and_small(file):
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # top to bottom, in one go
+    assert file.stat().st_size < 700_000
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 8
+    assert [text for text in texts(outputs) if re.search(TRACES, text)] == []
+
+
+def test_traces_are_found():
+    """A warning, or the path of whoever ran it, would be caught; HTML and fractions would not."""
+    assert [bool(re.search(TRACES, text)) for text in ("see /a/b.py", "UserWarning: x", "<td>1/2</td><br/>")] == [
+        1,
+        1,
+        0,
+    ]
