@@ -11,7 +11,6 @@ import argparse
 import os
 import platform
 import tarfile
-import time
 from pathlib import Path
 
 import fastai
@@ -24,6 +23,7 @@ from selfsup_fastai.compare import compare_encoders, labeled_loaders, summarize
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.demo import labeled_table
 from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.pretext.learner import pretext_learner
@@ -46,25 +46,25 @@ def cifar10(folder: Path | None, cache: Path) -> tuple[pd.DataFrame, pd.DataFram
     return train, labeled_table(folder / "test")
 
 
-def pretrain(task: str, files: pd.Series, budget: int, out: Path, seed: int) -> tuple[Path, dict]:
-    """An encoder trained for `budget` images through it, and what that took."""
+def pretrain(task: str, files: pd.Series, budget: int, out: Path, seed: int) -> Path:
+    """An encoder trained for `budget` images through it; one that an earlier run left is used again."""
+    file = out / f"{task}.safetensors"
+    if file.exists():
+        say(f"{file} is there already")
+        return file
     set_seed(seed, reproducible=True)
     with quiet():
         learn = pretext_learner(UnlabeledDataLoaders.from_files(files, size=SIZE, bs=BS), task, ARCH)
     per_epoch = len(learn.dls.train) * learn.dls.train.bs * learn.task.passes
-    epochs = max(1, round(budget / per_epoch))
-    start = time.perf_counter()
     with learn.no_bar():
-        learn.fit_one_cycle(epochs, 3e-3)
-    seconds = time.perf_counter() - start
-    metric = float(learn.recorder.values[-1][2])
-    facts = {
-        "encoder images": round(learn.images_seen),
-        "epochs": epochs,
-        "minutes": seconds / 60,
-        "pretext metric": metric,
-    }
-    return learn.save_encoder(out / f"{task}.safetensors"), facts
+        learn.fit_one_cycle(max(1, round(budget / per_epoch)), 3e-3)
+    return learn.save_encoder(file)
+
+
+def facts(file: Path) -> dict:
+    """What an encoder's card says of its training."""
+    card = read_card(file)
+    return {"encoder images": card["images"], "epochs": card["epochs"], **card["metrics"]}
 
 
 def knn(start, train: pd.DataFrame, test: pd.DataFrame, seed: int) -> float:
@@ -89,10 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train, test = cifar10(args.data, args.out)
-    starts, facts = {"scratch": ARCH}, {}
+    starts = {"scratch": ARCH}
     for task in args.tasks:
         say(f"pretraining: {task}")
-        starts[task], facts[task] = pretrain(task, train["file"], args.budget, args.out, args.seed)
+        starts[task] = pretrain(task, train["file"], args.budget, args.out, args.seed)
     say("20-NN")
     neighbors = {name: knn(start, train, test, args.seed) for name, start in starts.items()}
     say("fine-tuning")
@@ -103,7 +103,7 @@ def main() -> None:
     table["20-NN, all labels"] = pd.Series(neighbors)
     versions = f"torch {torch.__version__}, fastai {fastai.__version__}, timm {timm.__version__}"
     print(f"{os.cpu_count()} CPU cores, {platform.machine()}, {versions}\n")
-    print(pd.DataFrame(facts).T.to_string(float_format="{:.2f}".format), "\n")
+    print(pd.DataFrame({task: facts(starts[task]) for task in args.tasks}).T.to_string(), "\n")
     print(table.to_string(float_format="{:.3f}".format, na_rep=""))
 
 

@@ -50,7 +50,6 @@ def executed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::zmq.error.ZMQError", "ignore:.*TCP without encryption.*")
 def test_quickstart_runs(executed):
     found = results(executed)
     assert found["left_out"] == ["not_an_image", "truncated"]

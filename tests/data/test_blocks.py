@@ -55,7 +55,7 @@ def test_every_depth_becomes_the_right_tensor(tmp_path, array, n_in, kind, mode)
     if n_in == 3 and array is not COLOR:
         truth = np.stack([truth] * 3, axis=-1)
     expected = np.atleast_3d(truth).transpose(2, 0, 1)
-    rounded = n_in == 3 and array is DEEP or n_in == 1 and array is COLOR
+    rounded = (n_in == 3 and array is DEEP) or (n_in == 1 and array is COLOR)
     opener = OpenImage(n_in)
     for source in tmp_path / "a.png", str(tmp_path / "a.png"), png(array), array, Image.fromarray(array), lambda: array:
         image = opener(source)
@@ -140,4 +140,6 @@ def test_the_default_block_is_color(folder):
 def test_a_pipeline_finds_where_a_new_source_enters(folder):
     images = TfmdLists(sorted(folder.glob("*.png")), OpenImage(3))
     for source in str(folder / "0.png"), png(GREY), GREY, Image.fromarray(GREY), lambda: GREY, images[0]:
-        assert images.infer_idx(source) == (1 if isinstance(source, PILImage) and False else 0)
+        assert images.infer_idx(source) == 0
+    with pytest.raises(AssertionError, match="Expected an input of type"):
+        images.infer_idx(torch.zeros(3, 4, 4))
