@@ -60,7 +60,7 @@ def compare_encoders(
     n_in: int = 3,  # Channels of nets from scratch
     bs: int = 16,
     k: int = 5,  # Of kNN on the frozen encoder
-    scratch_lr: float = 5e-3,  # Peak rate of nets from scratch
+    lr: float = 5e-3,  # Peak rate: of the head of pretrained nets, of all layers from scratch
     seed: int = 42,
 ) -> pd.DataFrame:
     """One row a run: start, draw, accuracy on the test set after the last epoch, and kNN accuracy before fine-tuning.
@@ -81,8 +81,8 @@ def compare_encoders(
                 with quiet():
                     learn = downstream_learner(labeled_loaders(table, n_in, size, bs), start, metrics=accuracy)
                 knn = _knn(learn, k)
-                rate = scratch_lr if is_fresh(start) else None
-                runs.append({"start": name, "draw": draw, "accuracy": _trained(learn, epochs, rate), "knn": knn})
+                accuracy_after = _trained(learn, epochs, lr, is_fresh(start))
+                runs.append({"start": name, "draw": draw, "accuracy": accuracy_after, "knn": knn})
                 bar.update()
     return pd.DataFrame(runs)
 
@@ -97,13 +97,13 @@ def _knn(learn: DownstreamLearner, k: int) -> float:
     return knn_accuracy(embed(encoder, learn.dls.train), embed(encoder, learn.dls.valid), k=k)
 
 
-def _trained(learn: DownstreamLearner, epochs: int, scratch_lr: float | None) -> float:
+def _trained(learn: DownstreamLearner, epochs: int, lr: float, fresh: bool) -> float:
     """Accuracy on the validation set after training, which does not look at it."""
     with quiet(), learn.no_bar(), learn.no_logging():
-        if scratch_lr is None:
-            learn.fine_tune(epochs - 1, freeze_epochs=1, cbs=SkipValidation())
-        else:
-            learn.fit_one_cycle(epochs, scratch_lr, cbs=SkipValidation())
+        if fresh:
+            learn.fit_one_cycle(epochs, lr, cbs=SkipValidation())
+        else:  # fine_tune halves its base rate once the head has been trained
+            learn.fine_tune(epochs - 1, 2 * lr, freeze_epochs=1, cbs=SkipValidation())
         return learn.validate()[1]
 
 

@@ -57,6 +57,8 @@ class MetricsFile(Callback):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def after_epoch(self):
+        if not self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
+            return
         with self.file.open("a" if self.rows else "w", newline="") as file:
             writer = csv.writer(file)
             if not self.rows:

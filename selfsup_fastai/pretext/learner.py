@@ -95,6 +95,9 @@ class Answer(NamedTuple):
     pred: Any  # As `get_preds` returns it: probabilities, for a task that classifies
     decoded: Any  # As a person reads it
 
+    def __repr__(self) -> str:
+        return f"Answer({self.task.name}: asked {self.targets[0].tolist()}, named {self.decoded.tolist()}; show() draws it)"
+
     def show(self, **kwargs):
         """Question and answer as a picture."""
         return self.task.show(self.inputs, self.targets, pred=self.decoded, **kwargs)
