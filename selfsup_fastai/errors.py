@@ -1,4 +1,4 @@
-"""The errors that a user can cause. Each is a `ValueError` whose message says what arrived, what was expected, what to do.
+"""The errors that a user can cause: each a `ValueError` that says what arrived, what was expected and what to do.
 
 SelfsupError
 ├── UnknownNameError    a task, an architecture, an option that does not exist (the nearest name is suggested)

@@ -96,7 +96,8 @@ class Answer(NamedTuple):
     decoded: Any  # As a person reads it
 
     def __repr__(self) -> str:
-        return f"Answer({self.task.name}: asked {self.targets[0].tolist()}, named {self.decoded.tolist()}; show() draws it)"
+        asked, named = self.targets[0].tolist(), self.decoded.tolist()
+        return f"Answer({self.task.name}: asked {asked}, answered {named}; show() draws it)"
 
     def show(self, **kwargs):
         """Question and answer as a picture."""

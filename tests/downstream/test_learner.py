@@ -567,3 +567,52 @@ def test_resized_and_augmented_loaders_keep_their_transforms(color_classes):
     x, _ = learn.dls.train.one_batch()
     assert x.shape[-2:] == (24, 24)
     assert [type(t).__name__ for t in learn.dls.train.after_batch.fs] == ["IntToFloatTensor", "Flip", "Normalize"]
+
+
+@pytest.fixture(scope="module")
+def mixed_classes(tmp_path_factory):
+    """16 images of stripes, 32 pixels high and 32 to 47 wide."""
+    folder = write_classes(tmp_path_factory.mktemp("mixed_classes"), 8, grey=False)
+    for i, file in enumerate(sorted(folder.rglob("*.png"))):
+        with Image.open(file) as image:
+            wide = image.resize((32 + i, 32))
+        wide.save(file)
+    return folder
+
+
+@pytest.mark.parametrize(("size", "side"), [(24, 24), (None, 128)])
+def test_images_of_different_sizes_get_the_size_of_the_encoder(mixed_classes, size, side, capsys):
+    set_seed(0)
+    encoder = create_encoder("resnet10t", size=size)
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    learn = downstream_learner(labeled(mixed_classes), encoder)
+    assert f"opened as color, resized from different sizes to {side} px, normalized" in capsys.readouterr().err
+    x, _ = learn.dls.valid.one_batch()
+    centers = []
+    for file in list(learn.dls.valid_ds.items)[: len(x)]:
+        image = Image.open(file)
+        left = (image.width - 32) // 2
+        center = image.crop((left, 0, left + 32, 32)).resize((side, side), Image.Resampling.BILINEAR)
+        centers.append(np.asarray(center, dtype=np.float32) / 255)
+    expected = (torch.from_numpy(np.stack(centers)).permute(0, 3, 1, 2) - 0.5) / 0.25
+    assert torch.allclose(torch.Tensor(x), expected, atol=1e-5)
+    learn.fine_tune(1)
+    assert learn.predict(learn.dls.valid_ds.items[0])[2].shape == (2,)
+
+
+def test_a_new_net_gets_images_of_different_sizes_at_128_pixels(mixed_classes, capsys):
+    learn = make(mixed_classes, "vit_tiny_patch16_224")
+    assert "resized from different sizes to 128 px" in capsys.readouterr().err
+    assert learn.model.encoder.body.pos_embed.shape[1] == 1 + (128 // 16) ** 2
+    assert learn.dls.one_batch()[0].shape[-2:] == (128, 128)
+
+
+@pytest.mark.parametrize("encoder_size", [16, None])
+def test_images_that_the_user_resizes_or_that_are_alike_keep_their_size(
+    mixed_classes, few_classes, encoder_size, capsys
+):
+    encoder = create_encoder("resnet10t", size=encoder_size)
+    for dls, side in (labeled(mixed_classes, item_tfms=Resize(40)), 40), (labeled(few_classes), 32):
+        learn = downstream_learner(dls, encoder)
+        assert learn.dls.one_batch()[0].shape[-2:] == (side, side)
+    assert "resized" not in capsys.readouterr().err
