@@ -92,7 +92,7 @@ def finetune(
     source = encoder if fresh else get_encoder(encoder)
     n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
     set_seed(seed, reproducible=True)
-    workers = auto_workers(len(table), side) if num_workers is None else num_workers
+    workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, n_in, size or side, bs, workers)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
     _write_settings(out, encoder=learn.model.encoder.arch, epochs=epochs, lr=lr, gradual=gradual, seed=seed)
@@ -113,14 +113,15 @@ def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh:
 
 
 def labeled_files(folder: str | Path, valid_pct: float = 0.2, seed: int = 42) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table (file, label, is_valid) of a folder of classes, and the report on unreadable files.
+    """A table (file, label, is_valid, channels, pixels) of a folder of classes, and the report on unreadable files.
 
     The label is the name of the folder an image lies in. Folders train/ beside valid/ (or val/, test/) are the split;
     otherwise `valid_pct` of each class is drawn by `seed`, at least one.
     """
     folder = Path(folder)
     ok, report = usable_files(find_files(folder))
-    table = pd.DataFrame({"file": ok["file"], "label": [f.parent.name for f in ok["file"]], "channels": ok["channels"]})
+    table = pd.DataFrame({"file": ok["file"], "label": [f.parent.name for f in ok["file"]]})
+    table = table.assign(channels=ok["channels"], pixels=ok["width"] * ok["height"])
     within = [f.relative_to(folder).parts for f in ok["file"]]
     parts = pd.Series([p[0] if len(p) > 2 else "" for p in within], dtype=str)
     if (parts == "train").any() and parts.isin(VALID_NAMES).any():
@@ -194,7 +195,7 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path)
     vocab = list(learn.dls.vocab)
     rows = table[table["is_valid"]].reset_index(drop=True)
     rows = rows.assign(predicted=[vocab[i] for i in named], probability=probabilities.max(1).values.numpy())
-    rows.drop(columns=["is_valid", "channels"]).to_csv(out / "predictions.csv", index=False)
+    rows.drop(columns=["is_valid", "channels", "pixels"]).to_csv(out / "predictions.csv", index=False)
     counts = pd.crosstab(rows["label"], rows["predicted"]).reindex(index=vocab, columns=vocab, fill_value=0)
     _plot_confusion(counts)
     save_picture(out / "confusion.png")
