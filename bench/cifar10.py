@@ -20,8 +20,9 @@ import torch
 from fastai.torch_core import set_seed
 
 from selfsup_fastai.compare import compare_encoders, labeled_loaders, summarize
+from selfsup_fastai.data.files import find_files
 from selfsup_fastai.data.images import UnlabeledDataLoaders
-from selfsup_fastai.demo import labeled_table
+from selfsup_fastai.data.labeled import class_table
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.features import embed, knn_accuracy
@@ -42,8 +43,8 @@ def cifar10(folder: Path | None, cache: Path) -> tuple[pd.DataFrame, pd.DataFram
                 raise SystemExit("CIFAR-10 is not at hand: pass --data FOLDER with train/CLASS and test/CLASS in it.")
             with tarfile.open(archive) as tar:
                 tar.extractall(cache, filter="data")
-    train = labeled_table(folder / "train").groupby("label").head(1000).reset_index(drop=True)
-    return train, labeled_table(folder / "test")
+    train, test = (class_table(find_files(folder / part), folder / part) for part in ("train", "test"))
+    return train.groupby("label").head(1000).reset_index(drop=True), test
 
 
 def pretrain(task: str, files: pd.Series, budget: int, out: Path, seed: int) -> Path:

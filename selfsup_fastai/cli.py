@@ -45,12 +45,14 @@ def reported(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except KeyboardInterrupt as stop:
             line, code = "stopped", 143 if isinstance(stop, Terminated) else 130
-        except (SelfsupError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # nobody reads on: typer ends quietly
+        except (typer.Exit, typer.BadParameter, BrokenPipeError):
+            raise  # typer's own affair; where nobody reads on it ends quietly
+        except Exception as error:
             if "--debug" in sys.argv:
                 traceback.print_exc()
-            line, code = error, 1
+            expected = isinstance(error, SelfsupError | OSError)
+            line = error if expected else f"{type(error).__name__}: {error} (selfsup --debug shows where)"
+            code = 1
         typer.echo(f"selfsup: {line}", err=True)
         raise typer.Exit(code)
 
@@ -100,7 +102,7 @@ def pretrain(
     ] = False,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 3e-3,
     bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
-    valid_pct: Annotated[float, typer.Option(help="Share of the images to validate with.")] = 0.1,
+    valid_pct: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the images to validate with.")] = 0.1,
     n_in: Annotated[int | None, typer.Option(help="Channels: 1 or 3.", show_default="1 if all images are grey")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task, e.g. --set turns=one.", show_default=False)
@@ -108,6 +110,7 @@ def pretrain(
     workers: Annotated[
         int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
     """Pretrain an encoder on a folder of unlabeled images."""
@@ -116,8 +119,8 @@ def pretrain(
     settings = dict(_setting(text) for text in set_ or [])
     from selfsup_fastai import runs
 
-    out = out or Path("runs") / task
-    data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers)
+    out = out or _free(Path("runs") / task)
+    data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
     runs.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     typer.echo(out / "encoder.safetensors")
 
@@ -134,28 +137,31 @@ def finetune(
     encoder: Annotated[
         str, typer.Option(help="A saved encoder; or an architecture, such as resnet18, to start from scratch.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/finetune"),
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/finetune")] = None,
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the labeled images, after one with the encoder frozen.")
     ] = 10,
     lr: Annotated[float, typer.Option(help="Learning rate of the head; the encoder's are lower.")] = 2e-3,
     gradual: Annotated[bool, typer.Option(help="Unfreeze the encoder stage by stage; else all at once.")] = True,
     valid_pct: Annotated[
-        float, typer.Option(help="Share of each class to validate with, where there is no valid/ folder.")
+        float,
+        typer.Option(min=0, max=0.9, help="Share of each class to validate with, where there is no valid/ folder."),
     ] = 0.2,
     size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.", show_default="the encoder's")
+        int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
     ] = None,
     bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
     workers: Annotated[
         int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
     """Fine-tune an encoder on a folder of labeled images."""
     from selfsup_fastai import runs
 
-    runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, workers)
+    out = out or _free(Path("runs/finetune"))
+    runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, workers, overwrite)
     typer.echo(out)
 
 
@@ -166,12 +172,21 @@ def demo(
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
     """Pretrain on handwritten digits and fine-tune on 50 labels: a table and pictures in a few minutes."""
-    from selfsup_fastai.demo import LESSON, run_demo
+    from selfsup_fastai.demo import lesson, run_demo
 
     table = run_demo(out, seed=seed)
     typer.echo(f"\nAccuracy on 500 test images:\n\n{table.to_string(float_format='{:.3f}'.format, na_rep='')}")
-    typer.echo(LESSON)
+    typer.echo(lesson(table))
     typer.echo(f"\nPictures, curves and encoders: {out}/rotation, {out}/simclr. Table: {out}/table.csv")
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or folder-2, folder-3 and so on: the first that is not there yet."""
+    free, n = folder, 1
+    while free.exists():
+        n += 1
+        free = folder.with_name(f"{folder.name}-{n}")
+    return free
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -19,7 +19,8 @@ from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.data.blocks import UnlabeledBlock
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
-from selfsup_fastai.encoders.bodies import is_timm_name
+from selfsup_fastai.downstream.schedule import check_count
+from selfsup_fastai.encoders.checkpoint import is_fresh
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
@@ -55,12 +56,12 @@ def compare_encoders(
     test: pd.DataFrame,  # The same for the images to test on; pretraining must not have seen them
     per_class: int = 5,  # Labels a class
     draws: int = 5,  # Times the labels are drawn; every start gets the same
-    epochs: int = 20,  # Over the labeled images, the same for every start
+    epochs: int = 20,  # Over the labeled images, the same for every start; at least 2
     size: int = 32,  # Pixels
     n_in: int = 3,  # Channels of nets from scratch
     bs: int = 16,
     k: int = 5,  # Of kNN on the frozen encoder
-    lr: float = 5e-3,  # Peak rate: of the head of pretrained nets, of all layers from scratch
+    lr: float = 5e-3,  # Peak rate of all layers from scratch, and of the head of pretrained nets (twice that alone)
     seed: int = 42,
 ) -> pd.DataFrame:
     """One row a run: start, draw, accuracy on the test set after the last epoch, and kNN accuracy before fine-tuning.
@@ -71,6 +72,7 @@ def compare_encoders(
     Test labels choose nothing: neither the epoch nor any setting. The interval that `summarize` makes of it covers the
     draw of the labels and the order and initialization of fine-tuning, not the one pretraining run behind each encoder.
     """
+    check_count("epochs", epochs, 2)
     chosen = label_draws(train["label"], per_class, draws, seed)
     runs = []
     with tqdm(total=draws * len(starts), desc="fine-tuning", disable=None, leave=False) as bar:
@@ -85,11 +87,6 @@ def compare_encoders(
                 runs.append({"start": name, "draw": draw, "accuracy": accuracy_after, "knn": knn})
                 bar.update()
     return pd.DataFrame(runs)
-
-
-def is_fresh(start: Any) -> bool:
-    """Whether a start names an architecture, to be trained from scratch."""
-    return isinstance(start, str) and is_timm_name(start)
 
 
 def _knn(learn: DownstreamLearner, k: int) -> float:

@@ -7,20 +7,32 @@ import pandas as pd
 from PIL import Image
 
 from selfsup_fastai.compare import compare_encoders, summarize
-from selfsup_fastai.data.files import find_files
 from selfsup_fastai.messages import say
 from selfsup_fastai.runs import pretrain
 
 SIZE, ARCH = 32, "resnet10t"
 EPOCHS = {"rotation": 8, "simclr": 30}
 
-LESSON = """
-What this says. Fifty labels are very little: a net that starts from random weights has to learn from them what strokes
-look like. SimCLR has seen 1,297 digits without labels before, and it shows. Rotation helps little or not at all: many
-digits look alike upside down (0, 1, 8; a turned 6 is a 9), so 'which way up?' is a poor question for digits, while it
-is a good one for photographs. No task is best everywhere: that is why swapping it is one word.
-± is the 95 % interval over the draws of labels (one pretraining run behind each encoder); gain is the paired
-difference to scratch."""
+
+def lesson(table: pd.DataFrame) -> str:
+    """What the table of `run_demo` says, in words; and why."""
+    verdicts = {
+        "better": "clearly better than",
+        "worse": "clearly worse than",
+        "not distinguishable": "no different from",
+    }
+    found = [
+        f"{task}: {verdicts[row['verdict']]} scratch ({row['gain']:+.1%} ± {row['gain ±']:.1%})"
+        for task, row in table.drop(index="scratch").iterrows()
+    ]
+    return f"""
+{"; ".join(found)}.
+
+Fifty labels are very little: a net that starts from random weights has to learn from them what strokes look like. The
+others have seen 1,297 digits without labels before. Which question they were asked matters: many digits look alike
+upside down (0, 1, 8; a turned 6 is a 9), so 'which way up?' (rotation) is a poor question for digits, though a good one
+for photographs. No task is best everywhere: that is why swapping it is one word.
+± is the 95 % interval over the draws of labels; there is one pretraining run behind each encoder."""
 
 
 def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -31,18 +43,14 @@ def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits, rows = load_digits(), []
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target)):
         file = folder / ("train" if i < 1297 else "test") / str(label) / f"{i:04d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file)
-    return labeled_table(folder / "train"), labeled_table(folder / "test")
-
-
-def labeled_table(folder: Path) -> pd.DataFrame:
-    """Columns file and label (the name of the folder it lies in)."""
-    files = find_files(folder)
-    return pd.DataFrame({"file": files, "label": [f.parent.name for f in files]})
+        rows.append({"file": file, "label": str(label)})
+    table = pd.DataFrame(rows)
+    return table[:1297], table[1297:].reset_index(drop=True)
 
 
 def run_demo(
@@ -61,8 +69,8 @@ def run_demo(
     starts = {"scratch": ARCH}
     for task in tasks:
         say(f"\nPretraining by {task} on {len(train):,} images, labels not used:")
-        data = dict(size=SIZE, bs=128, num_workers=0)
-        pretrain(out / "digits/train", out / task, task, pretrain_epochs or EPOCHS[task], arch=ARCH, seed=seed, **data)
+        args = dict(arch=ARCH, seed=seed, overwrite=True, size=SIZE, bs=128, num_workers=0)
+        pretrain(out / "digits/train", out / task, task, pretrain_epochs or EPOCHS[task], **args)
         starts[task] = out / task / "encoder.safetensors"
     say(f"\nFine-tuning on {per_class} labels a class, {draws} draws of labels, the same budget for each start ...")
     runs = compare_encoders(starts, train, test, per_class, draws, epochs, size=SIZE, n_in=1, seed=seed)

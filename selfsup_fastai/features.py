@@ -63,6 +63,19 @@ def embed(
     return _run(encoder, dl, whole if layers is None else averaged, device)[""]
 
 
+def embedded_images(
+    dl: DataLoader,  # fastai loader of images, labeled or not
+    rows: list[int],  # Of the loader's data set, in any order
+) -> list[Tensor]:  # (C, H, W) each, on the CPU
+    """The very images that `embed` gives the encoder for these rows, before its `prepare`: floats in [0, 1]."""
+    images = []
+    with preserved_rng(), _plain(dl) as loader, loader.fake_l.no_multiproc():
+        loader.get_idxs = lambda: rows
+        for batch in loader:
+            images += list(_images(batch)[0].cpu())
+    return images
+
+
 def embed_layers(
     encoder: nn.Module,  # With `feature_maps(x, layers) -> {name: (B, C, h, w)}`
     dl: DataLoader,  # fastai loader of images, labeled or not

@@ -2,11 +2,14 @@
 
     settings.json        what was run, with which versions
     metrics.csv          a row an epoch, written as it ends
+    left_out.csv         files that could not be read, and why
     batch.png            what the network was asked, or the labeled images it saw
     history.png          losses and the first metric over the epochs
     encoder.safetensors  the encoder and its card
+    results.png neighbors.png, or predictions.csv confusion.png learner.pkl
 
-Stopped by Ctrl-C or a termination signal, a run still saves its encoder and pictures, then passes the signal on.
+Stopped by Ctrl-C or a termination signal, a run still saves what it has trained, then passes the signal on. A folder
+that holds an encoder is not written to, unless asked for.
 """
 
 import json
@@ -15,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fastai
 import pandas as pd
+import timm
+import torch
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -24,17 +30,18 @@ from matplotlib import pyplot as plt
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile
 from selfsup_fastai.compare import is_fresh, labeled_loaders
-from selfsup_fastai.data.files import find_files
-from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers, split, usable_files
+from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
+from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.schedule import check_count, check_positive
 from selfsup_fastai.encoders.checkpoint import get_encoder
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, plot_history, save_picture
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 
-VALID_NAMES = ("valid", "val", "validation", "test")
+ENCODER = "encoder.safetensors"
 
 
 def pretrain(
@@ -48,17 +55,18 @@ def pretrain(
     pretrained: bool = False,
     seed: int = 42,
     settings: dict | None = None,  # Of the task
+    overwrite: bool = False,  # Replace what an earlier run left in `out`
     **data,  # Arguments of `UnlabeledDataLoaders.from_folder`
 ) -> PretextLearner:
     """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner."""
-    out = _run_folder(out)
+    check_count("epochs", epochs, 1)
+    check_positive("lr", lr)
+    check_out(out, folder, overwrite)
     set_seed(seed, reproducible=True)
     dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
-    dls.report.to_csv(out / "left_out.csv", index=False)
     learn = pretext_learner(dls, task, arch, encoder=encoder, pretrained=pretrained, **(settings or {}))
-    _write_settings(
-        out, task=repr(learn.task), epochs=epochs, lr=lr, arch=arch, seed=seed, pretrained=pretrained, **data
-    )
+    args = dict(task=learn.task.name, **learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained, seed=seed)
+    out = _run_folder(out, learn, dls.report, {**args, **data})
     learn.show_batch()
     save_picture(out / "batch.png")
     with _finished(learn, out, learn.task.chance()):
@@ -83,24 +91,28 @@ def finetune(
     bs: int = 32,
     seed: int = 42,
     num_workers: int | None = None,
+    overwrite: bool = False,  # Replace what an earlier run left in `out`
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
-    out = _run_folder(out)
-    table, report = labeled_files(folder, valid_pct, seed)
-    report.to_csv(out / "left_out.csv", index=False)
+    check_count("epochs", epochs, 1)
+    check_positive("lr", lr)
+    check_out(out, folder, overwrite)
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
+    table, report = labeled_files(folder, valid_pct, seed)
     n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, n_in, size or side, bs, workers)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
-    _write_settings(out, encoder=learn.model.encoder.arch, epochs=epochs, lr=lr, gradual=gradual, seed=seed)
+    args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
+    out = _run_folder(out, learn, report, {**args, "size": size or side, "classes": len(dls.vocab)})
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with _finished(learn, out, 1 / len(dls.vocab)):
         _fit(learn, epochs, lr, gradual, fresh, MetricsFile(out / "metrics.csv"))
     _write_predictions(learn, table, out)
+    learn.export("learner.pkl")
     return learn
 
 
@@ -112,72 +124,62 @@ def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh:
         learn.fine_tune(epochs, lr, gradual=gradual, cbs=log)
 
 
-def labeled_files(folder: str | Path, valid_pct: float = 0.2, seed: int = 42) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table (file, label, is_valid, channels, pixels) of a folder of classes, and the report on unreadable files.
-
-    The label is the name of the folder an image lies in. Folders train/ beside valid/ (or val/, test/) are the split;
-    otherwise `valid_pct` of each class is drawn by `seed`, at least one.
-    """
-    folder = Path(folder)
-    ok, report = usable_files(find_files(folder))
-    table = pd.DataFrame({"file": ok["file"], "label": [f.parent.name for f in ok["file"]]})
-    table = table.assign(channels=ok["channels"], pixels=ok["width"] * ok["height"])
-    within = [f.relative_to(folder).parts for f in ok["file"]]
-    parts = pd.Series([p[0] if len(p) > 2 else "" for p in within], dtype=str)
-    if (parts == "train").any() and parts.isin(VALID_NAMES).any():
-        valid_name = next(name for name in VALID_NAMES if (parts == name).any())
-        table["is_valid"] = parts == valid_name
-        table = table[parts.isin(("train", valid_name))].reset_index(drop=True)
-    else:
-        table["is_valid"] = False
-        for _, rows in table.groupby("label"):
-            if len(rows) > 1:
-                table.loc[rows.index[split(len(rows), valid_pct, seed)[1]], "is_valid"] = True
-    _check_classes(table, folder)
-    return table, report
-
-
-def _check_classes(table: pd.DataFrame, folder: Path) -> None:
-    wanted = f"Expected a folder of images for each class in {str(folder)!r}, or train/ and valid/ with such folders"
-    classes = sorted(table["label"].unique())
-    if len(classes) < 2:
-        raise DataError(f"{wanted}; found {len(table)} images in {len(classes)} folder(s).")
-    missing = sorted(set(classes) - set(table["label"][~table["is_valid"]]))
-    if missing or not table["is_valid"].any():
-        raise DataError(
-            f"{wanted}; there is no training image of {', '.join(missing) or 'some class'}, or none to validate with."
-        )
-
-
-def _run_folder(out: str | Path) -> Path:
+def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> None:
+    """Raises `DataError` unless a run over `folder` may write to `out`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{str(out)!r} is a file; the run needs a folder to write to.")
+    if (out / ENCODER).exists() and not overwrite:
+        raise DataError(
+            f"{str(out)!r} holds an encoder of an earlier run. Choose another folder, or have it overwritten."
+        )
+    if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+        raise DataError(
+            f"{str(out)!r} lies in the folder of images: the pictures of the run would be taken for images."
+        )
+
+
+def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict) -> Path:
+    """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def _write_settings(out: Path, **settings) -> None:
-    settings["versions"] = {"selfsup_fastai": __version__}
+    names = ("metrics.csv", "history.png", "results.png", "neighbors.png", "predictions.csv", "confusion.png")
+    for name in (ENCODER, *names, "learner.pkl"):
+        (out / name).unlink(missing_ok=True)
+    encoder = learn.model.encoder
+    settings |= {"arch": encoder.arch, "channels": encoder.in_chans}
+    settings["earlier rounds"] = [card.get("task") for card in encoder.lineage]
+    packages = {"fastai": fastai, "timm": timm, "torch": torch}
+    settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
     (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    report.to_csv(out / "left_out.csv", index=False, errors="surrogateescape")  # file names may be no text
+    return out
 
 
 @contextmanager
 def _finished(learn: Learner, out: Path, chance: float | None) -> Iterator[None]:
-    """Lines instead of bars while the learner is fitted; whatever ends it, the encoder and the curves are saved."""
+    """Lines instead of bars while the learner is fitted; at the end, or stopped, what was trained is saved.
+
+    After any other error nothing is saved: the weights may be anything.
+    """
     learn.add_cb(lines := EpochLines())
     try:
         with learn.no_bar():
             yield
     except KeyboardInterrupt:
-        say("Stopped; the encoder is saved as it is.")
+        if (out / "metrics.csv").exists():
+            _save(learn, out, chance)
+            say("Stopped; the encoder is saved as it is.")
         raise
     finally:
         learn.remove_cb(lines)
-        learn.save_encoder(out / "encoder.safetensors")
-        if (out / "metrics.csv").exists():
-            plot_history(pd.read_csv(out / "metrics.csv"), chance)
-            save_picture(out / "history.png")
+    _save(learn, out, chance)
+
+
+def _save(learn: Learner, out: Path, chance: float | None) -> None:
+    learn.save_encoder(out / ENCODER)
+    plot_history(pd.read_csv(out / "metrics.csv"), chance)
+    save_picture(out / "history.png")
 
 
 def _show_labeled(learn: DownstreamLearner) -> None:
@@ -195,7 +197,9 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path)
     vocab = list(learn.dls.vocab)
     rows = table[table["is_valid"]].reset_index(drop=True)
     rows = rows.assign(predicted=[vocab[i] for i in named], probability=probabilities.max(1).values.numpy())
-    rows.drop(columns=["is_valid", "channels", "pixels"]).to_csv(out / "predictions.csv", index=False)
+    rows.drop(columns=["is_valid", "channels", "pixels"]).to_csv(
+        out / "predictions.csv", index=False, errors="surrogateescape"
+    )
     counts = pd.crosstab(rows["label"], rows["predicted"]).reindex(index=vocab, columns=vocab, fill_value=0)
     _plot_confusion(counts)
     save_picture(out / "confusion.png")

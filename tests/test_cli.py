@@ -106,7 +106,9 @@ def test_finetune(pretrained, tmp_path):
         (["pretrain", ".", "--task", "rotaton"], "Did you mean 'rotation'", 1),
         (["pretrain", ".", "--size", "0"], "--size", 2),
         (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
-        (["finetune", ".", "--encoder", "nothing.safetensors"], "", 1),
+        (["finetune", ".", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
+        (["finetune", ".", "--encoder", "resnet18"], "There is no file in the folder", 1),
+        (["finetune", ".", "--encoder", "resnet18", "--valid-pct", "20"], "--valid-pct", 2),
         (["finetune", "."], "--encoder", 2),
         (["prtrain"], "prtrain", 2),
     ],
@@ -124,6 +126,11 @@ def test_errors_are_one_line_without_a_traceback(args, said, code, tmp_path):
 def test_debug_shows_where(tmp_path):
     done = selfsup("--debug", "pretrain", "missing", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_an_encoder_is_not_overwritten_unasked(pretrained, images):
+    done = selfsup("pretrain", images, "--out", pretrained[1], *QUICK, cwd=images)
+    assert done.returncode == 1 and "holds an encoder of an earlier run" in done.stderr
 
 
 def test_wrong_setting_of_a_task(images, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from selfsup_fastai.demo import run_demo, write_digits
+from selfsup_fastai.demo import lesson, run_demo, write_digits
 
 
 def test_digits_are_written_as_they_are(tmp_path):
@@ -19,6 +19,17 @@ def test_digits_are_written_as_they_are(tmp_path):
         assert row.label == str(digits.target[number])
         assert np.abs(np.asarray(Image.open(row.file), dtype=float) * 16 / 255 - digits.images[number]).max() < 0.04
         assert ("test" in row.file.parts) == (number >= 1297)
+
+
+def test_the_lesson_follows_the_table():
+    table = pd.DataFrame(
+        {"verdict": [None, "not distinguishable", "better"], "gain": [None, -0.01, 0.1], "gain ±": [None, 0.05, 0.04]},
+        index=["scratch", "rotation", "simclr"],
+    )
+    said = lesson(table).strip().splitlines()[0]
+    assert said == (
+        "rotation: no different from scratch (-1.0% ± 5.0%); simclr: clearly better than scratch (+10.0% ± 4.0%)."
+    )
 
 
 @pytest.mark.slow

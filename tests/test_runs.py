@@ -1,48 +1,15 @@
 """runs.py: what a folder of classes becomes, and what a run says of itself. Whole runs: test_cli.py, test_demo.py."""
 
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 
-from selfsup_fastai.errors import DataError
-from selfsup_fastai.runs import labeled_files, pretrain, wilson
+from selfsup_fastai.errors import DataError, TaskError
+from selfsup_fastai.pretext.learner import PretextLearner
+from selfsup_fastai.runs import check_out, finetune, pretrain, wilson
 from tests.conftest import write_images
-
-
-def test_labels_are_folder_names_and_the_split_takes_some_of_each(tmp_path):
-    for label, n in (("a", 10), ("b", 5), ("c", 2)):
-        write_images(tmp_path / label, n, (8, 8))
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    table, report = labeled_files(tmp_path, valid_pct=0.2, seed=3)
-    assert table["label"].tolist() == [f.parent.name for f in table["file"]]
-    assert table.groupby("label")["is_valid"].sum().to_dict() == {"a": 2, "b": 1, "c": 1}
-    assert report["code"].tolist() == ["not_an_image"]
-    again, _ = labeled_files(tmp_path, valid_pct=0.2, seed=3)
-    assert table.equals(again)
-    other, _ = labeled_files(tmp_path, valid_pct=0.2, seed=4)
-    assert not table["is_valid"].equals(other["is_valid"])
-
-
-def test_train_and_valid_folders_are_the_split(tmp_path):
-    for part, n in (("train", 4), ("val", 3), ("unused", 2)):
-        for label in "ab":
-            write_images(tmp_path / part / label, n, (8, 8))
-    table, _ = labeled_files(tmp_path)
-    assert len(table) == 14  # 'unused' stays out
-    assert all((f.parts[-3] == "val") == valid for f, valid in zip(table["file"], table["is_valid"]))
-    assert sorted(table["label"].unique()) == ["a", "b"]
-
-
-@pytest.mark.parametrize("layout", ["flat", "one class", "class only in valid"])
-def test_folders_without_classes_are_refused_in_one_sentence(tmp_path, layout):
-    if layout == "flat":
-        write_images(tmp_path, 4, (8, 8))
-    elif layout == "one class":
-        write_images(tmp_path / "a", 4, (8, 8))
-    else:
-        for folder in ("train/a", "valid/a", "valid/b"):
-            write_images(tmp_path / folder, 2, (8, 8))
-    with pytest.raises(DataError, match="a folder of images for each class"):
-        labeled_files(tmp_path)
 
 
 def test_wilson_covers_as_it_says():
@@ -54,8 +21,62 @@ def test_wilson_covers_as_it_says():
     assert wilson(5, 5)[1] == pytest.approx(1) and wilson(5, 5)[0] < 0.6
 
 
-def test_a_file_where_the_run_folder_should_be(tmp_path):
-    write_images(tmp_path / "images", 3, (32, 32))
-    (tmp_path / "out").write_text("")
+def short(out, folder, **kwargs):
+    return pretrain(folder, out, epochs=1, arch="resnet10t", size=16, bs=4, num_workers=0, **kwargs)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images", 12, (16, 16))
+
+
+def test_a_run_never_writes_over_an_encoder_unasked(images, tmp_path):
+    out = tmp_path / "out"
+    short(out, images)
+    kept = (out / "encoder.safetensors").read_bytes()
+    with pytest.raises(DataError, match="holds an encoder of an earlier run"):
+        short(out, images, seed=1)
+    assert (out / "encoder.safetensors").read_bytes() == kept
+    short(out, images, seed=1, overwrite=True)
+    assert (out / "encoder.safetensors").read_bytes() != kept
+    assert json.loads((out / "settings.json").read_text())["seed"] == 1
+
+
+def test_a_failed_run_saves_no_encoder(images, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PretextLearner, "fit_one_cycle", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        short(tmp_path / "out", images)
+    assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+def test_where_a_run_may_not_write(images, tmp_path):
+    (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
-        pretrain(tmp_path / "images", tmp_path / "out")
+        check_out(tmp_path / "file", images)
+    with pytest.raises(DataError, match="lies in the folder of images"):
+        check_out(images / "runs" / "rotation", images)
+    check_out(tmp_path / "images2", images)  # beside it is fine
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": float("nan")}, {"lr": -1}])
+def test_numbers_are_checked_before_anything_is_made(images, tmp_path, wrong):
+    with pytest.raises(TaskError, match=next(iter(wrong))):
+        pretrain(images, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_from_scratch_trains_all_layers_and_says_so(tmp_path, capsys):
+    for label, seed in (("a", 1), ("b", 2)):
+        write_images(tmp_path / "labeled" / label, 8, (16, 16), channels=1, seed=seed)
+    out = tmp_path / "out"
+    args = dict(epochs=2, size=32, bs=4, num_workers=0)
+    learn = finetune(tmp_path / "labeled", out, "resnet10t", **args)
+    assert "all layers train from the start" in capsys.readouterr().err
+    assert learn.model.encoder.in_chans == 1  # grey files
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["from_scratch"] and settings["classes"] == 2 and settings["arch"] == "resnet10t"
+    assert len(pd.read_csv(out / "metrics.csv")) == 3
+    assert b"0000.png" not in (out / "learner.pkl").read_bytes()  # no file name leaves with the model

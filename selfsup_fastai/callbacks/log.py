@@ -9,7 +9,14 @@ from fastai.callback.core import Callback, CancelValidException
 from tqdm.auto import tqdm
 
 
-class EpochLines(Callback):
+class OnlyInFit(Callback):
+    """A callback that rests while `lr_find` and `get_preds` run."""
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+
+class EpochLines(OnlyInFit):
     """One aligned line an epoch on stderr, and on a terminal a bar over the batches: for shells and log files.
 
     Stands in for fastai's bar, whose table goes to stdout: `with learn.no_bar(): learn.fit(3, cbs=EpochLines())`.
@@ -18,7 +25,7 @@ class EpochLines(Callback):
     order = 60  # after the Recorder, whose values it prints
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+        super().before_fit()
         if self.run:
             self.usual_logger, self.learn.logger = self.learn.logger, self._line
             self._line(self.recorder.metric_names)
@@ -42,7 +49,7 @@ class EpochLines(Callback):
         tqdm.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)), file=sys.stderr)
 
 
-class MetricsFile(Callback):
+class MetricsFile(OnlyInFit):
     """Every epoch's losses and metrics as a row of a CSV file, written at once: a killed run keeps its rows.
 
     Epochs are numbered through when a learner is fitted several times, as in the stages of `fine_tune`.
@@ -52,9 +59,6 @@ class MetricsFile(Callback):
 
     def __init__(self, file: str | os.PathLike):
         self.file, self.rows = Path(file), 0
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def after_epoch(self):
         if not self.recorder.losses:  # `validate()` ends with this event too, but without a step taken

@@ -114,6 +114,11 @@ class UnlabeledDataLoaders(DataLoaders):
             raise DataError(f"from_array takes a uint8 NumPy array, got {got}. Scale floats in [0, 1] by 255 and cast.")
         if array.ndim not in (3, 4) or array.shape[3:] not in ((), (1,), (3,)) or 0 in array.shape[1:]:
             raise DataError(f"from_array takes N x H x W or N x H x W x C with C of 1 or 3, got shape {array.shape}.")
+        if array.ndim == 3 and array.shape[2] <= 4:
+            fix = "If it is one image: array[None] is a stack of one; from_single_image cuts crops from one."
+            raise DataError(f"{_NOT_THIN}, got shape {array.shape}. {fix}")
+        if min(array.shape[1:3]) < 2:
+            raise DataError(f"{_NOT_THIN}, got images of {array.shape[1]} x {array.shape[2]} pixels.")
         height, width = array.shape[1:3]
         grey = array.shape[3:] != (3,) or all((image == image[..., :1]).all() for image in array)
         facts = {"width": width, "height": height, "channels": 1 if grey else 3}

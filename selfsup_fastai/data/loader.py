@@ -18,7 +18,7 @@ from fasttransform import Pipeline, Transform
 
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.opening import image_size, open_image
-from selfsup_fastai.data.pixels import is_grey
+from selfsup_fastai.data.pixels import LUMA, is_grey
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import VALID_SEED, preserved_rng, seeded_item
@@ -162,7 +162,10 @@ def _reopening(opener: Transform, n_in: int) -> OpenImage:
 
 
 class ToChannels(Transform):
-    """Float images (B, C, H, W) to `n_in` channels: the mean over channels, or the one channel repeated."""
+    """Float images (B, C, H, W) to `n_in` channels: three to their luma, one to copies of it.
+
+    Raises `DataError` for other changes: what the channels of a multispectral image mean, nobody said.
+    """
 
     order = 11  # right after IntToFloatTensor
 
@@ -172,18 +175,32 @@ class ToChannels(Transform):
 
     def __call__(self, b, **kwargs):
         x, *rest = b if isinstance(b, (tuple, list)) else (b,)
-        if x.shape[1] != self.n_in:
-            x = x.mean(1, keepdim=True) if self.n_in == 1 else x[:, :1].expand(-1, self.n_in, -1, -1)
-        return (x, *rest)
+        if x.shape[1] == self.n_in:
+            return (x, *rest)
+        if x.shape[1] == 1:
+            return (x.expand(-1, self.n_in, -1, -1), *rest)
+        if x.shape[1] == 3 and self.n_in == 1:
+            return (luma(x), *rest)
+        raise DataError(
+            f"Images of {x.shape[1]} channels cannot be turned into {self.n_in}. Choose channels in the dataset, or "
+            f"take a net with n_in={x.shape[1]}."
+        )
 
     def decode(self, b, **kwargs):
         return b
 
 
-def n_in_of(dls: DataLoaders, n: int = 64) -> int:
-    """Channels that the images of `dls` need: 1 if the first `n` training images are all grey, else 3 (or the batch's).
+def luma(
+    x: torch.Tensor,  # (B, 3, H, W), in any range
+) -> torch.Tensor:  # (B, 1, H, W)
+    """Color to grey as Pillow's mode L weighs it (ITU-R BT.601)."""
+    return (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
 
-    Asks the files, not the batches: fastai opens grey files as RGB.
+
+def n_in_of(dls: DataLoaders, n: int = 64) -> int:
+    """Channels that the images of `dls` need: 1 if all of `n` training images are grey, else 3 (or the batch's).
+
+    Asks the files, evenly spread, and not the batches: fastai opens grey files as RGB.
     """
     images = _images_of(dls.train_ds)
     if images is None:
@@ -194,7 +211,7 @@ def n_in_of(dls: DataLoaders, n: int = 64) -> int:
         return opener.n_in
     if PILImageBW in (images.types or ()):
         return 1
-    return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, range(min(n, len(images))))) else 3
+    return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, _spread(len(images), n))) else 3
 
 
 def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:
@@ -207,12 +224,16 @@ def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:
         images = _images_of(dl.dataset)
         if images is None or not _nothing_resizes(dl):
             return False
-        spread = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
-        for source in _sources(images, spread.tolist()):
+        for source in _sources(images, _spread(len(images), n)):
             sizes.add(image_size(source))
             if len(sizes) > 1:
                 return True
     return False
+
+
+def _spread(length: int, n: int) -> list[int]:
+    """`n` places from 0 to `length` - 1, evenly spread, both ends among them; all, if there are fewer."""
+    return np.linspace(0, length - 1, min(n, length)).astype(int).tolist()
 
 
 def _nothing_resizes(dl: TfmdDL) -> bool:
@@ -261,7 +282,7 @@ def measure_stats(dls: DataLoaders, n: int = 1024) -> tuple[tuple[float, ...], t
             x = _batch_images(b)
             float_images(x)
             images += len(x)
-            x = x.transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W)
+            x = x.cpu().transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W); MPS has no float64
             total, total_sq, count = total + x.sum(1), total_sq + (x**2).sum(1), count + x.shape[1]
             if images >= n:
                 break

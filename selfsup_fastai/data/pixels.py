@@ -10,7 +10,10 @@ from PIL import Image, ImageCms
 
 from selfsup_fastai.data.reasons import bad
 
-__all__ = ["DEEP", "depth", "from_array", "is_grey", "to_pixels"]
+__all__ = ["DEEP", "LUMA", "depth", "from_array", "is_grey", "to_pixels"]
+
+LUMA = (0.299, 0.587, 0.114)
+"""Red, green and blue in a grey pixel (ITU-R BT.601), as in Pillow's mode L."""
 
 _GREY = {"1", "L", "LA", "La"}
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}

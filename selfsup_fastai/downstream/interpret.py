@@ -7,7 +7,7 @@ from fastai.data.load import DataLoader
 from matplotlib.axes import Axes
 from torch.nn import functional as F
 
-from selfsup_fastai.features import embed
+from selfsup_fastai.features import embed, embedded_images
 from selfsup_fastai.pictures import draw, grid_axes
 
 
@@ -21,20 +21,23 @@ def nearest_neighbors(
     """A row for each query: the image, then its `k` nearest by the cosine of their embeddings, nearest first.
 
     Look for rows that show the same kind of thing; rows that merely share brightness or background say that the encoder
-    has learned little. With labels, neighbors of the query's class are marked.
+    has learned little. With classes as labels, neighbors are marked: of the query's class, or of another. The images
+    are those that were embedded: cut as validation cuts them.
     """
     found = embed(getattr(encoder, "encoder", encoder), dl)
     rows = torch.linspace(0, len(found.x) - 1, min(queries, len(found.x))).long().tolist()
     nearest = nearest_rows(found.x, rows, min(k, len(found.x) - 1))
-    labels = found.y if found.y is not None and found.y.ndim == 1 else None
+    groups = [[row, *others] for row, others in zip(rows, nearest.tolist())]
+    images = iter(embedded_images(dl, [at for group in groups for at in group]))
+    labels = found.y if found.y is not None and found.y.ndim == 1 and not found.y.is_floating_point() else None
     axes = iter(grid_axes(len(rows) * (nearest.shape[1] + 1), None, figsize, columns=nearest.shape[1] + 1))
     drawn = []
-    for row, others in zip(rows, nearest.tolist()):
-        drawn.append(draw(next(axes), _image(dl, row), "query"))
+    for row, *others in groups:
+        drawn.append(draw(next(axes), next(images), "query"))
         for at in others:
             same = None if labels is None else bool(labels[at] == labels[row])
             cosine = F.cosine_similarity(found.x[at], found.x[row], dim=0)
-            drawn.append(draw(next(axes), _image(dl, at), f"{cosine:.2f}", same))
+            drawn.append(draw(next(axes), next(images), f"{cosine:.2f}", same))
     return drawn
 
 
@@ -44,9 +47,3 @@ def nearest_rows(x: torch.Tensor, rows: list[int], k: int) -> torch.Tensor:
     similar = z[rows] @ z.T
     similar[torch.arange(len(rows)), rows] = -torch.inf
     return similar.topk(k, dim=1).indices
-
-
-def _image(dl: DataLoader, row: int) -> torch.Tensor:
-    """Item `row` of the loader's dataset as (C, H, W) in [0, 1], as validation would cut it."""
-    image = dl.new(shuffle=False, drop_last=False, num_workers=0).do_item(row)
-    return (image[0] if isinstance(image, tuple) else image).as_subclass(torch.Tensor).float() / 255

@@ -20,10 +20,11 @@ from fastai.vision.core import PILBase, TensorBBox, TensorPoint
 from fastcore.foundation import L
 from torch import nn
 
+from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
-from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
-from selfsup_fastai.encoders.encoder import Encoder, is_timm_name
+from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh, save_encoder
+from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
@@ -59,11 +60,12 @@ class DownstreamLearner(Learner):
         self,
         dls: DataLoaders,  # Labeled images as the encoder wants them
         model: DownstreamModel,  # What is trained
+        cbs: Callback | MutableSequence | None = None,  # As in `Learner`
         **kwargs,  # Passed to `Learner`
     ):
-        super().__init__(dls, model, splitter=layer_groups, **kwargs)
+        self.epochs_done, self.images_seen, self.last_values = 0, 0, {}
+        super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), *L(cbs)], **kwargs)
         self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
-        self.epochs_tuned = 0  # by all runs of `fine_tune`
 
     def create_opt(self) -> None:
         """fastai's, with weight decay switched off where the net asks for it (position embeddings, class tokens).
@@ -123,7 +125,6 @@ class DownstreamLearner(Learner):
                     super().fine_tune(epochs, base_lr, freeze_epochs, lr_mult, **settings)
             finally:
                 self.fine_tune_log = pd.DataFrame(log.rows)
-                self.epochs_tuned += len(log.rows)
 
     def _fit_stages(self, epochs, base_lr, freeze_epochs, lr_mult, pct_start, div, **kwargs) -> None:
         n_groups = len(self.opt.param_lists)
@@ -163,9 +164,13 @@ class DownstreamLearner(Learner):
         self,
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
-        """Save the fine-tuned encoder, without the head; its lineage names this run too. Returns the file's path."""
-        last = {} if self.fine_tune_log.empty else self.fine_tune_log.iloc[-1].drop(["stage", "epoch"]).to_dict()
-        return save_encoder(self.model.encoder, file, task="fine_tune", epochs=self.epochs_tuned, metrics=last)
+        """Save the trained encoder, without the head; its lineage names this round too. Returns the file's path."""
+        metrics = {name: float(value) for name, value in self.last_values.items() if value is not None}
+        return save_encoder(self.model.encoder, file, **self.this_round(), metrics=metrics)
+
+    def this_round(self) -> dict:
+        """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
+        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen}
 
 
 def downstream_learner(
@@ -238,18 +243,18 @@ def _check_targets(targets: list) -> None:
 def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) -> tuple[Encoder, DataLoaders]:
     """An encoder of the learner's own and loaders that suit it; says what was adapted."""
     mixed = needs_resize(dls)
-    if _is_kept(source):
-        encoder = deepcopy(get_encoder(source, n_in=n_in))  # the given one stays as it is
-        _check_kept(encoder, n_in, pretrained)
-        origin = encoder.lineage[-1].get("task") if encoder.lineage else None
-        side = (encoder.size or 128) if mixed else None
-        loaders = derive_loaders(dls, n_in=encoder.in_chans, resize=side)
-    else:
+    if is_fresh(source):
         origin = "published weights" if pretrained else "new"
         n_in = n_in or n_in_of(dls)
         side = (224 if pretrained else 128) if mixed else None
         loaders = derive_loaders(dls, n_in=n_in, resize=side)
         encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
+    else:
+        encoder = _copy_of(source, n_in)
+        _check_kept(encoder, n_in, pretrained)
+        origin = encoder.lineage[-1].get("task") if encoder.lineage else None
+        side = (encoder.size or 128) if mixed else None
+        loaders = derive_loaders(dls, n_in=encoder.in_chans, resize=side)
     own_stats = encoder.mean is not None
     if not own_stats:
         encoder.mean, encoder.std = measure_stats(loaders)
@@ -257,11 +262,13 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
     return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std))
 
 
-def _is_kept(source: Any) -> bool:
-    """Whether the net exists, with channels of its own; else it is made for these images."""
-    if isinstance(source, str):
-        return not is_timm_name(source) or Path(source).is_file()
-    return isinstance(source, PathLike | nn.Module | Learner)
+def _copy_of(source: Any, n_in: int | None) -> Encoder:
+    """A copy of an encoder that exists. One from a learner remembers that learner's round, as one from a file would."""
+    encoder = deepcopy(get_encoder(source, n_in=n_in))
+    this_round = source.this_round() if hasattr(source, "this_round") else None
+    if this_round and this_round["images"]:
+        encoder.lineage = [*encoder.lineage, this_round]
+    return encoder
 
 
 def _check_kept(encoder: Encoder, n_in: int | None, pretrained: bool) -> None:

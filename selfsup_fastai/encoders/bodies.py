@@ -137,12 +137,21 @@ def _built(make: Callable, arch: str, pretrained: bool, kwargs: dict) -> nn.Modu
 
 def _torchvision_body(make: Callable, n_in: int, pretrained: bool, kwargs: dict) -> Body:
     name = make.__name__
-    kwargs = {"weights": "DEFAULT" if pretrained else None, **kwargs}
-    net = _built(make, name, pretrained, kwargs)
-    bare_module(net, n_in, trained=kwargs["weights"] is not None, quiet=True)
-    published = torchvision.models.get_model_weights(name).DEFAULT.transforms() if pretrained else None
+    weights = _chosen_weights(name, kwargs.get("weights", "DEFAULT" if pretrained else None))
+    net = _built(make, name, weights is not None, {**kwargs, "weights": weights})
+    bare_module(net, n_in, trained=weights is not None, quiet=True)
+    published = weights.transforms() if weights else None
     stats = (_spread(published.mean, n_in), _spread(published.std, n_in)) if published else None
     return Body(net, name, "torchvision", {k: v for k, v in kwargs.items() if k not in ABOUT_WEIGHTS}, n_in, stats)
+
+
+def _chosen_weights(name: str, weights: object) -> torchvision.models.WeightsEnum | None:
+    """The published weights of a torchvision network that a name or an enum means."""
+    offered = torchvision.models.get_model_weights(name)
+    try:
+        return offered.verify(weights)
+    except (KeyError, TypeError):
+        raise unknown(f"set of weights of {name}", weights, [w.name for w in offered]) from None
 
 
 def _fitting_size(arch: str, size: int, kwargs: dict) -> dict:

@@ -36,14 +36,16 @@ def save_encoder(
 ) -> Path:
     """Write the encoder and its card; returns the path. The old file stays whole until the new one is complete.
 
-    With `task` given, this round is added to the lineage in the card. Numbers that are not finite become null.
-    Raises `EncoderFileError` for fields that are no JSON or that have the name of one of the card's own.
+    With `task` given, this round is added to the lineage in the card. Its numbers that are not finite become null.
+    Raises `EncoderFileError` for weights that are not finite, and for fields that are no JSON or that have the name of
+    one of the card's own.
     """
     path = Path(file)
     if not path.name:
         raise EncoderFileError(f"{str(file)!r} names no file to save the encoder in.")
     path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _state(encoder.body)}
+    _check_finite(encoder.body, tensors)
     card = make_card(encoder, card_fields)
     card["digest"] = _digest(card, tensors)
     header = {KEY: json.dumps(card, sort_keys=True, allow_nan=False)}
@@ -99,15 +101,14 @@ def get_encoder(
     inside = getattr(getattr(source, "model", None), "encoder", None)
     if isinstance(source, Encoder) or isinstance(inside, Encoder):
         return source if isinstance(source, Encoder) else inside
-    if _means_file(source):
+    if not is_fresh(source) and _means_file(source):
         if kwargs:
             raise SelfsupError(f"A saved encoder comes as it is; {', '.join(kwargs)} would need a fresh network.")
         return load_encoder(source)
-    a_learner = hasattr(source, "model") and not isinstance(source, nn.Module)  # Without an encoder, as found above
-    if a_learner or not (isinstance(source, str | nn.Module) or callable(source)):
+    if _is_learner(source) or not (isinstance(source, str | nn.Module) or callable(source)):
         raise SelfsupError(
             f"An encoder is given as a saved file, a learner, an Encoder, an nn.Module or a timm name; got "
-            f"{type(source).__name__}" + (" whose model has no encoder." if a_learner else ".")
+            f"{type(source).__name__}" + (" whose model has no encoder." if _is_learner(source) else ".")
         )
     try:
         return create_encoder(source, n_in, pretrained, size, **kwargs)
@@ -115,13 +116,52 @@ def get_encoder(
         raise UnknownNameError(f"{error} And there is no saved encoder {source!r} here.") from None
 
 
+def is_fresh(
+    source: object,  # Whatever `get_encoder` takes
+) -> bool:
+    """Whether this makes a new network, with random or published weights: a timm name or a constructor.
+
+    The others exist: an Encoder, a learner, an nn.Module, a saved file. Raises `SelfsupError` for a timm name that is
+    also a file in the current folder: taking either for the other would go unnoticed.
+    """
+    if not isinstance(source, str):
+        return callable(source) and not isinstance(source, nn.Module) and not _is_learner(source)
+    if source.endswith(SUFFIX) or not is_timm_name(source):
+        return False
+    file = _beside(source)
+    if file is not None:
+        raise SelfsupError(
+            f"{source!r} is a timm network and a file here. Write './{file}' for the saved encoder; for a new network "
+            f"rename the file, or give the constructor timm.models.{source.partition('.')[0]}."
+        )
+    return True
+
+
 def _means_file(source: object) -> bool:
     if isinstance(source, os.PathLike):
         return True
     if not isinstance(source, str):
         return False
-    named = source.endswith(SUFFIX) or "/" in source or os.sep in source
-    return named or Path(source).is_file() or (not is_timm_name(source) and Path(source + SUFFIX).is_file())
+    return source.endswith(SUFFIX) or "/" in source or os.sep in source or _beside(source) is not None
+
+
+def _beside(name: str) -> str | None:
+    """The file that this name can mean, its suffix left out or not."""
+    return next((file for file in (name, name + SUFFIX) if Path(file).is_file()), None)
+
+
+def _is_learner(source: object) -> bool:
+    return hasattr(source, "model") and not isinstance(source, nn.Module | type)
+
+
+def _check_finite(body: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise for NaN anywhere and for infinite weights or running statistics; a mask may be infinite on purpose."""
+    learned = {name for name, _ in body.named_parameters(remove_duplicate=False)}
+    learned |= {name for name in tensors if name.rpartition(".")[2].startswith("running_")}
+    if any(value.isnan().any() or (key in learned and value.isinf().any()) for key, value in tensors.items()):
+        raise EncoderFileError(
+            "The encoder cannot be saved, because its weights are not finite: the run diverged; lower the learning rate."
+        )
 
 
 def _state(body: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,8 +1,10 @@
 """`PretextTask`, the contract: what a task writes, and what the base does for it."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -31,9 +33,7 @@ class PretextTask(ABC):
     n_inp: ClassVar[int] = 1  # How many tensors of the new batch go to the model
     needs: ClassVar[tuple[str, ...]] = ()  # 'index': make_batch is given each image's place in its dataset
     items: ClassVar[str] = "images"  # What the data room builds
-    normalized: ClassVar[tuple[bool, ...]] = (
-        True,
-    )  # Per input: an image of the data's channels, which Normalize may touch?
+    normalized: ClassVar[tuple[bool, ...]] = (True,)  # Per input: an image of the data's channels, for Normalize?
     channels: ClassVar[tuple[int, ...]] = (1, 3)  # That the task can work with
     min_side: ClassVar[int] = 8  # Pixels
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
@@ -100,11 +100,23 @@ class PretextTask(ABC):
                 f"{self.name} needs images of at least {self.min_side} pixels a side, these are {height} x {width}."
             )
         inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx)
-        assert len(inputs) == self.n_inp and targets, (
-            f"{self.name}: n_inp inputs and at least one target, or fastai takes no step"
-        )
-        assert all(len(t) == len(x) for t in (*inputs, *targets)), f"{self.name}: axis 0 of every tensor is the image"
-        return (*(t.as_subclass(TensorImage) if n else t for t, n in zip(inputs, self.normalized)), *targets)
+        self._check_made(inputs, targets, len(x))
+        images = zip(inputs, self.normalized, strict=True)
+        return (*(t.as_subclass(TensorImage) if n else t for t, n in images), *targets)
+
+    def _check_made(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], n: int) -> None:
+        """Raises `TaskError` where a task's own file breaks the contract: fastai would go on without a word."""
+        said = f"make_batch of {self.name} must return (inputs, targets), two tuples of tensors"
+        if not (isinstance(inputs, tuple) and isinstance(targets, tuple)):
+            raise TaskError(f"{said}; it returned {type(inputs).__name__} and {type(targets).__name__}.")
+        if not len(inputs) == len(self.normalized) == self.n_inp:
+            counts = f"n_inp is {self.n_inp}, normalized has {len(self.normalized)} entries"
+            raise TaskError(f"{said}, n_inp of them inputs; it returned {len(inputs)} inputs, {counts}.")
+        if not targets:
+            raise TaskError(f"{said}, with at least one target, or fastai takes no step; it returned none.")
+        rows = [len(t) for t in (*inputs, *targets)]
+        if set(rows) != {n}:
+            raise TaskError(f"{said}, in which axis 0 is the image; from {n} images it made {rows} rows.")
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -155,6 +167,25 @@ class PerView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, v = x.shape[:2]
         return self.head(self.encoder(x.flatten(0, 1))).unflatten(0, (b, v))
+
+
+def check_number(
+    name: str,  # Of the setting
+    value: object,  # What the user gave
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,  # Like `least`, itself left out
+    below: float = math.inf,  # Like `most`, itself left out
+    whole: bool = False,  # Integers only
+) -> None:
+    """Raises `TaskError` unless a setting is a finite number in its range. For the constructors of tasks."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if is_number and least <= value <= most and above < value < below:
+        return
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    said = " and ".join(f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit))
+    raise TaskError(f"{name} is a {'whole ' if whole else ''}number, {said}; got {value!r}.")
 
 
 def per_image(loss: Tensor, reduction: str) -> Tensor:

@@ -9,12 +9,18 @@ from selfsup_fastai.data.views import random_view, simclr_recipe
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
-from selfsup_fastai.pretext.base import PerView, PretextTask, per_image
+from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
 
 
 def found_pair(pred, target):
-    """Share of images whose second view is nearest to the first among all second views of the batch."""
+    """Share of images whose second view is nearest to the first among all second views of the batch.
+
+    An image alone in its batch counts as not found: there was nothing to find it among.
+    """
+    if len(pred) == 1:
+        return pred.new_zeros((), dtype=torch.float32)
     z = F.normalize(pred.float(), dim=-1)
     return ((z[:, 0] @ z[:, 1].T).argmax(1) == target).float().mean()
 
@@ -28,7 +34,10 @@ class SimCLR(PretextTask):
 
     In: two views of each image, one input (B, 2, C, H, W): crop of 8-100 % of the area, flip, color jitter, grey, blur
     (none under 64 pixels, as the paper does on CIFAR). Target: the row of its partner, (B,). Prediction: projections
-    (B, 2, dim); loss: NT-Xent. Validation draws the same views every time.
+    (B, 2, dim); loss: NT-Xent, the paper's mean over the 2B views (the authors' code adds the means of the two
+    directions: twice as much). The projector is the code's, not the paper's, in that its hidden layer has a batch norm;
+    the code's further one on the projections is left out. Validation draws the same views every time, in batches of
+    one image more where one would be left over: alone, an image has nobody to be told from, and a loss of 0.
 
     Suits most data once there are a thousand images and a batch of 64 or more. Does not suit data in which what tells
     classes apart is what the views destroy (color of stains, tiny lesions): change the recipe then. Large batches help;
@@ -49,12 +58,21 @@ class SimCLR(PretextTask):
         flip: float = 0.5,  # Probability of a mirror image; 0 where left and right matter
         blur: bool | None = None,  # None: from 64 pixels up
     ):
+        check_number("temperature", temperature, above=0)
+        check_number("dim", dim, 1, whole=True)
+        check_number("strength", strength, 0, 2.5)  # beyond it hue would turn by more than half of the wheel
+        check_number("min_area", min_area, above=0, most=1)
+        check_number("flip", flip, 0, 1)
         self.temperature, self.dim, self.strength = temperature, dim, strength
         self.min_area, self.flip, self.blur = min_area, flip, blur
 
     def setup(self, dls, encoder):
         if dls.train.bs is not None and dls.train.bs < 2:
             raise TaskError("simclr tells images of a batch apart: it needs a batch size of 2 or more, not 1.")
+        for dl in dls.loaders[1:]:
+            if dl.n == 1:
+                say("simclr: one validation image has nobody to be told from; its validation loss of 0 says nothing.")
+            dl.bs = _none_alone(dl.n, dl.bs)
 
     def recipe(self, side: int):
         """The random views for images of `side` pixels."""
@@ -67,7 +85,7 @@ class SimCLR(PretextTask):
         return (torch.stack(views, 1),), (torch.arange(len(x), device=x.device),)
 
     def model(self, encoder):
-        return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim))
+        return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim, batchnorm=True))
 
     def loss(self, pred, target, reduction="mean"):
         if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
@@ -88,3 +106,10 @@ class SimCLR(PretextTask):
             title = f"two views of image {i}" if pred is None else f"cosine {pred[i]:.2f}"
             draw(ax, side_by_side(inputs[0][i]), title)
         return axes
+
+
+def _none_alone(n: int, bs: int) -> int:
+    """The smallest batch size from `bs` up that leaves no batch of one image (unless there is only one)."""
+    while n > 1 and n % bs == 1 % bs:
+        bs += 1
+    return bs

@@ -9,12 +9,10 @@ from fastai.metrics import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.data.loader import luma
 from selfsup_fastai.data.views import center_square
-from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.pretext.base import PretextTask, per_image
-
-GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
+from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 
 @lru_cache
@@ -47,14 +45,15 @@ class Jigsaw(PretextTask):
     The released set has 100 permutations, the paper's best run 1000; 64 is ours, for thousands of images rather than a
     million, and so are the narrower layers after the encoder (the paper's: 1024 a tile, then 4096).
 
-    Suits images of things with parts, centered or not, of at least 48 pixels. Does not suit textures. An encoder of
-    fixed input size (ViT) sees the tiles enlarged.
+    Suits images of things with parts, centered or not, of at least 33 pixels (tiles of 8), better 48 (tiles of 12) or
+    more. Does not suit textures. An encoder of fixed input size (ViT) sees every tile enlarged to that size: nine
+    passes for each image, not half of one.
     """
 
     name = "jigsaw"
     paper = "Noroozi & Favaro 2016"
     normalized = (False,)  # the tiles are standardized already
-    min_side = 33
+    min_side = 33  # tiles of 8 pixels
     metrics = (accuracy,)
 
     def __init__(
@@ -68,17 +67,22 @@ class Jigsaw(PretextTask):
         hidden: int = 1024,  # Width of the layer that sees all tiles
         dropout: float = 0.5,  # Share of the features dropped, of each tile and of the hidden layer
     ):
-        if not 2 <= n_permutations <= 10_000:
-            raise TaskError(f"n_permutations is from 2 to 10,000, got {n_permutations}.")
-        self.n_permutations, self.grey, self.gap, self.standardize, self.shift = (
-            n_permutations,
-            grey,
-            gap,
-            standardize,
-            shift,
-        )
+        check_number("n_permutations", n_permutations, 2, 10_000, whole=True)
+        check_number("grey", grey, 0, 1)
+        check_number("tile_features", tile_features, 1, whole=True)
+        check_number("hidden", hidden, 1, whole=True)
+        check_number("dropout", dropout, 0, below=1)
+        self.n_permutations, self.grey, self.gap = n_permutations, grey, gap
+        self.standardize, self.shift = standardize, shift
         self.tile_features, self.hidden, self.dropout = tile_features, hidden, dropout
-        self.passes = 9 * (0.75 / 3) ** 2 if gap else 1.0
+        self.passes = self._area()
+
+    def setup(self, dls, encoder):
+        self.passes = 9 if encoder.fixed_size else self._area()
+
+    def _area(self) -> float:
+        """Of the nine tiles together, as a share of the image."""
+        return 9 * (0.75 / 3) ** 2 if self.gap else 1.0
 
     @property
     def permutations(self) -> Tensor:
@@ -90,7 +94,7 @@ class Jigsaw(PretextTask):
         target = torch.randint(self.n_permutations, (len(x),), generator=generator, device=x.device)
         if x.shape[1] == 3 and self.grey:
             drop = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.grey
-            x = torch.where(drop, (x * GREY.to(x).view(3, 1, 1)).sum(1, keepdim=True).expand_as(x), x)
+            x = torch.where(drop, luma(x).expand_as(x), x)
         tiles = self.cut(x, generator)
         order = self.permutations.to(x.device)[target]  # (B, 9)
         tiles = tiles[torch.arange(len(x), device=x.device).unsqueeze(1), order]

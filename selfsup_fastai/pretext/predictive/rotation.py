@@ -8,7 +8,7 @@ from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.pretext.base import PerView, PretextTask, per_image
+from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
 
 DEGREES = ("0°", "90°", "180°", "270°")
 
@@ -41,6 +41,8 @@ class Rotation(PretextTask):
     ):
         if turns not in ("all", "one"):
             raise TaskError(f"turns is 'all' or 'one', got {turns!r}.")
+        check_number("crop", crop, 0, 0.5)
+        check_number("flip", flip, 0, 1)
         self.turns, self.crop, self.flip = turns, crop, flip
         self.passes = 4 if turns == "all" else 1
 

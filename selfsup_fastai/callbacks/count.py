@@ -1,0 +1,31 @@
+"""What training cost and where it ended, kept on the learner for the card of its encoder."""
+
+from fastai.callback.core import Callback
+
+
+class CountImages(Callback):
+    """Keeps on the learner `epochs_done`, `images_seen` (through the encoder) and `last_values` over all its fits.
+
+    `last_values` are the losses and metrics of the last epoch, which the Recorder forgets at the next `validate` or
+    `get_preds`. `lr_find` does not count. The learner sets the three attributes (0, 0, {}) when it is made.
+    """
+
+    order = 51  # after the Recorder, whose values it reads
+
+    def __init__(
+        self,
+        passes: float = 1,  # Images through the encoder for each image of a batch (RotNet: four)
+    ):
+        self.passes = passes
+
+    def before_fit(self):
+        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+    def after_batch(self):
+        if self.training:
+            self.learn.images_seen += len(self.xb[0]) * self.passes
+
+    def after_epoch(self):
+        if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
+            self.learn.epochs_done += 1
+            self.learn.last_values = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))

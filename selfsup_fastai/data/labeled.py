@@ -1,0 +1,63 @@
+"""A folder of classes as a table: which file, which label, to train or to validate with."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from selfsup_fastai.data.files import find_files
+from selfsup_fastai.data.images import split, usable_files
+from selfsup_fastai.errors import DataError
+
+VALID_NAMES = ("valid", "val", "validation", "test")
+
+
+def class_table(files: list[Path], root: Path) -> pd.DataFrame:
+    """Columns file and label: the name of the first folder below `root`. Files that lie in `root` itself have none."""
+    within = [(file, file.relative_to(root).parts) for file in files]
+    return pd.DataFrame([(file, parts[0]) for file, parts in within if len(parts) > 1], columns=["file", "label"])
+
+
+def labeled_files(
+    folder: str | Path,  # A folder of images for each class; or train/ and valid/ (val/, test/) with such folders
+    valid_pct: float = 0.2,  # Share of each class to validate with, at least one image; without train/ and valid/
+    seed: int = 42,  # Of that choice
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table (file, label, is_valid, channels, pixels) and the report on the files that are left out.
+
+    Folders within a class's folder belong to the class; images outside of all classes are left out. Raises `DataError`
+    unless there are two classes or more, each with an image to train with.
+    """
+    root = Path(folder)
+    ok, report = usable_files(find_files(root))
+    files, parts = list(ok["file"]), _parts(root)
+    if parts:
+        tables = [class_table([f for f in files if root / part in f.parents], root / part) for part in parts]
+        table = pd.concat([t.assign(is_valid=i == 1) for i, t in enumerate(tables)], ignore_index=True)
+    else:
+        table = class_table(files, root).assign(is_valid=False)
+        for _, rows in table.groupby("label"):
+            if len(rows) > 1:
+                table.loc[rows.index[split(len(rows), valid_pct, seed)[1]], "is_valid"] = True
+    _check_classes(table, root)
+    size = ok.assign(pixels=ok["width"] * ok["height"])[["file", "channels", "pixels"]]
+    outside = ok["file"][~ok["file"].isin(table["file"])]
+    message = "Lies outside of the folders of classes."
+    report = pd.concat([report, pd.DataFrame({"file": outside, "code": "no_class", "message": message})])
+    return table.merge(size, on="file", how="left"), report.reset_index(drop=True)
+
+
+def _parts(root: Path) -> list[str]:
+    """['train', 'valid'] where the folder is split already, else []."""
+    valid = next((name for name in VALID_NAMES if (root / name).is_dir()), None)
+    return ["train", valid] if valid and (root / "train").is_dir() else []
+
+
+def _check_classes(table: pd.DataFrame, root: Path) -> None:
+    wanted = f"Expected a folder of images for each class in {str(root)!r}, or train/ and valid/ with such folders"
+    classes = sorted(table["label"].unique())
+    if len(classes) < 2:
+        raise DataError(f"{wanted}; found {len(classes)} such folder{'s' * (len(classes) != 1)} with images.")
+    missing = sorted(set(classes) - set(table["label"][~table["is_valid"]]))
+    if missing or not table["is_valid"].any():
+        what = f"no image of {', '.join(missing)} to train with" if missing else "no image to validate with"
+        raise DataError(f"{wanted}; there is {what}.")
