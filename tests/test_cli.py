@@ -106,14 +106,15 @@ def test_finetune(pretrained, tmp_path):
         (["pretrain", ".", "--task", "rotaton"], "Did you mean 'rotation'", 1),
         (["pretrain", ".", "--size", "0"], "--size", 2),
         (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
-        (["finetune", ".", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
-        (["finetune", ".", "--encoder", "resnet18"], "There is no file in the folder", 1),
+        (["finetune", "empty", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
+        (["finetune", "empty", "--encoder", "resnet18"], "found 0 such folders", 1),
         (["finetune", ".", "--encoder", "resnet18", "--valid-pct", "20"], "--valid-pct", 2),
         (["finetune", "."], "--encoder", 2),
         (["prtrain"], "prtrain", 2),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(args, said, code, tmp_path):
+    (tmp_path / "empty").mkdir()
     done = selfsup(*args, cwd=tmp_path)
     assert done.returncode == code
     assert said in done.stderr

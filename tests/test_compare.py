@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from selfsup_fastai.compare import compare_encoders, is_fresh, label_draws, mean_interval, summarize
+from selfsup_fastai.compare import compare_encoders, label_draws, mean_interval, summarize
 from selfsup_fastai.errors import DataError
 from tests.conftest import write_images
 
@@ -59,11 +59,6 @@ def test_summary_pairs_the_draws():
     assert table.loc["x", "verdict"] == "better"
     assert table.loc["scratch", "±"] > 0.4
     assert pd.isna(table.loc["scratch", "gain"])
-
-
-def test_is_fresh():
-    assert is_fresh("resnet18")
-    assert not is_fresh("runs/x/encoder.safetensors")
 
 
 @pytest.fixture

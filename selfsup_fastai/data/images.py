@@ -109,16 +109,7 @@ class UnlabeledDataLoaders(DataLoaders):
     ) -> "UnlabeledDataLoaders":
         """Loaders over the images of an array, which is not copied."""
         _check_settings(**kwargs)
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-            got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise DataError(f"from_array takes a uint8 NumPy array, got {got}. Scale floats in [0, 1] by 255 and cast.")
-        if array.ndim not in (3, 4) or array.shape[3:] not in ((), (1,), (3,)) or 0 in array.shape[1:]:
-            raise DataError(f"from_array takes N x H x W or N x H x W x C with C of 1 or 3, got shape {array.shape}.")
-        if array.ndim == 3 and array.shape[2] <= 4:
-            fix = "If it is one image: array[None] is a stack of one; from_single_image cuts crops from one."
-            raise DataError(f"{_NOT_THIN}, got shape {array.shape}. {fix}")
-        if min(array.shape[1:3]) < 2:
-            raise DataError(f"{_NOT_THIN}, got images of {array.shape[1]} x {array.shape[2]} pixels.")
+        _check_array(array)
         height, width = array.shape[1:3]
         grey = array.shape[3:] != (3,) or all((image == image[..., :1]).all() for image in array)
         facts = {"width": width, "height": height, "channels": 1 if grey else 3}
@@ -257,6 +248,21 @@ def _check_settings(
         raise DataError(f"n_in is 1 (grey), 3 (color) or None (as the images are); got {n_in!r}.")
     if num_workers is not None and not _is_count(num_workers, 0):
         raise DataError(f"num_workers is the number of processes, 0 for none, or None; got {num_workers!r}.")
+
+
+def _check_array(array: object) -> None:
+    """Raises `DataError` unless it is a stack of images."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"from_array takes a uint8 NumPy array, got {got}. Scale floats in [0, 1] by 255 and cast.")
+    if array.ndim not in (3, 4) or array.shape[3:] not in ((), (1,), (3,)) or 0 in array.shape[1:]:
+        raise DataError(f"from_array takes N x H x W or N x H x W x C with C of 1 or 3, got shape {array.shape}.")
+    if array.ndim == 3 and array.shape[2] <= 4:
+        fix = "Is it one image? from_single_image(Image.fromarray(array)), or array[None] as a stack of one."
+        raise DataError(f"from_array takes many images, got shape {array.shape}. {fix}")
+    if min(array.shape[1:3]) < 2:
+        height, width = array.shape[1:3]
+        raise DataError(f"from_array takes images of at least 2 x 2 pixels, got {height} x {width}.")
 
 
 def _is_count(value: object, least: int) -> bool:

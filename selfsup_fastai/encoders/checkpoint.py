@@ -160,7 +160,8 @@ def _check_finite(body: nn.Module, tensors: dict[str, Tensor]) -> None:
     learned |= {name for name in tensors if name.rpartition(".")[2].startswith("running_")}
     if any(value.isnan().any() or (key in learned and value.isinf().any()) for key, value in tensors.items()):
         raise EncoderFileError(
-            "The encoder cannot be saved, because its weights are not finite: the run diverged; lower the learning rate."
+            "The encoder cannot be saved, because the weights are not finite: the run diverged; lower the learning "
+            "rate."
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from fastcore.foundation import L
 from torch import nn
 
 from selfsup_fastai.data.blocks import OpenImage
-from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of
+from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
-from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.encoder import Encoder, is_timm_name
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pretext import TASKS, get_task
@@ -26,11 +27,13 @@ from selfsup_fastai.pretext.base import PretextLoss, PretextTask
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.seeding import preserved_rng
 
+ARCH = "resnet18"  # When nothing is said
+
 
 def pretext_learner(
     dls: DataLoaders,  # Images: UnlabeledDataLoaders, or any fastai image loaders (labels are not used)
     task: str | PretextTask | None = None,  # A name in TASKS, or a task; None: the PretextTransform of `dls`
-    arch: str | Callable | nn.Module = "resnet18",  # timm name, torchvision constructor, or a module
+    arch: str | Callable | nn.Module = ARCH,  # timm name, torchvision constructor, or a module
     *,
     encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
     pretrained: bool = False,  # Start from timm's weights for `arch`
@@ -47,26 +50,23 @@ def pretext_learner(
     """A learner that trains an encoder by a pretext task; every verb of fastai's `Learner` works.
 
     `dls` stays as it is: loaders of their own are derived, with the labels left out and the images normalized by the
-    statistics of at least 1,024 of the training images (or the pretrained encoder's), measured here.
+    statistics of at least 1,024 of the training images (or the pretrained encoder's), measured here. Images of
+    different sizes that nothing in `dls` resizes are resized to the given encoder's size, or to 128 pixels; one line
+    says so. An encoder, learner or module that is given stays as it is, too: a copy is trained.
+    Raises `TaskError` for settings that the task does not have and for arguments that ask for two nets at once.
     """
     check_dls(dls)
     task = _task_of(dls, task, settings)
     if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
         say("The labels are not used for pretraining.")
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
-    with preserved_rng():
-        side = min(plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:])
-    encoder = _encoder_to_train(arch if encoder is None else encoder, n_in or n_in_of(plain), side, pretrained)
-    plain = derive_loaders(plain, n_in=encoder.in_chans)
-    if encoder.mean is None:
-        encoder.mean, encoder.std = measure_stats(plain)
-    encoder.size = encoder.size or side
+    encoder, plain, measured = _prepare(plain, _source(arch, encoder), n_in, pretrained)
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=[PretextTransform(task)])
     task.setup(pretext, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
     fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
-    metrics = task.metrics if metrics is None else metrics
-    return PretextLearner(pretext, task, task.model(encoder), metrics=metrics, cbs=cbs, **fastai_args)
+    fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": cbs}
+    return PretextLearner(pretext, task, task.model(encoder), data=_data_print(pretext, measured), **fastai_args)
 
 
 def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
@@ -77,13 +77,61 @@ def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
     raise TaskError(f"Which task? pretext_learner(dls, 'rotation'), for one. There are: {', '.join(TASKS)}.")
 
 
-def _encoder_to_train(source: object, n_in: int, side: int, pretrained: bool) -> Encoder:
-    """Of a pretext learner a copy, which remembers that learner's round: each learner keeps the encoder it trained."""
-    encoder = get_encoder(source, n_in, side, pretrained)
+def _source(arch: object, encoder: object) -> object:
+    if encoder is None:
+        return arch
+    if arch != ARCH:
+        given = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
+        raise TaskError(f"arch={given!r} goes with a new net, but encoder= brings one. Leave one of the two out.")
+    return encoder
+
+
+def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool):
+    """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images."""
+    kept = _kept_encoder(source, n_in, pretrained) if _is_kept(source) else None
+    if needs_resize(plain):
+        resize = (kept.size if kept else None) or 128
+        plain = derive_loaders(plain, resize=resize)
+        say(f"The images differ in size: resized to {resize} px.")
+    with preserved_rng():
+        side = min(plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:])
+    encoder = kept or get_encoder(source, n_in or n_in_of(plain), side, pretrained)
+    plain = derive_loaders(plain, n_in=encoder.in_chans)
+    measured = measure_stats(plain)
+    if encoder.mean is None:
+        encoder.mean, encoder.std = measured
+    if not (encoder.fixed_size and encoder.size):
+        encoder.size = side
+    return encoder, plain, measured
+
+
+def _is_kept(source: object) -> bool:
+    """Whether the net has channels and weights of its own; else it is made for these images."""
+    if isinstance(source, str):
+        return not is_timm_name(source) or Path(source).is_file()
+    return isinstance(source, PathLike | Encoder | Learner)
+
+
+def _kept_encoder(source: object, n_in: int | None, pretrained: bool) -> Encoder:
+    """A copy, all of it to be trained; of a pretext learner's encoder one that remembers that learner's round."""
+    encoder = deepcopy(get_encoder(source))
+    if pretrained:
+        raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
+    if n_in not in (None, encoder.in_chans):
+        fix = "Leave n_in out: the images are opened as the encoder needs them."
+        raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
+    if isinstance(source, Learner):
+        encoder.requires_grad_(True)  # fine-tuning may have left layers frozen
     if isinstance(source, PretextLearner):
-        encoder = deepcopy(encoder)
         encoder.lineage = [*encoder.lineage, source.this_round()]
     return encoder
+
+
+def _data_print(dls: DataLoaders, stats: tuple[tuple[float, ...], tuple[float, ...]]) -> dict:
+    """Enough to tell two data sets apart, nothing that leads back to a person or a file."""
+    counts = [len(dl.dataset) for dl in dls.loaders]
+    rounded = [round(v, 6) for values in stats for v in values]
+    return {"images": counts, "print": sha256(repr((counts, rounded)).encode()).hexdigest()[:16]}
 
 
 class Answer(NamedTuple):
@@ -107,8 +155,16 @@ class Answer(NamedTuple):
 class PretextLearner(Learner):
     """A fastai `Learner` of a pretext task. `learn.encoder` is what it is all about."""
 
-    def __init__(self, dls: DataLoaders, task: PretextTask, model: nn.Module, cbs=None, **kwargs):
-        self.epochs_done, self.images_seen, self.last_values = 0, 0, {}
+    def __init__(
+        self,
+        dls: DataLoaders,  # Of `PretextDL`s
+        task: PretextTask,
+        model: nn.Module,  # The task's, with `.encoder`
+        data: dict | None = None,  # What the card says of the images: their counts and a print
+        cbs=None,
+        **kwargs,  # Of `Learner`
+    ):
+        self.data, self.epochs_done, self.images_seen, self.last_values = data or {}, 0, 0, {}
         cbs = [CountImages(task.passes), *task.callbacks(), *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), cbs=cbs, **kwargs)
         self.task = task
@@ -145,15 +201,9 @@ class PretextLearner(Learner):
             "settings": self.task.settings(),
             "epochs": self.epochs_done,
             "images": round(self.images_seen),
-            "data": self._data_print(),
+            "data": self.data,
             "metrics": {name: float(value) for name, value in self.last_values.items() if value is not None},
         }
-
-    def _data_print(self) -> dict:
-        """Enough to tell two data sets apart, nothing that leads back to a person or a file."""
-        counts = [len(dl.dataset) for dl in self.dls.loaders]
-        stats = [round(v, 6) for v in (*self.encoder.mean, *self.encoder.std)]
-        return {"images": counts, "print": sha256(repr((counts, stats)).encode()).hexdigest()[:16]}
 
 
 class CountImages(Callback):

@@ -382,6 +382,8 @@ def test_a_new_vit_is_made_for_the_size_of_the_images(few_classes):
 def test_a_torchvision_constructor_and_a_module_are_encoders_too(grey_classes):
     made = downstream_learner(labeled(grey_classes), torchvision.models.resnet18).model.encoder
     assert (made.arch, made.in_chans) == ("resnet18", 1)
+    own = downstream_learner(labeled(grey_classes), lambda: nn.Sequential(nn.Conv2d(3, 8, 3))).model.encoder
+    assert (own.in_chans, own.size) == (1, 32)  # a constructor makes a new net, which follows the images
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3))
     learn = downstream_learner(labeled(grey_classes), net)
     assert torch.equal(learn.model.encoder.body[0].weight, net[0].weight)  # it keeps its channels, images follow
@@ -417,8 +419,50 @@ def test_save_encoder_keeps_what_was_tuned(few_classes, tmp_path):
     assert not torch.equal(saved.body.conv1[0].weight, source.body.conv1[0].weight)
     assert (saved.mean, saved.std) == (learn.model.encoder.mean, learn.model.encoder.std)
     card = read_card(file)
-    assert card["lineage"] == [{"task": "fine_tune", "epochs": 3}]
-    assert card["metrics"]["valid_loss"] == pytest.approx(learn.fine_tune_log["valid_loss"].iloc[-1])
+    assert card["lineage"] == [{"task": "fine_tune", "epochs": 3, "images": 24}]  # 12 images, batches of 8
+    assert card["metrics"] == pytest.approx(dict(learn.fine_tune_log[["train_loss", "valid_loss"]].iloc[-1]))
+
+
+def test_the_card_counts_every_fit_and_keeps_its_last_values(few_classes, tmp_path):
+    learn = make(few_classes, "resnet10t", metrics=accuracy, path=tmp_path)
+    learn.lr_find(num_it=2, show_plot=False, suggest_funcs=None)
+    learn.fit_one_cycle(2, 1e-3)
+    values = dict(zip(["train_loss", "valid_loss", "accuracy"], learn.recorder.values[-1]))
+    learn.validate(ds_idx=0)
+    learn.get_preds()
+    card = read_card(learn.save_encoder(tmp_path / "scratch"))
+    assert (card["epochs"], card["images"], card["metrics"]) == (2, 16, pytest.approx(values))
+    learn.fine_tune(1)
+    card = read_card(learn.save_encoder(tmp_path / "scratch"))
+    assert (card["epochs"], card["images"]) == (4, 32)
+    assert card["lineage"] == [{"task": "fine_tune", "epochs": 4, "images": 32}]
+
+
+def test_the_lineage_goes_from_learner_to_learner(few_classes, tmp_path, capsys):
+    """The encoder of a learner tells the same story as one from the file that the learner saves."""
+    pretraining = make(few_classes, "resnet10t")
+    pretraining.this_round = lambda: {"task": "rotation", "epochs": 5, "images": 320, "data": {"print": "abc"}}
+    first = downstream_learner(labeled(few_classes), pretraining)
+    assert "encoder resnet10t (rotation, 32 px, 3 channels)" in capsys.readouterr().err
+    assert pretraining.model.encoder.lineage == []
+    first.fit(1)
+    file = first.save_encoder(tmp_path / "first")
+    rounds = [pretraining.this_round(), {"task": "fine_tune", "epochs": 1, "images": 8}]
+    assert read_card(file)["lineage"] == rounds
+    for source in (first, file):
+        second = downstream_learner(labeled(few_classes), source)
+        assert second.model.encoder.lineage == rounds
+    assert downstream_learner(labeled(few_classes), second).model.encoder.lineage == rounds  # not trained: no round
+
+
+def test_a_saved_encoder_with_the_name_of_a_network_is_not_passed_over(few_classes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = make(few_classes, "resnet10t")
+    learn.save_encoder("resnet10t")
+    with pytest.raises(SelfsupError, match=r"Write '\./resnet10t\.safetensors' for the saved encoder"):
+        downstream_learner(labeled(few_classes), "resnet10t")
+    again = downstream_learner(labeled(few_classes), "./resnet10t").model.encoder
+    assert torch.equal(again.body.conv1[0].weight, learn.model.encoder.body.conv1[0].weight)
 
 
 def test_several_labels_an_image(few_classes):

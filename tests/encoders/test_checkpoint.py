@@ -14,7 +14,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from selfsup_fastai.encoders.checkpoint import get_encoder, load_encoder, read_card, save_encoder
+from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh, load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import EncoderFileError, SelfsupError, UnknownNameError
 
@@ -180,6 +180,29 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
         save_encoder(tiny(), tmp_path / "x", arch="other")
     with pytest.raises(EncoderFileError, match="names no file"):
         save_encoder(tiny(), "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["conv1.0.weight", "bn1.running_var"])
+def test_a_diverged_encoder_is_not_saved_and_the_old_file_stays(saved, name, value):
+    before, encoder = saved.read_bytes(), tiny(seed=1)
+    encoder.body.state_dict()[name].flatten()[0] = value
+    for file in (saved, saved.parent / "new" / "x"):
+        with pytest.raises(
+            EncoderFileError, match=r"weights are not finite: the run diverged; lower the learning rate"
+        ):
+            save_encoder(encoder, file, task="simclr")
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_mask_may_be_infinite(tmp_path):
+    net = Own()
+    net.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    encoder = create_encoder(net)
+    assert load_encoder(save_encoder(encoder, tmp_path / "x"), net).body.mask.tolist() == [0.0, -float("inf")]
+    encoder.body.mask[0] = float("nan")
+    with pytest.raises(EncoderFileError, match="weights are not finite"):
+        save_encoder(encoder, tmp_path / "y")
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file_whole(saved, monkeypatch):
@@ -377,3 +400,43 @@ def test_get_encoder_names_both_things_a_word_can_be(tmp_path, monkeypatch):
 def test_get_encoder_refuses_arguments_for_a_saved_encoder(saved):
     with pytest.raises(SelfsupError, match=r"comes as it is; drop_rate would need a fresh network"):
         get_encoder(saved, drop_rate=0.1)
+
+
+def test_what_makes_a_new_network_and_what_exists(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    learner = type("Learner", (), {"model": nn.Linear(2, 2), "__call__": lambda self: None})()
+    for source in (
+        "resnet18",
+        "resnet18.a1_in1k",
+        timm.models.resnet18,
+        torchvision.models.resnet18,
+        Own,
+        lambda: Own(),
+    ):
+        assert is_fresh(source) is True, source
+    for source in (
+        saved,
+        str(saved),
+        "rotation",
+        "rotation.safetensors",
+        "resnet18.safetensors",
+        "./resnet18",
+        "rotatoin",
+    ):
+        assert is_fresh(source) is False, source
+    for source in (tiny(), Own(), learner, None, 7):
+        assert is_fresh(source) is False, source
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnet10t.safetensors"])
+def test_a_name_that_a_network_and_a_file_have_is_refused(saved, name, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    want = features(load_encoder(saved))
+    saved.rename(name)
+    for ask in (is_fresh, get_encoder):
+        with pytest.raises(
+            SelfsupError, match=rf"'resnet10t' is a timm network and a file.*'\./{name}'.*models\.resnet10t"
+        ):
+            ask("resnet10t")
+    assert torch.equal(features(get_encoder(f"./{name}")), want)
+    assert get_encoder(timm.models.resnet10t).arch == "resnet10t"

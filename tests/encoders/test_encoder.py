@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from selfsup_fastai.encoders import bodies
 from selfsup_fastai.encoders.checkpoint import get_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.heads import linear_head, mlp
@@ -199,6 +200,26 @@ def test_pretrained_networks_bring_their_statistics(monkeypatch):
     gray = create_encoder("resnet10t", 1, pretrained=True)
     assert gray.mean == pytest.approx((0.449,)) and len(gray.std) == 1
     assert create_encoder("resnet10t", 4, pretrained=True).mean == (0.485, 0.456, 0.406, 0.485)
+
+
+def test_torchvision_weights_of_ones_choice_bring_their_statistics(monkeypatch):
+    make, offered = torchvision.models.squeezenet1_1, torchvision.models.SqueezeNet1_1_Weights
+    state = make().state_dict()
+    monkeypatch.setattr(offered, "get_state_dict", lambda *_, **__: state)
+    for weights in ("IMAGENET1K_V1", "DEFAULT", offered.IMAGENET1K_V1):
+        encoder = create_encoder(make, weights=weights)
+        assert torch.equal(encoder.body.features[0].weight, state["features.0.weight"])
+        assert encoder.mean == (0.485, 0.456, 0.406) and encoder.std == (0.229, 0.224, 0.225)
+        assert encoder.kwargs == {}
+    assert create_encoder(make, weights=None).mean is None
+    with pytest.raises(SelfsupError, match="no set of weights of squeezenet1_1 called 'IMAGENET1K_V7'.*IMAGENET1K_V1"):
+        create_encoder(make, weights="IMAGENET1K_V7")
+    with pytest.raises(SelfsupError, match="no set of weights of squeezenet1_1 called ResNet18_Weights.IMAGENET1K_V1"):
+        create_encoder(make, weights=torchvision.models.ResNet18_Weights.DEFAULT)
+
+
+def test_the_statistics_are_those_of_the_weights_and_not_the_usual_ones():
+    assert bodies._chosen_weights("efficientnet_v2_l", "DEFAULT").transforms().mean == [0.5, 0.5, 0.5]
 
 
 def test_weights_that_cannot_be_downloaded_are_one_clear_error(monkeypatch):
