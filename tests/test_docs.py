@@ -238,7 +238,7 @@ def test_commands(workplace, monkeypatch, capsys, page):
     assert settings["epochs"] == 1
     assert list(pd.read_csv("runs/rotation/left_out.csv")["code"]) == ["not_an_image"]
     assert len(pd.read_csv("runs/finetune/predictions.csv")) == 8
-    promised = set(re.findall(r"`(\w+\.(?:json|csv|png|safetensors))`", (ROOT / page).read_text()))
+    promised = set(re.findall(r"`(\w+\.(?:json|csv|png|safetensors|pkl))`", (ROOT / page).read_text()))
     made = {file.name for file in Path("runs").glob("*/*")}
     assert promised == made  # the table of files is complete and promises nothing else
     shutil.rmtree("runs")

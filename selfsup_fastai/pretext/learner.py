@@ -3,23 +3,22 @@
 from collections.abc import Callable
 from copy import deepcopy
 from hashlib import sha256
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastai.callback.progress
 import fastai.callback.schedule  # noqa: F401  (brings fit_one_cycle, lr_find and so on)
-from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import nn
 
+from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
-from selfsup_fastai.encoders.checkpoint import get_encoder, save_encoder
-from selfsup_fastai.encoders.encoder import Encoder, is_timm_name
+from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh, save_encoder
+from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pretext import TASKS, get_task
@@ -106,10 +105,8 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
 
 
 def _is_kept(source: object) -> bool:
-    """Whether the net has channels and weights of its own; else it is made for these images."""
-    if isinstance(source, str):
-        return not is_timm_name(source) or Path(source).is_file()
-    return isinstance(source, PathLike | Encoder | Learner)
+    """Whether the encoder exists already; else one is made for these images, as from a module given as `arch`."""
+    return isinstance(source, Encoder) or not (isinstance(source, nn.Module) or is_fresh(source))
 
 
 def _kept_encoder(source: object, n_in: int | None, pretrained: bool) -> Encoder:
@@ -204,27 +201,3 @@ class PretextLearner(Learner):
             "data": self.data,
             "metrics": {name: float(value) for name, value in self.last_values.items() if value is not None},
         }
-
-
-class CountImages(Callback):
-    """Counts what training cost: epochs, and images through the encoder (RotNet: four for each image).
-
-    Keeps the losses and metrics of the last epoch, which the Recorder forgets at the next `validate` or `get_preds`.
-    """
-
-    order = 51  # after the Recorder, whose values it reads
-
-    def __init__(self, passes: float):
-        self.passes = passes
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
-
-    def after_batch(self):
-        if self.training:
-            self.learn.images_seen += len(self.xb[0]) * self.passes
-
-    def after_epoch(self):
-        if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
-            self.learn.epochs_done += 1
-            self.learn.last_values = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))

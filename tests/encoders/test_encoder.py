@@ -212,9 +212,9 @@ def test_torchvision_weights_of_ones_choice_bring_their_statistics(monkeypatch):
         assert encoder.mean == (0.485, 0.456, 0.406) and encoder.std == (0.229, 0.224, 0.225)
         assert encoder.kwargs == {}
     assert create_encoder(make, weights=None).mean is None
-    with pytest.raises(SelfsupError, match="no set of weights of squeezenet1_1 called 'IMAGENET1K_V7'.*IMAGENET1K_V1"):
+    with pytest.raises(SelfsupError, match=r"no set of weights of squeezenet1_1 called 'IMAGENET1K_V7'.*IMAGENET1K_V1"):
         create_encoder(make, weights="IMAGENET1K_V7")
-    with pytest.raises(SelfsupError, match="no set of weights of squeezenet1_1 called ResNet18_Weights.IMAGENET1K_V1"):
+    with pytest.raises(SelfsupError, match=r"no set of weights of squeezenet1_1 called ResNet18_Weights\.IMAGENET1K_V1"):
         create_encoder(make, weights=torchvision.models.ResNet18_Weights.DEFAULT)
 
 
