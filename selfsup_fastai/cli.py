@@ -174,10 +174,17 @@ def demo(
     """Pretrain on handwritten digits and fine-tune on 50 labels: a table and pictures in a few minutes."""
     from selfsup_fastai.demo import lesson, run_demo
 
-    table = run_demo(out, seed=seed)
-    typer.echo(f"\nAccuracy on 500 test images:\n\n{table.to_string(float_format='{:.3f}'.format, na_rep='')}")
+    table, layers = run_demo(out, seed=seed)
+    typer.echo(f"\nLinear classifier on each frozen layer, all training labels:\n\n{_text(layers)}")
+    typer.echo(f"\nAccuracy on 500 test images with 5 labels a class:\n\n{_text(table)}")
     typer.echo(lesson(table))
-    typer.echo(f"\nPictures, curves and encoders: {out}/rotation, {out}/simclr. Table: {out}/table.csv")
+    typer.echo(
+        f"\nPictures, curves and encoders: {out}/rotation, {out}/simclr. Tables: {out}/table.csv, {out}/layers.csv"
+    )
+
+
+def _text(table) -> str:
+    return table.to_string(float_format="{:.3f}".format, na_rep="")
 
 
 def _free(folder: Path) -> Path:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastai.torch_core import set_seed
 from PIL import Image
 
-from selfsup_fastai.compare import compare_encoders, summarize
-from selfsup_fastai.messages import say
+from selfsup_fastai.compare import compare_encoders, labeled_loaders, summarize
+from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.features import effective_rank, embed, linear_probe
+from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.runs import pretrain
 
 SIZE, ARCH = 32, "resnet10t"
@@ -53,6 +56,22 @@ def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table[:1297], table[1297:].reset_index(drop=True)
 
 
+def probe_layers(starts: dict, train: pd.DataFrame, test: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
+    """What each layer of the frozen encoders knows: accuracy of a linear classifier on it, with all training labels.
+
+    One row a start; the last column is the effective rank of the embeddings (of `num_features`): low means collapsed.
+    """
+    table, rows = pd.concat([train.assign(is_valid=False), test.assign(is_valid=True)], ignore_index=True), {}
+    for name, start in starts.items():
+        set_seed(seed)
+        with quiet():
+            learn = downstream_learner(labeled_loaders(table, 1, SIZE, 128), start)
+        probe = linear_probe(learn.model.encoder, learn.dls.train, learn.dls.valid, max_dim=1024)
+        rank = effective_rank(embed(learn.model.encoder, learn.dls.valid).x)
+        rows[name] = {**dict(zip(probe["layer"], probe["accuracy"])), "effective rank": rank}
+    return pd.DataFrame(rows).T.rename_axis("start")
+
+
 def run_demo(
     out: str | Path = "demo",  # Folder for everything that the demo makes
     tasks: tuple[str, ...] = ("rotation", "simclr"),
@@ -61,8 +80,8 @@ def run_demo(
     pretrain_epochs: int | None = None,  # None: as suits each task
     epochs: int = 20,  # Of fine-tuning
     seed: int = 42,
-) -> pd.DataFrame:
-    """Pretrains once per task, fine-tunes on few labels several times; returns and writes the table."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pretrains once per task, probes the layers, fine-tunes on few labels; writes and returns both tables."""
     out = Path(out)
     train, test = write_digits(out / "digits")
     say(f"Wrote {len(train) + len(test):,} digits as PNG files, {len(test)} of them to test on.")
@@ -72,9 +91,12 @@ def run_demo(
         args = dict(arch=ARCH, seed=seed, overwrite=True, size=SIZE, bs=128, num_workers=0)
         pretrain(out / "digits/train", out / task, task, pretrain_epochs or EPOCHS[task], **args)
         starts[task] = out / task / "encoder.safetensors"
-    say(f"\nFine-tuning on {per_class} labels a class, {draws} draws of labels, the same budget for each start ...")
+    say("\nA linear classifier on each layer of the frozen encoders ...")
+    layers = probe_layers(starts, train, test, seed)
+    layers.to_csv(out / "layers.csv")
+    say(f"Fine-tuning on {per_class} labels a class, {draws} draws of labels, the same budget for each start ...")
     runs = compare_encoders(starts, train, test, per_class, draws, epochs, size=SIZE, n_in=1, seed=seed)
     runs.to_csv(out / "runs.csv", index=False)
     table = summarize(runs)
     table.to_csv(out / "table.csv")
-    return table
+    return table, layers

@@ -1,6 +1,6 @@
 """What holds for every pretext task: a line in TASKS is enough to be tested here.
 
-`Numbered` stands for the tasks that need an index.
+`Numbered` stands for the tasks that need an index, `Paired` for those with two inputs.
 """
 
 from copy import deepcopy
@@ -33,7 +33,7 @@ from selfsup_fastai.seeding import VALID_SEED
 
 SMALL = {
     "jigsaw": {"n_permutations": 8},
-    "simclr": {"strength": 0.2, "min_area": 0.5},
+    "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
 }  # settings with which a task can learn something in twenty steps
 
 
@@ -57,7 +57,42 @@ class Numbered(PretextTask):
         return per_image(F.cross_entropy(pred.transpose(1, 2), target, reduction="none"), reduction)
 
 
-CASES = [*TASKS, Numbered]
+class Paired(PretextTask):
+    """Is the second picture the negative of the first?
+
+    Two inputs, of which Normalize may touch the first.
+    """
+
+    name = "paired"
+    paper = "nobody 2000"
+    n_inp = 2
+    normalized = (True, False)
+    passes = 2
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        negative = torch.randint(2, (len(x),), generator=generator, device=x.device)
+        second = torch.where(negative.bool().view(-1, 1, 1, 1), 1 - x, x)
+        return (x, second.unsqueeze(1)), (negative,)
+
+    def model(self, encoder):
+        return Pair(encoder)
+
+    def loss(self, pred, target, reduction="mean"):
+        return per_image(F.cross_entropy(pred, target, reduction="none"), reduction)
+
+
+class Pair(nn.Module):
+    """(B, C, H, W) and (B, 1, C, H, W) -> (B, 2)."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.head = encoder, linear_head(2 * encoder.num_features, 2)
+
+    def forward(self, first, second):
+        return self.head(torch.cat([self.encoder(first), self.encoder(second[:, 0])], 1))
+
+
+CASES = [*TASKS, Numbered, Paired]
 
 
 def tiny() -> nn.Module:
@@ -80,11 +115,12 @@ def loaders(array: np.ndarray, bs: int = 4, valid_pct: float = 0.25, **kwargs) -
     return UnlabeledDataLoaders.from_array(array, bs=bs, valid_pct=valid_pct, **kwargs)
 
 
-def learner(task, dls=None, arch=tiny, seed: int = 0, **kwargs):
+def learner(task, dls=None, seed: int = 0, **kwargs):
     set_seed(seed)
+    kwargs = kwargs if "encoder" in kwargs else {"arch": tiny, **kwargs}
     dls = loaders(pictures(32)) if dls is None else dls
     settings = SMALL.get(task, {}) if isinstance(task, str) else {}
-    return without_bar(pretext_learner(dls, task, arch, **settings, **kwargs))
+    return without_bar(pretext_learner(dls, task, **settings, **kwargs))
 
 
 def without_bar(learn):
@@ -108,8 +144,13 @@ def ask(learn, x: Tensor, seed: int, bs: int, train: bool):
         yield learn.task.make_batch(x[i : i + bs], generator=generator, train=train, idx=index[i : i + bs])
 
 
+def as_fed(inputs, learn) -> list[Tensor]:
+    """The inputs of a question as the network gets them: normalized where that is due."""
+    return [standardize(x, learn) if due else x for x, due in zip(inputs, learn.task.normalized, strict=True)]
+
+
 def standardize(x: Tensor, learn) -> Tensor:
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in learn.encoder.normalize_stats())
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (learn.encoder.mean, learn.encoder.std))
     return (x - mean) / std
 
 
@@ -117,9 +158,8 @@ def assert_question(b, inputs, targets, learn) -> None:
     """A batch of a loader is the question `inputs`, normalized where that is due, with the answer `targets`."""
     n_inp = learn.task.n_inp
     assert len(b) == n_inp + len(targets) and len(targets) > 0
-    for got, image, due in zip(b[:n_inp], inputs, learn.task.normalized):
+    for got, expected, due in zip(b[:n_inp], as_fed(inputs, learn), learn.task.normalized, strict=True):
         assert isinstance(got, TensorImage) == due
-        expected = standardize(image, learn) if due else image
         torch.testing.assert_close(got.as_subclass(Tensor), expected, atol=2e-6, rtol=0)
     for got, target in zip(b[n_inp:], targets):
         assert not isinstance(got, TensorImage)
@@ -186,16 +226,18 @@ def test_get_preds_gives_one_row_an_image_in_order(task, ds_idx):
     inputs, preds, targets, decoded, losses = learn.get_preds(**with_all)
     assert len(x) == (21, 9)[ds_idx] and {len(t) for t in (preds, targets, decoded)} == {len(x)}
     assert losses.shape == (len(x),)
-    questions = list(ask(learn, x, VALID_SEED, 4, train=ds_idx == 0))
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    assert len(inputs) == learn.task.n_inp
     at = 0
-    for (image,), (target,) in questions:
-        rows = slice(at, at + len(image))
-        at += len(image)
-        image = standardize(image, learn) if learn.task.normalized[0] else image
-        torch.testing.assert_close(inputs[rows].as_subclass(Tensor), image, atol=2e-6, rtol=0)
+    for images, (target,) in ask(learn, x, VALID_SEED, dl.bs, train=ds_idx == 0):
+        rows = slice(at, at + len(target))
+        at += len(target)
+        images = as_fed(images, learn)
+        for got, image in zip(inputs, images, strict=True):
+            torch.testing.assert_close(got[rows].as_subclass(Tensor), image, atol=2e-6, rtol=0)
         assert torch.equal(targets[rows], target)
         with torch.no_grad():
-            raw = learn.model.eval()(image)
+            raw = learn.model.eval()(*images)
             torch.testing.assert_close(preds[rows], learn.task.activation(raw), atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(decoded[rows], learn.task.decode(preds[rows]), atol=1e-5, rtol=1e-4)
             loss = learn.task.loss(raw, target, reduction="none")
@@ -360,14 +402,13 @@ def test_predict_asks_about_one_image_as_validation_does(task, color_folder):
     pixels = np.asarray(Image.open(file))
     learn = learner(task)
     learn.fit(1)
-    (((image,), (target,)),) = ask(learn, plain(pixels[None]), VALID_SEED, 1, train=False)
+    ((images, (target,)),) = ask(learn, plain(pixels[None]), VALID_SEED, 1, train=False)
     with torch.no_grad():
-        pred = learn.task.activation(
-            learn.model.eval()(standardize(image, learn) if learn.task.normalized[0] else image)
-        )
+        pred = learn.task.activation(learn.model.eval()(*as_fed(images, learn)))
     for item in (file, str(file), pixels, Image.open(file)):
         answer = learn.predict(item)
-        torch.testing.assert_close(answer.inputs[0], image, atol=1e-5, rtol=0)
+        for got, image in zip(answer.inputs, images, strict=True):
+            torch.testing.assert_close(got, image, atol=1e-5, rtol=0)
         assert torch.equal(answer.targets[0], target)
         torch.testing.assert_close(answer.pred, pred, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(answer.decoded, learn.task.decode(pred), atol=1e-5, rtol=1e-4)
@@ -456,7 +497,7 @@ def test_a_further_round_goes_on_from_the_weights_and_lists_both_rounds(tmp_path
     for encoder in (first, load_encoder(saved, module=tiny())):
         second = learner("simclr", encoder=encoder)
         assert all(torch.equal(v, weights[k]) for k, v in second.encoder.state_dict().items())
-        assert second.encoder.normalize_stats() == first.encoder.normalize_stats()
+        assert (second.encoder.mean, second.encoder.std) == (first.encoder.mean, first.encoder.std)
         second.fit(1, 1e-2)
         lineage = read_card(second.save_encoder(tmp_path / "two"))["lineage"]
         assert [(r["task"], r["epochs"], r["images"]) for r in lineage] == [("rotation", 1, 96), ("simclr", 1, 48)]

@@ -34,9 +34,12 @@ def test_the_lesson_follows_the_table():
 
 @pytest.mark.slow
 def test_demo_leaves_tables_pictures_and_encoders(tmp_path):
-    table = run_demo(tmp_path, draws=2, pretrain_epochs=1, epochs=3)
+    table, layers = run_demo(tmp_path, draws=2, pretrain_epochs=1, epochs=3)
     assert list(table.index) == ["scratch", "rotation", "simclr"]
     assert table["accuracy"].between(0.05, 1).all()
+    assert list(layers.columns) == ["act1", "layer1", "layer2", "layer3", "layer4", "effective rank"]
+    assert (layers["layer1"] > 0.8).all()  # even random filters tell digits apart when all labels are there
+    assert layers["effective rank"].between(1, 512).all()
     runs = pd.read_csv(tmp_path / "runs.csv")
     assert len(runs) == 6
     assert table.loc["simclr", "gain"] == pytest.approx(

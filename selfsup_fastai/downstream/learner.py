@@ -265,6 +265,8 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
 def _copy_of(source: Any, n_in: int | None) -> Encoder:
     """A copy of an encoder that exists. One from a learner remembers that learner's round, as one from a file would."""
     encoder = deepcopy(get_encoder(source, n_in=n_in))
+    if isinstance(source, Learner):
+        encoder.requires_grad_(True)  # its training may have left layers frozen
     this_round = source.this_round() if hasattr(source, "this_round") else None
     if this_round and this_round["images"]:
         encoder.lineage = [*encoder.lineage, this_round]

@@ -90,10 +90,6 @@ class Encoder(nn.Module):
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
-    def normalize_stats(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """`(mean, std)` on the [0, 1] scale, one number per channel, or None while they are not measured."""
-        return None if self.mean is None or self.std is None else (self.mean, self.std)
-
     def param_groups(self) -> list[list[nn.Parameter]]:
         """The parameters in groups, stem first, each exactly once; groups under 1 % are merged into a neighbor."""
         params = dict(self.body.named_parameters())

@@ -110,7 +110,7 @@ def _is_kept(source: object) -> bool:
 
 
 def _kept_encoder(source: object, n_in: int | None, pretrained: bool) -> Encoder:
-    """A copy, all of it to be trained; of a pretext learner's encoder one that remembers that learner's round."""
+    """A copy, all of it to be trained; of a learner's encoder one that remembers that learner's round."""
     encoder = deepcopy(get_encoder(source))
     if pretrained:
         raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
@@ -119,8 +119,9 @@ def _kept_encoder(source: object, n_in: int | None, pretrained: bool) -> Encoder
         raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
     if isinstance(source, Learner):
         encoder.requires_grad_(True)  # fine-tuning may have left layers frozen
-    if isinstance(source, PretextLearner):
-        encoder.lineage = [*encoder.lineage, source.this_round()]
+    this_round = source.this_round() if hasattr(source, "this_round") else None
+    if this_round and this_round["images"]:
+        encoder.lineage = [*encoder.lineage, this_round]
     return encoder
 
 

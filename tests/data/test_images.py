@@ -331,6 +331,13 @@ def test_other_sources_that_cannot_be_used_are_explained(color_folder):
         (np.zeros((4, 3, 16, 16), np.uint8), r"C of 1 or 3, got shape \(4, 3, 16, 16\)"),
         (np.zeros((4, 0, 16), np.uint8), r"got shape \(4, 0, 16\)"),
         (np.zeros((0, 16, 16), np.uint8), "Found no image"),
+        (
+            np.zeros((480, 640, 3), np.uint8),
+            r"many images, got shape \(480, 640, 3\).*from_single_image\(Image.fromarray",
+        ),
+        (np.zeros((48, 64, 4), np.uint8), r"many images, got shape \(48, 64, 4\)"),
+        (np.zeros((5, 1, 16), np.uint8), "at least 2 x 2 pixels, got 1 x 16"),
+        (np.zeros((5, 16, 1, 3), np.uint8), "at least 2 x 2 pixels, got 16 x 1"),
     ],
 )
 def test_arrays_that_are_no_images_are_explained(array, message):

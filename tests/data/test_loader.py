@@ -248,10 +248,20 @@ def test_images_that_no_opener_opens_are_made_to_fit_as_tensors(n_in):
         dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device="cpu")
         assert n_in_of(dls) == channels
         x = torch.stack([x for x, _ in items])
-        expected = x if channels == n_in else x.mean(1, keepdim=True) if n_in == 1 else x.repeat(1, 3, 1, 1)
+        grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None] if channels == 3 else x
+        expected = x if channels == n_in else grey if n_in == 1 else x.repeat(1, 3, 1, 1)
         new = derive_loaders(dls, n_in=n_in)
         assert torch.allclose(images_of(new.valid), expected)
         assert torch.cat([y for _, y in new.valid]).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("channels, n_in", [(4, 3), (4, 1), (2, 1), (2, 3), (3, 4)])
+def test_channels_whose_meaning_is_unknown_are_not_guessed(channels, n_in):
+    items = [(torch.rand(channels, 6, 6), i) for i in range(8)]
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device="cpu")
+    with pytest.raises(DataError, match=f"Images of {channels} channels cannot be turned into {n_in}"):
+        derive_loaders(dls, n_in=n_in).valid.one_batch()
+    assert images_of(derive_loaders(dls, n_in=channels).valid).shape == (8, channels, 6, 6)
 
 
 # ---- loaders of other classes
@@ -319,10 +329,22 @@ def test_grey_files_need_one_channel_though_fastai_opens_three(grey_folder, colo
     Image.open(color_folder / "0000.png").save(tmp_path / "0004.png")
     assert color.std(1).max() > 0.1
     dls = labeled(tmp_path)
-    at = [f.name for f in dls.train_ds.items].index("0004.png")
+    assert dls.train_ds.items[0].name != "0004.png"
     assert n_in_of(dls) == 3
-    assert n_in_of(dls, n=at) == 1  # only the first are asked
-    assert n_in_of(dls, n=at + 1) == 3
+    assert n_in_of(dls, n=1) == 1  # only the first is asked
+
+
+def test_a_grey_class_before_a_color_class_does_not_hide_it(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (90, 8, 8), dtype=np.uint8)
+    for i, image in enumerate(grey):
+        Image.fromarray(image).save(tmp_path / f"{i:04d}.png")
+    for i in range(90, 100):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{i:04d}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    tfms = {"after_item": [ToTensor()], "after_batch": [IntToFloatTensor()], "bs": 8, "num_workers": 0}
+    for splits, n_in in [((range(100), range(2)), 3), ((range(90), range(2)), 1)]:
+        dls = Datasets(files, [[PILImage.create]], splits=list(map(list, splits))).dataloaders(**tfms)
+        assert n_in_of(dls) == n_in
 
 
 def test_what_the_user_chose_to_open_is_what_counts(color_folder):
@@ -415,8 +437,24 @@ def test_statistics_stop_at_enough_images():
     assert mean[0] == pytest.approx(array.mean() / 255, abs=0.02)
 
 
+def test_statistics_are_computed_on_the_cpu(color_folder, monkeypatch):
+    class OnMetal(torch.Tensor):
+        """A tensor of a device without float64, as Apple's MPS."""
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    dls = derive_loaders(labeled(color_folder), n_in=3)
+    expected = measure_stats(dls)
+    monkeypatch.setattr("selfsup_fastai.data.loader._batch_images", lambda b: b[0].as_subclass(OnMetal))
+    assert measure_stats(dls) == expected
+
+
 def test_a_flat_color_has_a_spread_that_can_be_divided_by():
-    flat = np.full((8, 4, 4), 51, np.uint8)
+    flat = np.full((8, 5, 5), 51, np.uint8)
     assert measure_stats(UnlabeledDataLoaders.from_array(flat, size=8, num_workers=0, device="cpu")) == (
         (pytest.approx(0.2),),
         (1e-3,),

@@ -449,8 +449,10 @@ def test_the_lineage_goes_from_learner_to_learner(few_classes, tmp_path, capsys)
     file = first.save_encoder(tmp_path / "first")
     rounds = [pretraining.this_round(), {"task": "fine_tune", "epochs": 1, "images": 8}]
     assert read_card(file)["lineage"] == rounds
+    first.freeze()
     for source in (first, file):
         second = downstream_learner(labeled(few_classes), source)
+        assert all(p.requires_grad for p in second.model.encoder.parameters())
         assert second.model.encoder.lineage == rounds
     assert downstream_learner(labeled(few_classes), second).model.encoder.lineage == rounds  # not trained: no round
 

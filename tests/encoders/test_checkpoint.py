@@ -188,9 +188,7 @@ def test_a_diverged_encoder_is_not_saved_and_the_old_file_stays(saved, name, val
     before, encoder = saved.read_bytes(), tiny(seed=1)
     encoder.body.state_dict()[name].flatten()[0] = value
     for file in (saved, saved.parent / "new" / "x"):
-        with pytest.raises(
-            EncoderFileError, match=r"the weights are not finite: the run diverged; lower"
-        ):
+        with pytest.raises(EncoderFileError, match=r"the weights are not finite: the run diverged; lower"):
             save_encoder(encoder, file, task="simclr")
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 

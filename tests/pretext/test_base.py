@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks, task_class
-from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, per_image
+from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, check_number, per_image
 from selfsup_fastai.pretext.predictive.rotation import Rotation
 
 
@@ -70,13 +70,74 @@ def test_images_that_do_not_suit_are_refused():
 
 def test_a_task_that_breaks_the_contract_is_told():
     x = torch.rand(4, 3, 12, 12)
-    with pytest.raises(AssertionError, match="doubled: axis 0 of every tensor is the image"):
+    with pytest.raises(TaskError, match=r"make_batch of doubled .* from 4 images it made \[4, 4, 3\] rows"):
         ask(Doubled(rows=3), x)
-    for inputs, targets in [((x,), (x,)), ((x, x), ())]:
+    for inputs, targets, said in [
+        ((x,), (x,), "returned 1 inputs, n_inp is 2, normalized has 2 entries"),
+        ((x, x), (), "at least one target, or fastai takes no step"),
+        (x, x, r"must return \(inputs, targets\), two tuples of tensors; it returned Tensor and Tensor"),
+    ]:
         task = Doubled()
         task.make_batch = lambda x, inputs=inputs, targets=targets, **_: (inputs, targets)
-        with pytest.raises(AssertionError, match="n_inp inputs and at least one target"):
+        with pytest.raises(TaskError, match=said):
             ask(task, x)
+    task = Doubled()
+    task.normalized = (True,)  # as the base has it: the second input would be lost
+    with pytest.raises(TaskError, match="returned 2 inputs, n_inp is 2, normalized has 1 entries"):
+        ask(task, x)
+
+
+@pytest.mark.parametrize(
+    "limits, good, bad, said",
+    [
+        (
+            {"least": 0, "most": 0.5},
+            (0, 0.5, np.float32(0.25)),
+            (-0.01, 0.51, True),
+            "number, at least 0 and at most 0.5;",
+        ),
+        ({"above": 0}, (1e-9, 10**9), (0, float("inf")), "is a number, above 0;"),
+        ({"least": 0, "below": 1}, (0, 0.999), (1,), "number, at least 0 and below 1;"),
+        (
+            {"least": 2, "most": 10_000, "whole": True},
+            (2, np.int64(10_000)),
+            (1, 10_001, 2.0, 2.5, True),
+            "is a whole number, at least 2 and at most 10,000;",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(limits, good, bad, said):
+    for value in good:
+        check_number("share", value, **limits)
+    for value in (*bad, "abc", None, float("nan"), [1], "0"):
+        with pytest.raises(TaskError, match=said) as error:
+            check_number("share", value, **limits)
+        assert str(error.value).startswith("share is a ") and str(error.value).endswith(f"; got {value!r}.")
+
+
+@pytest.mark.parametrize(
+    "task, setting, good, bad",
+    [
+        ("rotation", "crop", (0, 0.5), (-0.1, 0.6, "abc")),
+        ("rotation", "flip", (0, 1), (-0.1, 1.1, "abc")),
+        ("simclr", "temperature", (0.01, 5), (0, -1, "abc")),
+        ("simclr", "dim", (1, 512), (0, 1.5, "abc")),
+        ("simclr", "strength", (0, 2.5), (-1, 2.6, "abc")),
+        ("simclr", "min_area", (0.01, 1), (0, 1.1, "abc")),
+        ("simclr", "flip", (0, 1), (-0.1, 1.1, "abc")),
+        ("jigsaw", "n_permutations", (2, 10_000), (1, 10_001, 8.0, "abc")),
+        ("jigsaw", "grey", (0, 1), (-0.1, 1.1, "abc")),
+        ("jigsaw", "dropout", (0, 0.99), (-0.1, 1, "abc")),
+        ("jigsaw", "tile_features", (1,), (0, 1.5, "abc")),
+        ("jigsaw", "hidden", (1,), (0, 1.5, "abc")),
+    ],
+)
+def test_tasks_refuse_settings_that_make_no_sense(task, setting, good, bad):
+    for value in good:
+        assert get_task(task, **{setting: value}).settings()[setting] == value
+    for value in bad:
+        with pytest.raises(TaskError, match=f"^{setting} is a .*got {value!r}"):
+            get_task(task, **{setting: value})
 
 
 def test_settings_are_the_constructors_arguments():

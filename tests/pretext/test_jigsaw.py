@@ -72,10 +72,29 @@ def test_orders_are_distinct_far_apart_and_the_same_every_time():
 
 def test_settings_out_of_range():
     for n in (1, 10_001):
-        with pytest.raises(TaskError, match=f"2 to 10,000, got {n}"):
+        with pytest.raises(TaskError, match=f"at least 2 and at most 10,000; got {n}"):
             get_task("jigsaw", n_permutations=n)
     assert get_task("jigsaw", n_permutations=8).chance() == 1 / 8
     assert get_task("jigsaw").passes == 9 * 0.25**2 and get_task("jigsaw", gap=False).passes == 1
+
+
+def test_a_net_of_fixed_size_sees_nine_enlarged_tiles_and_that_is_what_is_counted():
+    array = np.random.default_rng(0).integers(0, 256, (6, 48, 48, 3), dtype=np.uint8)
+    dls = UnlabeledDataLoaders.from_array(array, size=None, bs=4, num_workers=0)
+    task = get_task("jigsaw", n_permutations=8)
+    for arch, passes in [("vit_tiny_patch16_224", 9), ("resnet10t", 9 * 0.25**2)]:
+        learn = pretext_learner(dls, task, arch)
+        assert bool(learn.encoder.fixed_size) == (passes == 9) and task.passes == passes
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+        assert learn.images_seen == 4 * passes
+
+
+def test_the_smallest_images_give_tiles_of_eight_pixels():
+    dls = UnlabeledDataLoaders.from_array(np.zeros((2, 33, 40), np.uint8), size=None, num_workers=0)
+    assert pretext_learner(dls, "jigsaw", "resnet10t").dls.one_batch()[0].shape == (1, 9, 1, 8, 8)
+    with pytest.raises(TaskError, match="at least 33 pixels a side, these are 32 x 32"):
+        get_task("jigsaw").batch(noise(2, 1, 32, 32), generator=seeded(), train=True)
 
 
 # --- the tiles --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
 from fastai.data.transforms import get_image_files
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
@@ -16,22 +17,24 @@ from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext.learner import pretext_learner
+from tests.conftest import write_images
 
 
 def tiny() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
 
 
-def loaders(n: int = 24, channels: int = 3, bs: int = 8, **kwargs) -> UnlabeledDataLoaders:
-    array = np.random.default_rng(0).integers(0, 256, (n, 16, 16, channels), dtype=np.uint8)
+def loaders(n: int = 24, channels: int = 3, bs: int = 8, side: int = 16, seed: int = 0, **kwargs):
+    array = np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), dtype=np.uint8)
     return UnlabeledDataLoaders.from_array(
         array, **{"size": None, "bs": bs, "valid_pct": 1 / 3, "num_workers": 0, **kwargs}
     )
 
 
-def learner(dls=None, task="rotation", arch=tiny, **kwargs):
+def learner(dls=None, task="rotation", **kwargs):
     set_seed(0)
-    learn = pretext_learner(dls or loaders(), task, arch, **kwargs)
+    kwargs = kwargs if "encoder" in kwargs else {"arch": tiny, **kwargs}
+    learn = pretext_learner(dls or loaders(), task, **kwargs)
     learn.remove_cb(ProgressCallback)
     return learn
 
@@ -73,7 +76,7 @@ def test_an_encoder_given_keeps_its_channels_and_statistics():
     encoder = create_encoder(tiny(), n_in=1)
     encoder.mean, encoder.std = (0.25,), (0.5,)
     learn = learner(loaders(channels=3), encoder=encoder)
-    assert learn.encoder is encoder and encoder.normalize_stats() == ((0.25,), (0.5,))
+    assert (learn.encoder.mean, learn.encoder.std) == (encoder.mean, encoder.std) == ((0.25,), (0.5,))
     x = learn.dls.valid.one_batch()[0]
     back = learn.dls.valid.question(learn.dls.valid.one_batch())[0][0]
     torch.testing.assert_close(x.as_subclass(torch.Tensor), (back - 0.25) / 0.5, atol=1e-6, rtol=0)
@@ -128,11 +131,91 @@ def test_an_encoder_can_be_saved_before_any_training(tmp_path):
     assert (card["epochs"], card["images"], card["metrics"]) == (0, 0, {})
 
 
-def test_one_learner_after_another_leaves_the_first_as_it_was():
-    learn = learner()
-    before = [p.detach().clone() for p in learn.model.parameters()]
-    learner(task="simclr", encoder=learn).fit(1, 1e-1)
-    assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+def state(net: nn.Module) -> list[torch.Tensor]:
+    return [v.detach().clone() for v in net.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def frozen_learner() -> Learner:
+    """A learner of another kind, as fine-tuning leaves it when it is stopped early."""
+    model = nn.Sequential(nn.Identity())
+    model.encoder = create_encoder(tiny(), n_in=3)
+    model.encoder.requires_grad_(False)
+    return Learner(loaders(), model, loss_func=nn.MSELoss())
+
+
+@pytest.mark.parametrize("kind", ["pretext learner", "other learner", "encoder", "module"])
+def test_what_is_given_stays_as_it_was_and_two_learners_share_nothing(kind):
+    makes = {"pretext learner": learner, "other learner": frozen_learner, "module": tiny}
+    given = makes.get(kind, lambda: create_encoder(tiny(), n_in=3))()
+    net = given.model.encoder if isinstance(given, Learner) else given
+    before, lineage, size = state(net), list(getattr(net, "lineage", ())), getattr(net, "size", None)
+    how = {"arch": given} if kind == "module" else {"encoder": given}
+    one, other = learner(task="simclr", **how), learner(**how)
+    assert kind == "module" or (same(state(one.encoder), before) and same(state(other.encoder), before))
+    untouched = state(other.encoder)
+    one.fit(1, 1e-1)
+    assert same(state(net), before) and same(state(other.encoder), untouched)
+    assert (list(getattr(net, "lineage", ())), getattr(net, "size", None)) == (lineage, size)
+    moved = [not torch.equal(p, q) for p, q in zip(state(one.encoder), untouched)]
+    assert all(m for m, name in zip(moved, one.encoder.state_dict()) if name.endswith("weight")), "all layers train"
+
+
+def test_an_encoder_goes_on_at_another_size_and_remembers_it():
+    first = learner()
+    first.fit(1)
+    second = learner(loaders(side=24), encoder=first)
+    assert (first.encoder.size, second.encoder.size) == (16, 24)
+    vit = learner(loaders(side=48), arch="vit_tiny_patch16_224").encoder
+    assert (vit.size, vit.fixed_size) == (48, 48)
+    assert learner(loaders(side=64), encoder=vit).encoder.size == 48
+
+
+def test_the_data_print_is_that_of_the_images_also_with_statistics_from_before():
+    encoder = learner().encoder
+    prints = [learner(loaders(seed=s), encoder=encoder).this_round()["data"]["print"] for s in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == learner().this_round()["data"]["print"]  # whichever net it was measured for
+
+
+def test_arguments_that_ask_for_two_nets_are_refused(tmp_path):
+    first = learner()
+    file = learner(arch="resnet10t").save_encoder(tmp_path / "saved")
+    for given in (first, first.encoder, file, str(file)):
+        for kwargs, said in [
+            ({"pretrained": True}, "pretrained=True goes with the name of a net; this encoder has weights of its own"),
+            ({"n_in": 1}, "n_in is 1, but the encoder takes 3 channels. Leave n_in out"),
+            ({"arch": "resnet34"}, "arch='resnet34' goes with a new net, but encoder= brings one"),
+            ({"arch": tiny}, "arch='tiny' goes with a new net"),
+        ]:
+            with pytest.raises(TaskError, match=said):
+                pretext_learner(loaders(), "rotation", encoder=given, **kwargs)
+    for kwargs in ({"pretrained": True}, {"n_in": 1}):
+        with pytest.raises(TaskError, match=r"weights of its own|takes 3 channels"):
+            pretext_learner(loaders(), "rotation", str(file), **kwargs)
+    assert learner(encoder=first, n_in=3).encoder.in_chans == 3
+    assert learner(encoder="resnet10t", n_in=1).encoder.in_chans == 1  # a new one
+
+
+def test_images_of_different_sizes_are_resized_and_that_is_said(tmp_path, capsys):
+    for i in range(12):
+        write_images(tmp_path / str(i), 1, (40 + i, 52))
+        (tmp_path / str(i) / "0000.png").rename(tmp_path / f"{i:04d}.png")
+        (tmp_path / str(i)).rmdir()
+    dls = labeled(tmp_path, item_tfms=None, bs=4)
+    learn = learner(dls)
+    assert capsys.readouterr().err.count("The images differ in size: resized to 128 px.") == 1
+    assert learn.encoder.size == 128 and learn.dls.one_batch()[0].shape == (4, 4, 3, 128, 128)
+    learn.fit(1)
+    assert len(learn.recorder.losses) == len(dls.train)
+    second = learner(dls, encoder=learner())  # of 16 pixels
+    assert "resized to 16 px." in capsys.readouterr().err
+    assert second.encoder.size == 16 and second.dls.one_batch()[0].shape == (4, 4, 3, 16, 16)
+    learner(labeled(tmp_path))
+    assert "differ" not in capsys.readouterr().err
 
 
 def test_settings_without_a_task_are_refused_where_the_task_is_made_already():

@@ -147,7 +147,7 @@ def test_results_name_what_the_network_says_of_the_pixels_shown(learn):
     dl = learn.dls.valid
     b = dl.one_batch()
     axes = dl.show_results(b, learn.get_preds(dl=[b], with_decoded=True)[2])
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in learn.encoder.normalize_stats())
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (learn.encoder.mean, learn.encoder.std))
     for i, ax in enumerate(axes):
         with torch.no_grad():
             named = learn.model.eval()(((shown(ax) - mean) / std)[None, None]).argmax().item()

@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from torch import Tensor
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.views import apply_views, draw_views
+from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext import get_task
@@ -102,14 +104,45 @@ def test_one_image_alone_has_nobody_to_be_told_from():
     with torch.no_grad():  # the last batch of a validation set: log(1) by the formula
         assert task.loss(pred, torch.zeros(1)).item() == math.log(1)
         assert task.loss(pred, torch.zeros(1), reduction="none").tolist() == [0]
+    assert found_pair(pred, torch.zeros(1)).item() == 0  # nothing was found among others
     with pytest.raises(TaskError, match="at least 2 images"):  # in training it would be a step that does nothing
         task.loss(pred.requires_grad_(), torch.zeros(1))
 
 
+def loaders(n: int, bs: int, valid_pct: float) -> UnlabeledDataLoaders:
+    array = (images(n, 3, 36, 36).permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
+    return UnlabeledDataLoaders.from_array(array, size=None, bs=bs, valid_pct=valid_pct, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    "n_valid, bs, sizes", [(9, 4, [5, 4]), (5, 2, [3, 2]), (8, 4, [4, 4]), (6, 4, [4, 2]), (2, 2, [2])]
+)
+def test_no_validation_image_is_left_alone(n_valid, bs, sizes):
+    learn = pretext_learner(loaders(20, bs, n_valid / 20), "simclr", "resnet10t")
+    assert [len(b[0]) for b in learn.dls.valid] == sizes
+    learn.remove_cb(ProgressCallback)
+    assert learn.validate()[0] > 0
+    assert len(learn.get_preds()[0]) == n_valid and learn.dls.train.bs == bs
+
+
+def test_a_validation_set_of_one_image_is_told_to_say_nothing(capsys):
+    learn = pretext_learner(loaders(10, 4, 0), "simclr", "resnet10t")
+    assert capsys.readouterr().err.count("one validation image has nobody to be told from") == 1
+    learn.remove_cb(ProgressCallback)
+    assert list(learn.validate()) == [0, 0]
+    pretext_learner(loaders(10, 4, 0.2), "simclr", "resnet10t")
+    assert "nobody" not in capsys.readouterr().err
+
+
+def test_projector_has_a_batch_norm_in_its_hidden_layer_only():
+    encoder = create_encoder("resnet10t")
+    kinds = [type(m).__name__ for m in get_task("simclr", dim=32).model(encoder).head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+
+
 @pytest.fixture(scope="module")
 def learn():
-    array = (images(24, 3, 36, 36).permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
-    dls = UnlabeledDataLoaders.from_array(array, size=None, bs=8, valid_pct=0.4, num_workers=0)
+    dls = loaders(24, 8, 0.4)
     set_seed(0)
     learn = pretext_learner(dls, "simclr", "resnet10t")
     with learn.no_bar(), learn.no_logging():
@@ -131,7 +164,7 @@ def test_pictures_show_both_views_and_titles_their_cosine(learn):
         assert ax.get_title() == f"two views of image {i}"
         torch.testing.assert_close(shown(ax), views[i], atol=1e-5, rtol=0)
     axes = dl.show_results(b, learn.get_preds(dl=[b], with_decoded=True)[2])
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in learn.encoder.normalize_stats())
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (learn.encoder.mean, learn.encoder.std))
     for ax in axes:
         with torch.no_grad():
             a, z = learn.model.eval()(((shown(ax) - mean) / std)[None])[0]
