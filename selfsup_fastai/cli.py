@@ -175,7 +175,7 @@ def demo(
     from selfsup_fastai.demo import lesson, run_demo
 
     table, layers = run_demo(out, seed=seed)
-    typer.echo(f"\nLinear classifier on each frozen layer, all training labels:\n\n{_text(layers)}")
+    typer.echo(f"\nLinear classifier on each frozen layer, one draw of 5 labels a class:\n\n{_text(layers)}")
     typer.echo(f"\nAccuracy on 500 test images with 5 labels a class:\n\n{_text(table)}")
     typer.echo(lesson(table))
     typer.echo(

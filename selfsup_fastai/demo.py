@@ -7,7 +7,7 @@ import pandas as pd
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from selfsup_fastai.compare import compare_encoders, labeled_loaders, summarize
+from selfsup_fastai.compare import compare_encoders, label_draws, labeled_loaders, summarize
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.features import effective_rank, embed, linear_probe
 from selfsup_fastai.messages import quiet, say
@@ -57,7 +57,7 @@ def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def probe_layers(starts: dict, train: pd.DataFrame, test: pd.DataFrame, seed: int = 42) -> pd.DataFrame:
-    """What each layer of the frozen encoders knows: accuracy of a linear classifier on it, with all training labels.
+    """What each layer of the frozen encoders knows: accuracy of a linear classifier on it, trained on `train`.
 
     One row a start; the last column is the effective rank of the embeddings (of `num_features`): low means collapsed.
     """
@@ -92,7 +92,8 @@ def run_demo(
         pretrain(out / "digits/train", out / task, task, pretrain_epochs or EPOCHS[task], **args)
         starts[task] = out / task / "encoder.safetensors"
     say("\nA linear classifier on each layer of the frozen encoders ...")
-    layers = probe_layers(starts, train, test, seed)
+    few = train.iloc[label_draws(train["label"], per_class, 1, seed)[0]]
+    layers = probe_layers(starts, few, test, seed)
     layers.to_csv(out / "layers.csv")
     say(f"Fine-tuning on {per_class} labels a class, {draws} draws of labels, the same budget for each start ...")
     runs = compare_encoders(starts, train, test, per_class, draws, epochs, size=SIZE, n_in=1, seed=seed)

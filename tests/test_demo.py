@@ -38,7 +38,7 @@ def test_demo_leaves_tables_pictures_and_encoders(tmp_path):
     assert list(table.index) == ["scratch", "rotation", "simclr"]
     assert table["accuracy"].between(0.05, 1).all()
     assert list(layers.columns) == ["act1", "layer1", "layer2", "layer3", "layer4", "effective rank"]
-    assert (layers["layer1"] > 0.8).all()  # even random filters tell digits apart when all labels are there
+    assert layers.drop(columns="effective rank").stack().between(0.3, 1).all()  # chance is 0.1
     assert layers["effective rank"].between(1, 512).all()
     runs = pd.read_csv(tmp_path / "runs.csv")
     assert len(runs) == 6
