@@ -11,6 +11,7 @@ from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.data.opening import open_image
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
@@ -50,6 +51,7 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "labeled_files",
     "linear_probe",
     "list_tasks",
     "load_encoder",

@@ -73,6 +73,10 @@ def compare_encoders(
     draw of the labels and the order and initialization of fine-tuning, not the one pretraining run behind each encoder.
     """
     check_count("epochs", epochs, 2)
+    for table in (train, test):
+        if not isinstance(table, pd.DataFrame) or not {"file", "label"} <= set(table.columns):
+            got = list(table.columns) if isinstance(table, pd.DataFrame) else type(table).__name__
+            raise DataError(f"train and test are DataFrames with columns file and label, got {got}. See labeled_files.")
     chosen = label_draws(train["label"], per_class, draws, seed)
     runs = []
     with tqdm(total=draws * len(starts), desc="fine-tuning", disable=None, leave=False) as bar:

@@ -5,6 +5,7 @@ import math
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion: told apart by color-blind people; a mark says the same
 
@@ -71,6 +72,8 @@ def plot_history(history, chance: float | None = None) -> None:
         if chance is not None:
             axes[0, 1].axhline(chance, color="grey", linestyle=":", label="guessing")
         axes[0, 1].legend(frameon=False)
+    for ax in axes.flat:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     plt.tight_layout()
 
 

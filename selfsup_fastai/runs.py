@@ -39,6 +39,7 @@ from selfsup_fastai.encoders.checkpoint import get_encoder
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, plot_history, save_picture
+from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 
 ENCODER = "encoder.safetensors"
@@ -62,9 +63,12 @@ def pretrain(
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
     check_out(out, folder, overwrite)
+    task = get_task(task, **(settings or {}))  # names and settings first: checking the images may take minutes
+    source = get_encoder(arch if encoder is None else encoder)  # a new net is made again later, to suit the images
     set_seed(seed, reproducible=True)
     dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
-    learn = pretext_learner(dls, task, arch, encoder=encoder, pretrained=pretrained, **(settings or {}))
+    given = {} if encoder is None else {"encoder": source}
+    learn = pretext_learner(dls, task, arch, pretrained=pretrained, **given)
     args = dict(task=learn.task.name, **learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained, seed=seed)
     out = _run_folder(out, learn, dls.report, {**args, **data})
     learn.show_batch()
@@ -100,6 +104,9 @@ def finetune(
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
     table, report = labeled_files(folder, valid_pct, seed)
+    n_valid = table["is_valid"].sum()
+    counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
+    say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
     n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
@@ -142,7 +149,12 @@ def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> N
 def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict) -> Path:
     """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The folder {str(out)!r} for the results cannot be made ({error.strerror}). Choose another."
+        ) from error
     names = ("metrics.csv", "history.png", "results.png", "neighbors.png", "predictions.csv", "confusion.png")
     for name in (ENCODER, *names, "learner.pkl"):
         (out / name).unlink(missing_ok=True)

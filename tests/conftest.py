@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _close_figures():
+def _clean(tmp_path, monkeypatch):
+    """Each test in a folder of its own (fastai writes models/ into the current one), without figures of others."""
+    monkeypatch.chdir(tmp_path)
     yield
     from matplotlib import pyplot as plt
 

@@ -281,7 +281,8 @@ def _check_count(n: int, report: pd.DataFrame) -> None:
     if n >= 2:
         return
     found = "no image" if n == 0 else "one image"
-    left_out = f" {len(report)} files were left out: {dict(report['code'].value_counts())}." if len(report) else ""
+    counts = ", ".join(f"{n} {code}" for code, n in report["code"].value_counts().items())
+    left_out = f" {len(report)} files were left out: {counts}." if len(report) else ""
     one = " For thousands of crops of one picture use from_single_image." if n == 1 else ""
     raise DataError(f"Found {found} to read; at least two are needed, one of them to validate with.{left_out}{one}")
 

@@ -53,10 +53,19 @@ class IndexedDL(TfmdDL):
 
 
 def fit_batch_size(bs: int, n_train: int) -> int:
-    """`bs`, cut to the training images there are: fastai drops the last short batch and would train zero steps."""
-    if bs > n_train:
-        say(f"Batch size {bs} cut to {n_train}: there are no more training images.")
-    return max(1, min(bs, n_train))
+    """The largest batch size up to `bs` that leaves out no more than a quarter of the training images in an epoch.
+
+    fastai drops the last short batch: of 113 images in batches of 64 it would take 64 an epoch, of 40 images none.
+    """
+    fitting = min(bs, n_train)
+    while n_train % fitting > n_train / 4:
+        fitting -= 1
+    if n_train < bs:
+        say(f"Batch size {bs} cut to {fitting}: there are no more training images.")
+    elif fitting < bs:
+        used = n_train - n_train % fitting
+        say(f"Batch size {bs} cut to {fitting}: an epoch then takes {used} of {n_train} training images.")
+    return fitting
 
 
 def check_dls(dls: object) -> None:

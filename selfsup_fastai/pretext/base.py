@@ -91,18 +91,22 @@ class PretextTask(ABC):
         """`make_batch` with its input checked and its output typed: (*inputs, *targets)."""
         float_images(x)
         x = x.as_subclass(Tensor)
-        if x.shape[1] not in self.channels:
-            wanted = " or ".join(map(str, self.channels))
-            raise TaskError(f"{self.name} works on images of {wanted} channels, these have {x.shape[1]}.")
-        if min(x.shape[-2:]) < self.min_side:
-            height, width = x.shape[-2:]
-            raise TaskError(
-                f"{self.name} needs images of at least {self.min_side} pixels a side, these are {height} x {width}."
-            )
+        self.check_shape(x.shape)
         inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx)
         self._check_made(inputs, targets, len(x))
         images = zip(inputs, self.normalized, strict=True)
         return (*(t.as_subclass(TensorImage) if n else t for t, n in images), *targets)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises `TaskError` for batches (B, C, H, W) that the task cannot work with."""
+        _, channels, height, width = shape
+        if channels not in self.channels:
+            wanted = " or ".join(map(str, self.channels))
+            raise TaskError(f"{self.name} works on images of {wanted} channels, these have {channels}.")
+        if min(height, width) < self.min_side:
+            raise TaskError(
+                f"{self.name} needs images of at least {self.min_side} pixels a side, these are {height} x {width}."
+            )
 
     def _check_made(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], n: int) -> None:
         """Raises `TaskError` where a task's own file breaks the contract: fastai would go on without a word."""

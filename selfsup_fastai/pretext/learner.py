@@ -59,7 +59,7 @@ def pretext_learner(
     if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
         say("The labels are not used for pretraining.")
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
-    encoder, plain, measured = _prepare(plain, _source(arch, encoder), n_in, pretrained)
+    encoder, plain, measured = _prepare(plain, _source(arch, encoder), n_in, pretrained, task)
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=[PretextTransform(task)])
     task.setup(pretext, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
@@ -85,7 +85,7 @@ def _source(arch: object, encoder: object) -> object:
     return encoder
 
 
-def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool):
+def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask):
     """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images."""
     kept = _kept_encoder(source, n_in, pretrained) if _is_kept(source) else None
     if needs_resize(plain):
@@ -93,8 +93,10 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
         plain = derive_loaders(plain, resize=resize)
         say(f"The images differ in size: resized to {resize} px.")
     with preserved_rng():
-        side = min(plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:])
+        height, width = plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:]
+    side = min(height, width)
     encoder = kept or get_encoder(source, n_in or n_in_of(plain), side, pretrained)
+    task.check_shape((1, encoder.in_chans, height, width))  # now, not in the middle of the first epoch
     plain = derive_loaders(plain, n_in=encoder.in_chans)
     measured = measure_stats(plain)
     if encoder.mean is None:

@@ -54,5 +54,5 @@ def test_skip_validation_trains_and_measures_nothing(learn):
     steps, before = [], [p.clone() for p in learn.model.parameters()]
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2, cbs=[SkipValidation(), Watch()])
-    assert steps == [True, True]  # 11 images in batches of 4
+    assert steps == [True, True, True]  # 11 images in batches of 3
     assert any((a != b).any() for a, b in zip(before, learn.model.parameters()))

@@ -254,7 +254,15 @@ def test_no_process_thread_or_descriptor_is_left(fake_child):
     assert not any(map(alive, fake_child()))
 
 
-def test_ctrl_c_ends_the_check_and_its_children(fake_child):
+@pytest.fixture
+def heard():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_check_and_its_children(fake_child, heard):
     def press():
         while len(fake_child()) < 2:
             time.sleep(0.02)

@@ -318,7 +318,7 @@ def test_other_sources_that_cannot_be_used_are_explained(color_folder):
             make.from_df(frame, fn_col=column)
     with pytest.raises(DataError, match="1 of 2 rows hold no file name"):
         make.from_df(pd.DataFrame({"name": ["a.png", None]}))
-    with pytest.raises(DataError, match=r"Found no image to read.*'missing'"):
+    with pytest.raises(DataError, match=r"Found no image to read.*1 missing"):
         make.from_df(frame)
 
 

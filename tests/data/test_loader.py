@@ -208,6 +208,12 @@ def test_the_batch_is_cut_to_the_images_once_and_training_then_has_steps(color_f
     assert (new.train.bs, len(new.train), new.valid.bs) == (48, 1, 64)
     assert capsys.readouterr().err == "Batch size 64 cut to 48: there are no more training images.\n"
     assert (fit_batch_size(8, 8), fit_batch_size(8, 9), fit_batch_size(8, 3)) == (8, 8, 3)
+    assert (fit_batch_size(64, 113), fit_batch_size(56, 113), fit_batch_size(32, 36), fit_batch_size(4, 11)) == (
+        56,
+        56,
+        32,
+        3,
+    )
 
 
 def test_loaders_from_a_table(grey_folder, color_folder):

@@ -419,7 +419,7 @@ def test_save_encoder_keeps_what_was_tuned(few_classes, tmp_path):
     assert not torch.equal(saved.body.conv1[0].weight, source.body.conv1[0].weight)
     assert (saved.mean, saved.std) == (learn.model.encoder.mean, learn.model.encoder.std)
     card = read_card(file)
-    assert card["lineage"] == [{"task": "fine_tune", "epochs": 3, "images": 24}]  # 12 images, batches of 8
+    assert card["lineage"] == [{"task": "fine_tune", "epochs": 3, "images": 36}]  # 12 images, in batches of 6
     assert card["metrics"] == pytest.approx(dict(learn.fine_tune_log[["train_loss", "valid_loss"]].iloc[-1]))
 
 
@@ -431,7 +431,7 @@ def test_the_card_counts_every_fit_and_keeps_its_last_values(few_classes, tmp_pa
     learn.validate(ds_idx=0)
     learn.get_preds()
     card = read_card(learn.save_encoder(tmp_path / "scratch"))
-    assert (card["epochs"], card["images"], card["metrics"]) == (2, 16, pytest.approx(values))
+    assert (card["epochs"], card["images"], card["metrics"]) == (2, 24, pytest.approx(values))
     learn.fine_tune(1)
     card = read_card(learn.save_encoder(tmp_path / "scratch"))
     assert (card["epochs"], card["images"]) == (4, 32)
@@ -447,7 +447,7 @@ def test_the_lineage_goes_from_learner_to_learner(few_classes, tmp_path, capsys)
     assert pretraining.model.encoder.lineage == []
     first.fit(1)
     file = first.save_encoder(tmp_path / "first")
-    rounds = [pretraining.this_round(), {"task": "fine_tune", "epochs": 1, "images": 8}]
+    rounds = [pretraining.this_round(), {"task": "fine_tune", "epochs": 1, "images": 12}]
     assert read_card(file)["lineage"] == rounds
     first.freeze()
     for source in (first, file):
