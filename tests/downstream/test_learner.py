@@ -434,8 +434,8 @@ def test_the_card_counts_every_fit_and_keeps_its_last_values(few_classes, tmp_pa
     assert (card["epochs"], card["images"], card["metrics"]) == (2, 24, pytest.approx(values))
     learn.fine_tune(1)
     card = read_card(learn.save_encoder(tmp_path / "scratch"))
-    assert (card["epochs"], card["images"]) == (4, 32)
-    assert card["lineage"] == [{"task": "fine_tune", "epochs": 4, "images": 32}]
+    assert (card["epochs"], card["images"]) == (4, 48)
+    assert card["lineage"] == [{"task": "fine_tune", "epochs": 4, "images": 48}]
 
 
 def test_the_lineage_goes_from_learner_to_learner(few_classes, tmp_path, capsys):
