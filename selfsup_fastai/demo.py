@@ -22,7 +22,7 @@ def lesson(table: pd.DataFrame) -> str:
     verdicts = {
         "better": "clearly better than",
         "worse": "clearly worse than",
-        "not distinguishable": "no different from",
+        "not distinguishable": "not distinguishable from",
     }
     found = [
         f"{task}: {verdicts[row['verdict']]} scratch ({row['gain']:+.1%} ± {row['gain ±']:.1%})"

@@ -28,7 +28,7 @@ def test_the_lesson_follows_the_table():
     )
     said = lesson(table).strip().splitlines()[0]
     assert said == (
-        "rotation: no different from scratch (-1.0% ± 5.0%); simclr: clearly better than scratch (+10.0% ± 4.0%)."
+        "rotation: not distinguishable from scratch (-1.0% ± 5.0%); simclr: clearly better than scratch (+10.0% ± 4.0%)."
     )
 
 
