@@ -27,9 +27,8 @@ def test_the_lesson_follows_the_table():
         index=["scratch", "rotation", "simclr"],
     )
     said = lesson(table).strip().splitlines()[0]
-    assert said == (
-        "rotation: not distinguishable from scratch (-1.0% ± 5.0%); simclr: clearly better than scratch (+10.0% ± 4.0%)."
-    )
+    assert said.startswith("rotation: not distinguishable from scratch (-1.0% ± 5.0%); ")
+    assert said.endswith("; simclr: clearly better than scratch (+10.0% ± 4.0%).")
 
 
 @pytest.mark.slow
