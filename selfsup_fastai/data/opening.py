@@ -250,9 +250,11 @@ def main() -> None:
     os.dup2(nowhere, 1)  # codecs print; the answers must stay clean
     os.dup2(nowhere, 2)
     _limit_resources()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    answers.write('{"ready": true}\n')
+    answers.flush()
     for request in iter(sys.stdin.buffer.readline, b""):
-        print(json.dumps(_answer(request)), file=answers, flush=True)
+        answers.write(json.dumps(_answer(request)) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
-from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
-from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh, save_encoder
+from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import DataError, TaskError, unknown
@@ -250,8 +249,8 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
         loaders = derive_loaders(dls, n_in=n_in, resize=side)
         encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
     else:
-        encoder = _copy_of(source, n_in)
-        _check_kept(encoder, n_in, pretrained)
+        encoder = copied_encoder(source, n_in, pretrained)
+        _check_input(encoder)
         origin = encoder.lineage[-1].get("task") if encoder.lineage else None
         side = (encoder.size or 128) if mixed else None
         loaders = derive_loaders(dls, n_in=encoder.in_chans, resize=side)
@@ -262,24 +261,8 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
     return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std))
 
 
-def _copy_of(source: Any, n_in: int | None) -> Encoder:
-    """A copy of an encoder that exists. One from a learner remembers that learner's round, as one from a file would."""
-    encoder = deepcopy(get_encoder(source, n_in=n_in))
-    if isinstance(source, Learner):
-        encoder.requires_grad_(True)  # its training may have left layers frozen
-    this_round = source.this_round() if hasattr(source, "this_round") else None
-    if this_round and this_round["images"]:
-        encoder.lineage = [*encoder.lineage, this_round]
-    return encoder
-
-
-def _check_kept(encoder: Encoder, n_in: int | None, pretrained: bool) -> None:
-    """Raise where the arguments ask for another net, or the encoder for other pictures than grey or color."""
-    if pretrained:
-        raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
-    if n_in not in (None, encoder.in_chans):
-        fix = "Leave n_in out: the images are opened as the encoder needs them."
-        raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
+def _check_input(encoder: Encoder) -> None:
+    """Raise for an encoder that was trained on other pictures than grey or color ones."""
     if encoder.input not in ("rgb", "grey", "other"):
         fix = "Pretrain an encoder on the images themselves, such as with 'rotation'."
         raise TaskError(f"This encoder was trained on {encoder.input} pictures, which fine-tuning does not make. {fix}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.bodies import bare_module, is_timm_name, torchvision_names
 from selfsup_fastai.encoders.card import damaged, make_card, parse_card
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
-from selfsup_fastai.errors import EncoderFileError, SelfsupError, UnknownNameError
+from selfsup_fastai.errors import EncoderFileError, SelfsupError, TaskError, UnknownNameError
 
 KEY = "selfsup_fastai"  # Where the card stands in the safetensors metadata
 SUFFIX = ".safetensors"
@@ -114,6 +114,30 @@ def get_encoder(
         return create_encoder(source, n_in, pretrained, size, **kwargs)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error} And there is no saved encoder {source!r} here.") from None
+
+
+def copied_encoder(
+    source: object,  # An Encoder, a learner, a saved file or an nn.Module
+    n_in: int | None = None,  # As the caller was asked for; an encoder that exists has its own
+    pretrained: bool = False,  # Likewise
+) -> Encoder:
+    """A copy of an encoder that exists, all of it to be trained; the given one stays as it is.
+
+    One from a learner remembers that learner's round, as one from a file would. Raises `TaskError` where the arguments
+    ask for another network.
+    """
+    encoder = copy.deepcopy(get_encoder(source, n_in=n_in))
+    if pretrained:
+        raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
+    if n_in not in (None, encoder.in_chans):
+        fix = "Leave n_in out: the images are opened as the encoder needs them."
+        raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
+    if _is_learner(source):
+        encoder.requires_grad_(True)  # its training may have left layers frozen
+    this_round = source.this_round() if hasattr(source, "this_round") else None
+    if this_round and this_round["images"]:
+        encoder.lineage = [*encoder.lineage, this_round]
+    return encoder
 
 
 def is_fresh(

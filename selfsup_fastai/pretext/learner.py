@@ -1,7 +1,6 @@
 """`pretext_learner`: unlabeled loaders and a task's name -> a fastai `Learner` that trains an encoder."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import nn
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
-from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh, save_encoder
+from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
@@ -87,7 +86,7 @@ def _source(arch: object, encoder: object) -> object:
 
 def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask):
     """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images."""
-    kept = _kept_encoder(source, n_in, pretrained) if _is_kept(source) else None
+    kept = copied_encoder(source, n_in, pretrained) if _is_kept(source) else None
     if needs_resize(plain):
         resize = (kept.size if kept else None) or 128
         plain = derive_loaders(plain, resize=resize)
@@ -109,22 +108,6 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
 def _is_kept(source: object) -> bool:
     """Whether the encoder exists already; else one is made for these images, as from a module given as `arch`."""
     return isinstance(source, Encoder) or not (isinstance(source, nn.Module) or is_fresh(source))
-
-
-def _kept_encoder(source: object, n_in: int | None, pretrained: bool) -> Encoder:
-    """A copy, all of it to be trained; of a learner's encoder one that remembers that learner's round."""
-    encoder = deepcopy(get_encoder(source))
-    if pretrained:
-        raise TaskError("pretrained=True goes with the name of a net; this encoder has weights of its own.")
-    if n_in not in (None, encoder.in_chans):
-        fix = "Leave n_in out: the images are opened as the encoder needs them."
-        raise TaskError(f"n_in is {n_in}, but the encoder takes {encoder.in_chans} channels. {fix}")
-    if isinstance(source, Learner):
-        encoder.requires_grad_(True)  # fine-tuning may have left layers frozen
-    this_round = source.this_round() if hasattr(source, "this_round") else None
-    if this_round and this_round["images"]:
-        encoder.lineage = [*encoder.lineage, this_round]
-    return encoder
 
 
 def _data_print(dls: DataLoaders, stats: tuple[tuple[float, ...], tuple[float, ...]]) -> dict:
