@@ -185,7 +185,7 @@ def downstream_learner(
     lr: float | slice = defaults.lr,  # Default rate of `fit`; `fine_tune` has its own
     wd: float | None = None,  # Weight decay; None: the optimizer's
     cbs: Callback | MutableSequence | None = None,  # As in `Learner`
-    path: str | PathLike | None = None,  # Where models are saved; None: the path of `dls`
+    path: str | PathLike | None = None,  # For fastai's `save` and `export`; None: the current folder
     model_dir: str | PathLike = "models",  # Folder below `path`
 ) -> DownstreamLearner:
     """A learner that trains a copy of `encoder` with a linear head on labeled images; `fine_tune` is its main call.
@@ -205,6 +205,7 @@ def downstream_learner(
     if loss_func is None and getattr(dls.train_ds, "loss_func", None) is None:
         raise TaskError("The loss cannot be told from the labels: pass loss_func, such as CrossEntropyLossFlat().")
     encoder, loaders = _adapt(dls, encoder, n_in, pretrained)
+    path = Path.cwd() if path is None else path  # never the folder of images that the dls bring
     model = DownstreamModel(encoder, linear_head(encoder.num_features, n_out, dropout))
     training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
     return DownstreamLearner(loaders, model, metrics=metrics, path=path, model_dir=model_dir, **training)
