@@ -36,7 +36,7 @@ format: setup  ## put the code in its one shape
 docs: setup  ## the pages and tables that are generated from the code
 	$(BIN)/python docs/generate.py
 
-bench-cifar: setup  ## the figures of docs/benchmarks.md (about an hour; needs the CIFAR-10 folder)
+bench-cifar: setup  ## the figures of docs/benchmarks.md (long; needs the CIFAR-10 folder)
 	$(BIN)/python bench/cifar10.py
 
 clean:  ## remove what the commands above made

@@ -8,8 +8,8 @@
     encoder.safetensors  the encoder and its card
     results.png neighbors.png, or predictions.csv confusion.png learner.pkl
 
-Stopped by Ctrl-C or a termination signal, a run still saves what it has trained, then passes the signal on. A folder
-that holds an encoder is not written to, unless asked for.
+Stopped by Ctrl-C or a termination signal after its first epoch, a run still saves what it has trained, then passes the
+signal on. A folder that holds an encoder is not written to, unless asked for.
 """
 
 import json

@@ -1,9 +1,9 @@
 """What training cost and where it ended, kept on the learner for the card of its encoder."""
 
-from fastai.callback.core import Callback
+from selfsup_fastai.callbacks.log import OnlyInFit
 
 
-class CountImages(Callback):
+class CountImages(OnlyInFit):
     """Keeps on the learner `epochs_done`, `images_seen` (through the encoder) and `last_values` over all its fits.
 
     `last_values` are the losses and metrics of the last epoch, which the Recorder forgets at the next `validate` or
@@ -17,9 +17,6 @@ class CountImages(Callback):
         passes: float = 1,  # Images through the encoder for each image of a batch (RotNet: four)
     ):
         self.passes = passes
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
 
     def after_batch(self):
         if self.training:
