@@ -42,11 +42,16 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
+def item_seed(seed: int, index: int) -> str:
+    """What Python's `random` is seeded with for item `index` of a pass with `seed`."""
+    return f"{seed}-{index}"
+
+
 @contextmanager
 def seeded_item(seed: int, index: int) -> Iterator[None]:
     """Python's `random` seeded for item `index` of a pass with `seed`; afterwards it goes on as if nothing happened."""
     state = random.getstate()
-    random.seed(f"{seed}-{index}")
+    random.seed(item_seed(seed, index))
     try:
         yield
     finally:

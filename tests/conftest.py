@@ -14,10 +14,19 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _clean(tmp_path, monkeypatch):
-    """Each test in a folder of its own (fastai writes models/ into the current one), without figures of others."""
+def _clean(tmp_path, monkeypatch, _cache):
+    """Each test in a folder of its own (fastai writes models/ into the current one), without figures of others.
+
+    Decoded pixels go to a cache of this test run, not to the user's.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SELFSUP_CACHE", str(_cache))
     yield
     from matplotlib import pyplot as plt
 

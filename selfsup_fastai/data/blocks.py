@@ -1,6 +1,7 @@
 """The image side of a fastai `DataBlock`: any image file or array to a PIL image, then to a tensor."""
 
 import os
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 from fastai.data.block import TransformBlock
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import TensorImage
+from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILBase, PILImage, image2tensor
 from fasttransform import Transform
 from PIL import Image
 
-from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.data.covering import cover, from_stored
+from selfsup_fastai.data.opening import decode, open_image
 from selfsup_fastai.data.reasons import BadImage
 
 
@@ -58,7 +61,13 @@ class OpenImage(Transform):
         return f"OpenImage(n_in={self.n_in})"
 
     def encodes(self, source: Any):
-        image = open_image(source() if callable(source) else source, n_in=self.n_in, min_side=self.min_side)
+        return self._typed(self.opened(source() if callable(source) else source))
+
+    def opened(self, source: Any) -> Image.Image:
+        """The pixels."""
+        return open_image(source, n_in=self.n_in, min_side=self.min_side)
+
+    def _typed(self, image: Image.Image) -> PILBase:
         return PILImage(image) if image.mode == "RGB" else PILGrey(image)
 
 
@@ -86,8 +95,67 @@ class OpenChecked(OpenImage):
                 "Make the loaders anew to have it listed in `dls.report`.",
                 stacklevel=2,
             )
-        grey = Image.new("L", self.blank, 128)
-        return PILImage(grey.convert("RGB")) if self.n_in == 3 else PILGrey(grey)
+        return self._typed(Image.new("L", self.blank, 128).convert("RGB" if self.n_in == 3 else "L"))
+
+
+class OpenCovered(OpenChecked):
+    """`OpenChecked` that resizes at once, so that an image just covers the windows that `Cover` cuts from it.
+
+    What the pixel cache keeps is made by the same function: with and without it, pixels are the same.
+    """
+
+    def __init__(
+        self,
+        n_in: int,  # Channels: 1 or 3
+        size: tuple[int, int],  # Height and width of the windows
+    ):
+        super().__init__(n_in, blank=size[::-1])
+        self.size = size
+
+    def opened(self, source):
+        return from_stored(decode(source, self.size, 1 if self.n_in == 1 else None)[1], self.n_in)
+
+
+class Cover(RandTransform):
+    """The largest part of an image that has the shape of `size`, resized to it: at a random place in training, else the
+    center. Of an image more than four times as long (or as high) as that shape it is from the middle.
+    """
+
+    split_idx, order = None, 1
+
+    def __init__(
+        self,
+        size: tuple[int, int],  # Height and width
+    ):
+        super().__init__()
+        self.size = size
+
+    def before_call(self, b, split_idx):
+        self.random = not split_idx
+
+    def encodes(self, image: PILBase):
+        image = type(image)(cover(image, self.size))
+        left_over = image.height - self.size[0], image.width - self.size[1]
+        if not any(left_over):
+            return image
+        top, left = draw_corner(left_over) if self.random else center_corner(left_over)
+        return type(image)(image.crop((left, top, left + self.size[1], top + self.size[0])))
+
+    def __repr__(self) -> str:
+        return f"Cover(size={self.size})"
+
+
+def draw_corner(
+    left_over: tuple[int, int],  # Rows and columns that an image has more than the window
+    rng=random,  # What it is drawn from: Python's `random`, or a generator of its kind
+) -> tuple[int, int]:  # Top and left of the window
+    """A random place for a window."""
+    return int(rng.random() * (left_over[0] + 1)), int(rng.random() * (left_over[1] + 1))
+
+
+def center_corner(left_over: tuple[int, int]) -> tuple[int, int]:
+    """The place of a window in the middle."""
+    return left_over[0] // 2, left_over[1] // 2
 
 
 def UnlabeledBlock(n_in: int = 3) -> TransformBlock:

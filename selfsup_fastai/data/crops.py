@@ -2,6 +2,8 @@
 
 import os
 import random
+from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from PIL import Image
@@ -11,6 +13,8 @@ from selfsup_fastai.errors import DataError
 from selfsup_fastai.seeding import seeded_item
 
 LEAST_SIDE = 64
+CUTTER = 1
+"""Counts changes of what `random_crop` makes of the same arguments."""
 
 
 def picture(path: str | os.PathLike | Image.Image) -> Image.Image:
@@ -20,6 +24,31 @@ def picture(path: str | os.PathLike | Image.Image) -> Image.Image:
         size = f"{image.size[0]} x {image.size[1]}"
         raise DataError(f"One picture of {size} pixels is too small to cut crops from; {LEAST_SIDE} is the least.")
     return Image.fromarray(np.rint(np.asarray(image) * 257).astype(np.int32)) if image.mode == "F" else image
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A random crop of a picture, cut when it is called for."""
+
+    image: Image.Image  # As `picture` returns it
+    digest: bytes  # Of its pixels
+    seed: int
+    index: int
+    side: int
+
+    def __call__(self) -> Image.Image:
+        return random_crop(self.image, self.seed, self.index, self.side)
+
+    @property
+    def identity(self) -> bytes:
+        """Equal for equal crops, also in another process."""
+        return self.digest + f"{CUTTER}-{self.seed}-{self.index}-{self.side}".encode()
+
+
+def crops(image: Image.Image, n: int, seed: int, side: int) -> list[Crop]:
+    """`n` crops of a picture."""
+    digest = blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+    return [Crop(image, digest, seed, i, side) for i in range(n)]
 
 
 def random_crop(

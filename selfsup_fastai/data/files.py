@@ -10,13 +10,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from selfsup_fastai.data.opening import REASONS, BadImage, describe
+from selfsup_fastai.data.opening import REASONS, BadImage, Facts, decode, describe
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 
@@ -98,27 +100,46 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+class Keeper(Protocol):
+    """Who knows files already, and wants to keep the pixels of others, now that they are decoded."""
+
+    size: tuple[int, int] | None  # Of the windows to be cut from what is kept; None: pixels are not wanted any more
+    n_in: int | None  # Channels to keep: 1, or None: as the image is
+
+    def known(self, number: int) -> Facts | None:
+        """What the check would say of file `number`, where nothing needs to be done again."""
+
+    def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
+        """File `number` was checked; `array` (C, H, W) is there if it could be read and pixels were wanted."""
+
+
 def check_files(
     paths: Iterable[str | os.PathLike],  # The files to try
     n_workers: int | None = None,  # Child processes; None: one per CPU, at most 8, fewer for few files
     timeout: float = 20.0,  # Seconds that one file may take
+    keeper: Keeper | None = None,  # Gets what is decoded, and spares files that it knows
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Decode every file once, in child processes with limits: (what can be used, what cannot and why).
 
     The first frame has the columns file (Path), width, height, mode, format, frames, channels, bits, max (see
-    `opening.describe`), the second file, code (a key of `opening.REASONS`), message. Both keep the order of `paths`.
+    `opening.describe`), the second file, code (a key of `opening.REASONS`), message. Both keep the order of
+    `paths`; the index of the first is the place in it.
     A file that hangs, crashes its process or asks for more than 2 GiB gets a line in the report, and the next one its
     turn. The second frame's `attrs["checked"]` is the number of files tried, for `summary`.
     """
     files = _as_paths(paths)
     if n_workers is not None and n_workers < 1:
         raise DataError(f"n_workers is the number of processes, at least 1 (None: chosen by itself); got {n_workers}.")
-    found = _check_all(files, n_workers or _default_workers(len(files)), timeout) if files else []
-    ok = [{"file": file, **facts} for file, facts in zip(files, found) if "code" not in facts]
+    found = [keeper.known(i) if keeper else None for i in range(len(files))]
+    new = [i for i, facts in enumerate(found) if facts is None]
+    if new:
+        _check_all(files, new, found, n_workers or _default_workers(len(new)), timeout, keeper)
+    good = [i for i, facts in enumerate(found) if "code" not in facts]
+    ok = [{"file": files[i], **found[i]} for i in good]
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
     report = pd.DataFrame(bad, columns=REPORT_COLUMNS)
     report.attrs["checked"] = len(files)
-    return pd.DataFrame(ok, columns=OK_COLUMNS).astype({"max": float}), report
+    return pd.DataFrame(ok, columns=OK_COLUMNS, index=good).astype({"max": float}), report
 
 
 def _as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -136,25 +157,29 @@ def _default_workers(n_files: int) -> int:
     return max(1, min(8, usable, n_files // _FILES_PER_WORKER))
 
 
-def _check_all(files: list[Path], n_workers: int, timeout: float) -> list[dict]:
-    """What is known of each file, in order."""
-    facts: list[dict] = [{}] * len(files)
+def _check_all(
+    files: list[Path], new: list[int], found: list[Facts | None], n_workers: int, timeout: float, keeper: Keeper | None
+) -> None:
+    """Fills in what is found of the files with the numbers `new`."""
     notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
-    bar = tqdm(total=len(files), desc="Checking images", unit="file", delay=1, disable=False if notebook else None)
-    with bar, _Crew(files, n_workers, timeout) as crew:
-        for _ in files:
-            i, facts[i] = crew.result()
+    what = "Checking images" if keeper is None else "Decoding images"
+    bar = tqdm(total=len(new), desc=what, unit="file", delay=1, disable=False if notebook else None)
+    with bar, _Crew([(i, files[i]) for i in new], n_workers, timeout, keeper) as crew:
+        for _ in new:
+            i, found[i], array = crew.result()
+            if keeper:
+                keeper.keep(i, found[i], array)
             bar.update()
-    return facts
 
 
 class _Crew:
     """Threads that take file after file to a child process each; leaving the block ends them all, whatever they do."""
 
-    def __init__(self, files: list[Path], n_workers: int, timeout: float):
+    def __init__(self, jobs: list[tuple[int, Path]], n_workers: int, timeout: float, keeper: Keeper | None):
+        self.keeper = keeper
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
-        self.done: queue.SimpleQueue = queue.SimpleQueue()
-        for job in enumerate(files):
+        self.done: queue.Queue = queue.Queue(maxsize=64)  # pixels wait here: no more than are soon taken
+        for job in jobs:
             self.todo.put(job)
         self.one_here, self.said = threading.Lock(), False
         self.children = [_Child(timeout) for _ in range(n_workers)]
@@ -168,43 +193,47 @@ class _Crew:
     def __exit__(self, *_exc):
         for child in self.children:
             child.end()
+        with suppress(queue.Empty):  # threads that wait with a result may go
+            while True:
+                self.done.get_nowait()
         for thread in self.threads:
             thread.join(timeout=10)  # a limit for files that are tried in this process and hang
 
-    def result(self) -> tuple[int, dict]:
-        """The number of the next file to be finished, and what is known of it."""
-        i, facts = self.done.get()
+    def result(self) -> tuple[int, Facts, np.ndarray | None]:
+        """The number of the next file to be finished, what is known of it, and its pixels if they are wanted."""
+        i, facts, array = self.done.get()
         if isinstance(facts, BaseException):
             raise facts
-        return i, facts
+        return i, facts, array
 
     def _work(self, child: "_Child"):
         try:
             while not (child.ended or self.todo.empty()):
                 i, file = self.todo.get_nowait()
-                self.done.put((i, self._check(child, file)))
+                self.done.put((i, *self._check(child, file)))
         except queue.Empty:  # another thread was faster
             pass
         except BaseException as err:  # for the main thread, which would wait forever
-            self.done.put((-1, err))
+            self.done.put((-1, err, None))
         finally:
             child.clean_up()
 
-    def _check(self, child: "_Child", file: Path) -> dict:
+    def _check(self, child: "_Child", file: Path) -> tuple[Facts, np.ndarray | None]:
+        size, n_in = (self.keeper.size, self.keeper.n_in) if self.keeper else (None, None)
         try:
-            return child.check(file)
+            return child.check(file, size, n_in)
         except _NoChild:
-            return {} if child.ended else self._check_here(file)
+            return ({}, None) if child.ended else self._check_here(file, size, n_in)
 
-    def _check_here(self, file: Path) -> dict:
-        with self.one_here:  # one at a time: `describe` silences warnings, which is no thread's own matter
+    def _check_here(self, file: Path, size, n_in) -> tuple[Facts, np.ndarray | None]:
+        with self.one_here:  # one at a time, as they have no limits here
             if not self.said:
                 self.said = True
                 say("Child processes cannot be started here: files are checked in this process, without a time limit.")
             try:
-                return describe(file)
+                return decode(file, size, n_in) if size else (describe(file), None)
             except BadImage as err:
-                return {"code": err.code, "message": str(err)}
+                return {"code": err.code, "message": str(err)}, None
 
 
 class _NoChild(Exception):
@@ -224,13 +253,13 @@ class _Child:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.changing = threading.Lock()  # so that no process starts after `end`
 
-    def check(self, file: Path) -> dict:
+    def check(self, file: Path, size=None, n_in=None) -> tuple[Facts, np.ndarray | None]:
         """What the process says of a file. Raises `_NoChild` where no process can be started."""
-        request = json.dumps({"path": os.path.abspath(file)}).encode() + b"\n"
-        facts = self._ask(request)
+        request = json.dumps({"path": os.path.abspath(file), "size": size, "n_in": n_in}).encode() + b"\n"
+        facts, pixels = self._ask(request)
         if facts.get("code") == "crashed":  # again in a fresh process: it may not have been this file's doing
-            facts = self._ask(request)
-        return facts
+            facts, pixels = self._ask(request)
+        return facts, pixels
 
     def end(self):
         """Kill the process, wherever its thread is, and start no other."""
@@ -250,19 +279,19 @@ class _Child:
         with suppress(OSError):  # what it did not read
             process.stdin.close()
 
-    def _ask(self, request: bytes) -> dict:
+    def _ask(self, request: bytes) -> tuple[Facts, np.ndarray | None]:
         if self.process is None:
             self._start()
         try:
             self.process.stdin.write(request)
             self.process.stdin.flush()
-            return json.loads(self.answers.get(timeout=self.timeout))
+            return _parted(self.answers.get(timeout=self.timeout))
         except queue.Empty:
             code = "timeout"
         except (OSError, ValueError):  # a broken pipe; half an answer or none
             code = "crashed"
         self.clean_up()
-        return {"code": code, "message": REASONS[code]}
+        return {"code": code, "message": REASONS[code]}, None
 
     def _start(self):
         try:
@@ -272,7 +301,7 @@ class _Child:
                 self.process = _popen()
             self.answers = queue.SimpleQueue()
             threading.Thread(target=_pass_on, args=(self.process.stdout, self.answers), daemon=True).start()
-            if json.loads(self.answers.get(timeout=_START_SECONDS)) != {"ready": True}:
+            if _parted(self.answers.get(timeout=_START_SECONDS))[0] != {"ready": True}:
                 raise _NoChild
         except (OSError, ValueError, queue.Empty, _NoChild):
             self.startable = False
@@ -295,11 +324,21 @@ def _popen() -> subprocess.Popen:
 
 
 def _pass_on(stdout: BinaryIO, answers: queue.SimpleQueue):
-    """Lines from a pipe to a queue, which can be waited on for a limited time on every system; b"" at the end."""
-    with stdout:
+    """Answers from a pipe to a queue, which can be waited on for a limited time on every system; b"" at the end."""
+    with stdout, suppress(ValueError):
         for line in stdout:
-            answers.put(line)
-    answers.put(b"")
+            stored = json.loads(line).get("stored")
+            answers.put((line, stdout.read(prod(stored)) if stored else b""))
+    answers.put((b"", b""))
+
+
+def _parted(answer: tuple[bytes, bytes]) -> tuple[Facts, np.ndarray | None]:
+    """Facts and pixels, if any. Raises `ValueError` for half an answer."""
+    facts = json.loads(answer[0])
+    if "stored" not in facts:
+        return facts, None
+    *shape, itemsize = facts.pop("stored")
+    return facts, np.frombuffer(answer[1], f"u{itemsize}").reshape(shape)
 
 
 def summary(

@@ -4,7 +4,6 @@ import os
 import random
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,16 @@ import torch
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import default_device
-from fastai.vision.augment import Resize
 from fastcore.foundation import L
 from fastcore.parallel import num_cpus
 from PIL import Image
 
-from selfsup_fastai.data.blocks import OpenChecked
-from selfsup_fastai.data.crops import picture, random_crop
-from selfsup_fastai.data.files import check_files, find_files, summary
+from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
+from selfsup_fastai.data.crops import crops, picture
+from selfsup_fastai.data.files import Keeper, check_files, find_files, summary
+from selfsup_fastai.data.keeping import Keeping, keeping
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
+from selfsup_fastai.data.pixelstore import PixelStore, available_memory
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
@@ -54,12 +54,20 @@ class UnlabeledDataLoaders(DataLoaders):
         n_in: int | None = None,  # Channels: 1, 3, or None: 1 if all images are grey, else 3
         item_tfms=None,  # fastai or albumentations transforms of single images, before the resizing to `size`
         batch_tfms=None,  # fastai transforms of batches
-        num_workers: int | None = None,  # Processes that open images; None: by the amount of work
+        num_workers: int | None = None,  # Processes that open images, where no pixels are kept; None: by the work
         device: str | torch.device | None = None,  # Of the batches; None: fastai's default
+        cache: bool | str = True,  # Keep decoded pixels: True: on disk, 'ram', 'device': on the GPU, too; False: no
+        max_gb: float = 20.0,  # Size of all that is kept on disk; older pixels give way
     ) -> "UnlabeledDataLoaders":
-        """Loaders over every image in a folder. Each file is tried first; `dls.report` lists what cannot be read."""
+        """Loaders over every image in a folder. Each file is tried first; `dls.report` lists what cannot be read.
+
+        While it is tried, each image is decoded once and kept, resized, in the pixel cache (`$SELFSUP_CACHE`; see
+        `selfsup cache ls`): later epochs and runs read no files. `item_tfms` see whole images, so with them, and with
+        `size=None`, every epoch decodes anew.
+        """
         settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
         settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
+        settings |= {"cache": cache, "max_gb": max_gb}
         _check_settings(**settings)
         files = find_files(path, recurse)
         if not files:
@@ -78,8 +86,12 @@ class UnlabeledDataLoaders(DataLoaders):
         if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
             fix = "For one folder use from_folder, for one image from_single_image."
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
-        ok, report = usable_files(files)
-        return cls._from_items(list(ok["file"]), ok, report, **kwargs)
+        files = list(files)
+        with _keeping(files, **kwargs) as kept:
+            ok, report = usable_files(files, kept)
+            if kept:
+                kept.fill(ok.index)  # what changed while it was read
+            return cls._from_items(list(ok["file"]), ok, report, kept, **kwargs)
 
     @classmethod
     def from_df(
@@ -113,7 +125,7 @@ class UnlabeledDataLoaders(DataLoaders):
         height, width = array.shape[1:3]
         grey = array.shape[3:] != (3,) or all((image == image[..., :1]).all() for image in array)
         facts = {"width": width, "height": height, "channels": 1 if grey else 3}
-        return cls._from_items(list(array), pd.DataFrame({"item": range(len(array)), **facts}), **kwargs)
+        return cls._from_safe(list(array), pd.DataFrame({"item": range(len(array)), **facts}), **kwargs)
 
     @classmethod
     def from_single_image(
@@ -134,18 +146,26 @@ class UnlabeledDataLoaders(DataLoaders):
             raise DataError(f"n is the number of crops, an integer from 2 up; got {n!r}.")
         image = picture(path)
         side = max(_as_size(kwargs.get("size", 128)) or (128,))
-        crops = [partial(random_crop, image, seed, i, side) for i in range(n)]
         info = pd.DataFrame(
             {"item": range(n), "width": side, "height": side, "channels": 3 if image.mode == "RGB" else 1}
         )
-        return cls._from_items(crops, info, seed=seed, **kwargs)
+        return cls._from_safe(crops(image, n, seed, side), info, seed=seed, **kwargs)
+
+    @classmethod
+    def _from_safe(cls, items: list, info: pd.DataFrame, **kwargs) -> "UnlabeledDataLoaders":
+        """Of images that need no check."""
+        with _keeping(items, **kwargs) as kept:
+            if kept:
+                kept.fill(info.index)
+            return cls._from_items(items, info, None, kept, **kwargs)
 
     @classmethod
     def _from_items(
         cls,
         items: list,
-        info: pd.DataFrame,
-        report: pd.DataFrame | None = None,
+        info: pd.DataFrame,  # A row an item; its index is the item's number in `kept`
+        report: pd.DataFrame | None,
+        kept: Keeping | None,
         size=128,
         bs=64,
         valid_pct=0.1,
@@ -155,35 +175,43 @@ class UnlabeledDataLoaders(DataLoaders):
         batch_tfms=None,
         num_workers=None,
         device=None,
+        cache=True,
+        max_gb=20.0,
     ) -> "UnlabeledDataLoaders":
         report = pd.DataFrame(_NO_REPORT) if report is None else report
         _check_count(len(items), report)
         n_in, size = n_in or int(info["channels"].max()), _as_size(size)
         train, valid = split(len(items), valid_pct, seed)
-        pixels = float((info["width"] * info["height"]).mean())
+        pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
+        device = torch.device(device or default_device())
+        store = _store(kept, info.index, n_in, device if cache == "device" else None)
         with preserved_rng():  # fastai tries one item, with the user's random transforms
-            loaders = Datasets(items, tfms=[[_opener(info, n_in, size)]], splits=(train, valid)).dataloaders(
+            loaders = Datasets(items, tfms=[[_opener(info, n_in, size, item_tfms)]], splits=(train, valid)).dataloaders(
                 dl_type=IndexedDL,
                 bs=fit_batch_size(bs, len(train)),
                 val_bs=bs,
-                after_item=[*_item_tfms(item_tfms), *([] if size is None else [Resize(size)]), ToTensor()],
+                after_item=[*item_tfms, *([] if size is None else [Cover(size)]), ToTensor()],
                 after_batch=[IntToFloatTensor(), *_as_list(batch_tfms)],
                 num_workers=auto_workers(len(items), pixels) if num_workers is None else num_workers,
-                device=device or default_device(),
+                device=device,
+                dl_kwargs=[{"store": store, "rows": rows} for rows in (train, valid)],
             )
         for dl in loaders:
             dl.rng.seed(random.getrandbits(62))
         dls = cls(*loaders.loaders, path=".", device=loaders.device)  # never write into the folder of images
         dls.report = report.reset_index(drop=True)
-        dls.items_df = info.assign(is_valid=np.isin(np.arange(len(items)), valid)).reset_index(drop=True)
+        dls.items_df = info.reset_index(drop=True).assign(is_valid=np.isin(np.arange(len(items)), valid))
         channels = "1 channel" if n_in == 1 else f"{n_in} channels"
         say(f"{len(items):,} images ({len(train):,} to train, {len(valid):,} to validate), {channels}.")
         return dls
 
 
-def usable_files(files: Iterable[str | os.PathLike]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Files that can be decoded, with sizes and so on, and the report on the others, of which one line is said."""
-    ok, report = check_files(files)
+def usable_files(files: Iterable[str | os.PathLike], keeper: Keeper | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Files that can be decoded, with sizes and so on, and the report on the others, of which one line is said.
+
+    The index of the first frame is the number of the file in `files`. `keeper` as for `check_files`.
+    """
+    ok, report = check_files(files, keeper=keeper)
     thin = ok[["width", "height"]].min(axis=1) < 2
     if thin.any():
         left_out = pd.DataFrame({"file": ok["file"][thin], "code": "too_small", "message": REASONS["too_small"]})
@@ -193,7 +221,7 @@ def usable_files(files: Iterable[str | os.PathLike]) -> tuple[pd.DataFrame, pd.D
     line = summary(report)
     if line:
         say(line)
-    return ok.reset_index(drop=True), report.reset_index(drop=True)
+    return ok, report.reset_index(drop=True)
 
 
 def split(n: int, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
@@ -216,9 +244,35 @@ def auto_workers(
     return 0 if seconds < 5 or cpus == 1 else min(8, cpus)
 
 
-def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None) -> OpenChecked:
+def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None, item_tfms: list) -> OpenChecked:
+    if size and not item_tfms:
+        return OpenCovered(n_in, size)
     blank = int(info["width"].median()), int(info["height"].median())
     return OpenChecked(n_in, max(size) if size else None, blank)
+
+
+def _keeping(items: list, size=128, n_in=None, item_tfms=None, cache=True, max_gb=20.0, **_):
+    """Where the pixels of items go, with the settings of `from_folder`: a context manager."""
+    if cache and _as_list(item_tfms):
+        say("item_tfms see whole images, so these are decoded anew in every epoch. batch_tfms work on kept pixels.")
+        cache = False
+    return keeping(cache and size is not None and cache, items, _as_size(size), 1 if n_in == 1 else None, max_gb)
+
+
+def _store(kept: Keeping | None, numbers: Iterable[int], n_in: int, device: torch.device | None) -> PixelStore | None:
+    """The pixels that were kept, on `device` if one is given and has the room."""
+    store = kept.store(list(numbers), n_in) if kept else None
+    if store is None or device is None:
+        return store
+    if device.type == "cpu":
+        say("cache='device' is for GPUs: on this CPU pixels are read from the cache on disk.")
+        return store
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // 2
+    if store.nbytes > free // 2:
+        sizes = f"{store.nbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the device"
+        say(f"The pixels would take {sizes}: they stay on disk.")
+        return store
+    return store.on_device(device)
 
 
 def _check_settings(
@@ -231,6 +285,8 @@ def _check_settings(
     batch_tfms=None,
     num_workers=None,
     device=None,
+    cache=True,
+    max_gb=20.0,
 ) -> None:
     """Before any file is looked at: what is no setting raises `TypeError`, one that makes no sense `DataError`."""
     sides = [] if size is None else list(np.atleast_1d(size))
@@ -248,6 +304,10 @@ def _check_settings(
         raise DataError(f"n_in is 1 (grey), 3 (color) or None (as the images are); got {n_in!r}.")
     if num_workers is not None and not _is_count(num_workers, 0):
         raise DataError(f"num_workers is the number of processes, 0 for none, or None; got {num_workers!r}.")
+    if not isinstance(cache, bool) and cache not in ("ram", "device"):
+        raise DataError(f"cache is True (on disk), 'ram', 'device' (on the GPU) or False; got {cache!r}.")
+    if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not max_gb > 0:
+        raise DataError(f"max_gb is the size of the cache on disk in GB, above 0; got {max_gb!r}.")
 
 
 def _check_array(array: object) -> None:

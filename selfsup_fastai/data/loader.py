@@ -8,20 +8,22 @@ from inspect import signature
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, fa_collate
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorBase
+from fastai.torch_core import TensorBase, TensorImage, to_device
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
+from fastcore.basics import chunked
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 
-from selfsup_fastai.data.blocks import OpenImage
+from selfsup_fastai.data.blocks import Cover, OpenCovered, OpenImage, TensorGrey, draw_corner
 from selfsup_fastai.data.opening import image_size, open_image
 from selfsup_fastai.data.pixels import LUMA, is_grey
+from selfsup_fastai.data.pixelstore import PixelStore, deep_to_255
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
-from selfsup_fastai.seeding import VALID_SEED, preserved_rng, seeded_item
+from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seeded_item
 
 
 class TensorIndex(TensorBase):
@@ -29,9 +31,19 @@ class TensorIndex(TensorBase):
 
 
 class IndexedDL(TfmdDL):
-    """A `TfmdDL` whose items do not depend on the number of workers, and that can carry each item's index along."""
+    """A `TfmdDL` whose items do not depend on the number of workers, and that can carry each item's index along.
+
+    With the pixels of its images in a store, a batch is one gather, and no worker process is started. The same images,
+    order and pixels come out as without: an item pipeline that does more than to open and to cut takes the slow road.
+    """
 
     with_index = False  # True: the last element of every batch is a `TensorIndex`
+
+    def __init__(self, dataset, *args, store: PixelStore | None = None, rows: Iterable[int] | None = None, **kwargs):
+        self.store = store  # Pixels of the images, or None
+        self.rows = None if rows is None else np.asarray(rows)  # Where in `store` each image of `dataset` is
+        super().__init__(dataset, *args, **kwargs)
+        self.slow_workers = self.fake_l.num_workers
 
     @property
     def is_training(self) -> bool:
@@ -39,10 +51,49 @@ class IndexedDL(TfmdDL):
         split = getattr(self.dataset, "split_idx", None)
         return self.shuffle if split is None else split == 0
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether batches are gathered from the store."""
+        return self.store is not None and not self.prebatched and self._window is not None
+
+    @property
+    def _window(self) -> tuple[int, int] | None:
+        """Height and width of what is cut from the stored images, where that is all that is done to them."""
+        images = _images_of(self.dataset)
+        tfms = [t for t in [*self.after_item.fs, *self.before_batch.fs] if not _is_plain(t)]
+        if images is None or [type(t) for t in tfms] != [Cover] or [type(t) for t in images.tfms.fs] != [OpenCovered]:
+            return None
+        opener = images.tfms.fs[0]
+        same = len(self.rows) == len(self.dataset) and opener.n_in == self.store.n_in and opener.size == tfms[0].size
+        return tfms[0].size if same else None
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        kwargs = {"num_workers": self.slow_workers, **kwargs}
+        if "store" not in kwargs and issubclass(cls or type(self), IndexedDL) and self._has_items_of(dataset):
+            kwargs |= {"store": self._store_for(dataset), "rows": self.rows}
+        return super().new(dataset, cls, **kwargs)
+
+    def _has_items_of(self, dataset) -> bool:
+        if self.store is None or dataset is None or dataset is self.dataset:
+            return self.store is not None
+        mine, others = _images_of(self.dataset), _images_of(dataset)
+        if not mine or not others or len(mine) != len(others):
+            return False
+        return all(a is b for a, b in zip(mine.items, others.items))
+
+    def _store_for(self, dataset) -> PixelStore | None:
+        images = _images_of(self.dataset if dataset is None else dataset)
+        n_in = getattr(images.tfms.fs[-1], "n_in", None)
+        return self.store.with_channels(n_in) if n_in else None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "store": None}  # pixels do not travel
+
     def before_iter(self):
         super().before_iter()
         random_pass = self.is_training and self.shuffle  # an unshuffled pass is an evaluation: it must repeat
         self.pass_seed = self.rng.getrandbits(62) if random_pass else VALID_SEED
+        self.fake_l.num_workers = 0 if self.is_fast else self.slow_workers
 
     def do_item(self, s):
         with seeded_item(getattr(self, "pass_seed", VALID_SEED), s or 0):
@@ -50,6 +101,57 @@ class IndexedDL(TfmdDL):
         if item is None or not self.with_index:
             return item
         return (*(item if isinstance(item, tuple) else (item,)), TensorIndex(s or 0))
+
+    def create_batches(self, samps):
+        if not self.is_fast:
+            yield from super().create_batches(samps)
+        elif self.device is None or self.device.type != "cuda":
+            yield from map(self._gathered, chunked(samps, self.bs, self.drop_last))
+        else:
+            yield from _one_ahead(map(self._sent, map(self._gathered, chunked(samps, self.bs, self.drop_last))))
+
+    def _gathered(self, samps: Iterable[int]) -> tuple:
+        """A batch as `do_batch` would make it of the same items."""
+        samps, size = [s or 0 for s in samps], self._window
+        rows = self.rows[samps]
+        x = self.store.gather(rows, self._corners(samps, rows, size), size, pin=self._pins)
+        if self.store.deep:
+            x = deep_to_255(x.to(self.device) if self._pins else x)
+        batch = ((TensorImage if self.store.n_in == 3 else TensorGrey)(x),)
+        if isinstance(self.dataset, Datasets) and len(self.dataset.tls) > 1:
+            batch += self._labels(samps)
+        return (*batch, TensorIndex(torch.tensor(samps))) if self.with_index else batch
+
+    def _labels(self, samps: list[int]) -> tuple:
+        with seeded_item(self.pass_seed, samps[0]):
+            return tuple(fa_collate([tl[s] for s in samps]) for tl in self.dataset.tls[1:])
+
+    @property
+    def _pins(self) -> bool:
+        return self.device is not None and self.device.type == "cuda"
+
+    def _sent(self, batch: tuple) -> tuple:
+        return to_device(batch, self.device, non_blocking=True)
+
+    def _corners(self, samps: list[int], rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(B, 2) top and left of the windows: those that `Cover` would draw."""
+        left_over = self.store.shapes(rows) - size
+        corners = left_over // 2 if getattr(self.dataset, "split_idx", None) else np.zeros_like(left_over)
+        if not getattr(self.dataset, "split_idx", None):
+            rng = random.Random()
+            for i in np.flatnonzero(left_over.any(axis=1)):
+                rng.seed(item_seed(self.pass_seed, samps[i]))
+                corners[i] = draw_corner(left_over[i].tolist(), rng)
+        return corners
+
+
+def _one_ahead(batches: Iterator) -> Iterator:
+    """The same batches, each made while the one before it is in use."""
+    waiting = next(batches, None)
+    while waiting is not None:
+        following = next(batches, None)
+        yield waiting
+        waiting = following
 
 
 def fit_batch_size(bs: int, n_train: int) -> int:
@@ -247,7 +349,12 @@ def _spread(length: int, n: int) -> list[int]:
 
 def _nothing_resizes(dl: TfmdDL) -> bool:
     tfms = [*dl.after_item.fs, *dl.before_batch.fs]
-    return all(isinstance(t, ToTensor) or t.name == "noop" for t in tfms)
+    return all(map(_is_plain, tfms))
+
+
+def _is_plain(tfm: Transform) -> bool:
+    """Whether this transform leaves sizes and pixels as they are."""
+    return isinstance(tfm, ToTensor) or tfm.name == "noop"
 
 
 def _images_of(dataset) -> TfmdLists | None:

@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,17 +20,21 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from selfsup_fastai.data.pixels import DEEP, depth, from_array, is_grey, to_pixels
+from selfsup_fastai.data.covering import Size, cover, to_stored
+from selfsup_fastai.data.pixels import depth, from_array, is_grey, to_pixels
 from selfsup_fastai.data.reasons import MAX_PIXELS, REASONS, BadImage, bad, diagnosis
 from selfsup_fastai.errors import DataError
 
-__all__ = ["MAX_PIXELS", "REASONS", "BadImage", "Source", "describe", "image_size", "open_image"]
+__all__ = ["MAX_PIXELS", "REASONS", "BadImage", "Facts", "Source", "decode", "describe", "image_size", "open_image"]
 
 MEMORY_LIMIT = 2 << 30
 """Bytes of address space of the process that checks files."""
 
 Source = str | bytes | os.PathLike | BinaryIO | np.ndarray | Image.Image
 """What an image can be opened from; `bytes` are an encoded image, not a path."""
+
+Facts = dict[str, int | float | str | None]
+"""What `describe` says of an image."""
 
 T = TypeVar("T")
 
@@ -74,7 +79,7 @@ def open_image(
     return _reported(lambda: _open(source, n_in, min_side))
 
 
-def describe(source: Source) -> dict[str, int | float | str | None]:
+def describe(source: Source) -> Facts:
     """Decode all of an image and say what it is.
 
     width, height: in pixels, after orientation. mode, format: as PIL names them (format is None for an array).
@@ -84,7 +89,16 @@ def describe(source: Source) -> dict[str, int | float | str | None]:
 
     Raises `BadImage` or `DataError`, as `open_image` does.
     """
-    return _reported(lambda: _describe(source))
+    return _reported(lambda: _described(source, 128, lambda *_: None)[0])
+
+
+def decode(
+    source: Source,  # As for `open_image`
+    size: Size,  # Height and width of the windows that will be cut
+    n_in: int | None = None,  # 1: grey; None: as the image is, one channel where all of it is grey
+) -> tuple[Facts, np.ndarray]:  # What `describe` says, and (C, H, W) uint8 or uint16, as `covering.to_stored` makes it
+    """All that is kept of an image, from decoding it once. Raises `BadImage` or `DataError`, as `open_image` does."""
+    return _reported(lambda: _decoded(source, size, n_in))
 
 
 def image_size(source: Source) -> tuple[int, int]:
@@ -98,8 +112,7 @@ def image_size(source: Source) -> tuple[int, int]:
 def _reported(read: Callable[[], T]) -> T:
     """Whatever goes wrong as a `BadImage`, raised outside the handlers: the error it replaces may hold the path."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             return read()
     except DataError as err:
         reason = err
@@ -111,22 +124,45 @@ def _reported(read: Callable[[], T]) -> T:
         del reason  # else error and traceback hold each other, and the pixels read so far, until the next collection
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings. In other threads than the main one they are left to those who started them: filters are global."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open(source: Source, n_in: int | None, min_side: int | None) -> Image.Image:
     with _lazy(source) as lazy:
         image, _ = _load(lazy, min_side, "L" if n_in == 1 else None)
         return _turned(to_pixels(image, n_in), _orientation(image))
 
 
-def _describe(source: Source) -> dict[str, int | float | str | None]:
+def _decoded(source: Source, size: Size, n_in: int | None) -> tuple[Facts, np.ndarray]:
+    def keep(pixels: Image.Image, orientation: int) -> np.ndarray:
+        if pixels.mode == "RGB" and (n_in == 1 or is_grey(pixels)):
+            pixels = pixels.convert("L")
+        return to_stored(cover(_turned(pixels, orientation), size))
+
+    return _described(source, max(size), keep)
+
+
+def _described(source: Source, min_side: int, keep: Callable[[Image.Image, int], T]) -> tuple[Facts, T]:
+    """What an image is, and what `keep` makes of its pixels (not yet turned) and its orientation."""
     with _lazy(source) as lazy:
         mode, form = lazy.mode, lazy.format
-        image, size = _load(lazy, min_side=128, mode=None)
-        width, height = size[::-1] if _orientation(image) >= 5 else size
-        channels = 1 if image.mode in DEEP or is_grey(to_pixels(image, None)) else 3
+        image, size = _load(lazy, min_side, mode=None)
+        orientation = _orientation(image)
+        width, height = size[::-1] if orientation >= 5 else size
+        pixels = to_pixels(image, None)
         bits, largest = depth(image)
+        kept = keep(pixels, orientation)
         frames = _frames(lazy)  # last: it moves on in the file
     facts = {"width": width, "height": height, "mode": mode, "format": form, "frames": frames}
-    return {**facts, "channels": channels, "bits": bits, "max": largest}
+    return {**facts, "channels": 1 if is_grey(pixels) else 3, "bits": bits, "max": largest}, kept
 
 
 def _header_size(source: Source) -> tuple[int, int]:
@@ -219,12 +255,16 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _answer(request: bytes) -> dict[str, object]:
-    """One request of `main`, answered."""
+def _answer(request: bytes) -> tuple[dict[str, object], bytes]:
+    """One request of `main`, answered: facts, or code and message; and the pixels, if they were asked for."""
+    asked = json.loads(request)
     try:
-        return describe(json.loads(request)["path"])
+        if asked["size"] is None:
+            return describe(asked["path"]), b""
+        facts, array = decode(asked["path"], tuple(asked["size"]), asked["n_in"])
     except BadImage as err:
-        return {"code": err.code, "message": str(err)}
+        return {"code": err.code, "message": str(err)}, b""
+    return {**facts, "stored": [*array.shape, array.itemsize]}, array.tobytes()
 
 
 def _limit_resources() -> None:
@@ -240,20 +280,22 @@ def _limit_resources() -> None:
 
 
 def main() -> None:
-    """Answer JSON lines {"path": ...} on stdin with JSON lines on stdout: what `describe` returns, or code and message.
-
-    The first line, {"ready": true}, says that the process has started.
+    """Answer JSON lines {"path", "size", "n_in"} on stdin with JSON lines on stdout: `describe`'s facts, or code and
+    message. Where size is not null, facts have `stored`: channels, height, width and bytes a value of what `decode`
+    keeps, and that follows the line. The first line, {"ready": true}, says that the process has started.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    answers = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # codecs print; the answers must stay clean
     os.dup2(nowhere, 2)
     _limit_resources()
-    answers.write('{"ready": true}\n')
+    answers.write(b'{"ready": true}\n')
     answers.flush()
     for request in iter(sys.stdin.buffer.readline, b""):
-        answers.write(json.dumps(_answer(request)) + "\n")
+        facts, pixels = _answer(request)
+        answers.write(json.dumps(facts).encode() + b"\n")
+        answers.write(pixels)
         answers.flush()
 
 

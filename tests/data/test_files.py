@@ -306,7 +306,7 @@ def test_a_real_child_gives_up_on_memory_not_on_the_run(tmp_path):
         file.truncate(9400 * 9400 * 2 + 19)
     program = "import sys; from selfsup_fastai.data import opening; opening.MEMORY_LIMIT = 400 << 20; opening.main()"
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.fspath(Path(files.__file__).parents[2])}
-    request = f'{{"path": "{wide}"}}\n{{"path": "{picture(tmp_path / "small.png")}"}}\n'
+    request = f'{{"path": "{wide}", "size": null}}\n{{"path": "{picture(tmp_path / "small.png")}", "size": null}}\n'
     done = subprocess.run([sys.executable, "-c", program], input=request, capture_output=True, text=True, env=env)
     _ready, first, second = done.stdout.splitlines()
     assert '"out_of_memory"' in first

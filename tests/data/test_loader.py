@@ -19,7 +19,7 @@ from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
-from selfsup_fastai.data.blocks import OpenChecked, OpenImage
+from selfsup_fastai.data.blocks import OpenCovered, OpenImage
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.loader import (
     IndexedDL,
@@ -233,8 +233,8 @@ def test_loaders_from_a_table(grey_folder, color_folder):
 def test_a_checked_opener_stays_one(color_folder):
     dls = UnlabeledDataLoaders.from_folder(color_folder, size=16, num_workers=0, device="cpu")
     opener = derive_loaders(dls, n_in=1).train_ds.tls[0].tfms[0]
-    assert type(opener) is OpenChecked
-    assert vars(opener).items() >= {"n_in": 1, "min_side": 16, "blank": (40, 40)}.items()
+    assert type(opener) is OpenCovered
+    assert vars(opener).items() >= {"n_in": 1, "size": (16, 16), "blank": (16, 16)}.items()
     assert dls.train_ds.tls[0].tfms[0].n_in == 3
 
 

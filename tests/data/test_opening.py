@@ -505,7 +505,7 @@ def test_importing_is_light_and_leaves_pil_as_it_was():
 
 def test_the_child_answers_line_by_line_and_keeps_its_output_clean(tmp_path):
     Image.fromarray(COLOR).save(tmp_path / "a.png")
-    requests = '{"path": "a.png"}\n{"path": "none.png"}\n'
+    requests = '{"path": "a.png", "size": null}\n{"path": "none.png", "size": null}\n'
     noisy = (
         "print('codec says hello', flush=True); os.write(1, b'hello'); os.write(2, b'hello'); return describe(source)"
     )

@@ -1,0 +1,284 @@
+"""The folder in which decoded pixels are kept from run to run.
+
+    SECRET            random bytes: names in the index are hashes keyed with them, never paths
+    index.sqlite      which image lies where; what is known of files
+    pixels/*.pixels   one file for each build: images one after another
+    locks/            of builds that are going on
+
+It lies in `$SELFSUP_CACHE`, else in `selfsup_fastai` within the user's cache folder, and only its owner may look into
+it. An image is known by its path, size and time of change, so a file that changes is decoded anew, and pixels of files
+that are gone are dropped when their turn comes: the least recently used build first, as soon as `max_gb` is reached.
+Images enter the index only after their pixels are on the disk: a run that is killed leaves nothing half done.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from selfsup_fastai.data.opening import Facts
+from selfsup_fastai.data.pixelstore import PLACE, Mapped
+from selfsup_fastai.errors import unknown
+from selfsup_fastai.messages import say
+
+FORMAT = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS builds (name TEXT PRIMARY KEY, settings TEXT, about TEXT, created REAL, used REAL);
+CREATE TABLE IF NOT EXISTS images (settings TEXT, key BLOB, build TEXT, offset INTEGER, channels INTEGER,
+    height INTEGER, width INTEGER, item INTEGER, PRIMARY KEY (settings, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS images_of_build ON images (build);
+CREATE TABLE IF NOT EXISTS files (key BLOB PRIMARY KEY, facts TEXT) WITHOUT ROWID;
+"""
+
+
+def cache_folder() -> Path:
+    """Where pixels are kept: `$SELFSUP_CACHE`, or a folder in the user's cache."""
+    own = os.environ.get("SELFSUP_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
+    return Path(base).expanduser() / "selfsup_fastai"
+
+
+class CacheUnusable(Exception):
+    """The folder cannot be used; the text says why, and names no image."""
+
+
+class PixelCache:
+    """The cache folder, opened. Use it as a context manager.
+
+    Raises `CacheUnusable` where the folder can be neither made nor read. Any number of processes may use it at once.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None):
+        self.folder = Path(folder) if folder else cache_folder()
+        try:
+            self._prepare()
+            self.db = self._opened()
+        except (OSError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise CacheUnusable(f"the cache folder cannot be used ({reason})") from None
+
+    def __enter__(self) -> "PixelCache":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.db.close()
+
+    def _prepare(self) -> None:
+        if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
+            return  # what is in it can be read
+        for folder in (self.folder, self.folder / "pixels", self.folder / "locks"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            fresh = self.folder / f"SECRET.{secrets.token_hex(4)}"
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            try:
+                os.link(fresh, self.folder / "SECRET")  # fails where another process was faster
+            except (PermissionError, NotImplementedError, AttributeError):  # a file system without links
+                if not (self.folder / "SECRET").exists():
+                    os.replace(fresh, self.folder / "SECRET")
+            finally:
+                fresh.unlink(missing_ok=True)
+
+    def _opened(self) -> sqlite3.Connection:
+        self.writable = os.access(self.folder, os.W_OK)
+        path = self.folder / "index.sqlite"
+        if not self.writable:
+            return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        try:
+            return self._connected(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, or a disk error: not the contents
+                raise
+        say("The index of the pixel cache was damaged: it is made anew, and images are decoded once more.")
+        path.unlink()
+        for pixels in (self.folder / "pixels").glob("*.pixels"):
+            pixels.unlink(missing_ok=True)
+        return self._connected(path)
+
+    def _connected(self, path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        try:
+            if db.execute("PRAGMA user_version").fetchone()[0] not in (0, FORMAT):
+                raise sqlite3.DatabaseError("another format")
+            db.executescript(_TABLES)
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            return db
+        except BaseException:
+            db.close()
+            raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    # --- names ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _secret(self) -> bytes:
+        return (self.folder / "SECRET").read_bytes()
+
+    def key(self, item: Any) -> bytes | None:
+        """The name of an image: a keyed hash of a file's path, size and time of change, or of an array's contents.
+
+        An object with an `identity` (bytes) is known by that. None for what has no identity, or a file that is missing.
+        """
+        if isinstance(item, (str, os.PathLike)):
+            try:
+                info = os.stat(item)
+            except OSError:
+                return None
+            path = os.fsencode(os.path.abspath(item))
+            return self._hash(b"file", path, str((info.st_size, info.st_mtime_ns)).encode())
+        if isinstance(item, np.ndarray):
+            return self._hash(b"array", str((item.shape, item.dtype.str)).encode(), np.ascontiguousarray(item).data)
+        identity = getattr(item, "identity", None)
+        return self._hash(b"item", identity) if isinstance(identity, bytes) else None
+
+    def _hash(self, kind: bytes, *parts) -> bytes:
+        digest = hashlib.blake2b(digest_size=16, key=self._secret, person=kind)
+        for part in parts:
+            digest.update(part)
+            digest.update(b"\0")
+        return digest.digest()
+
+    # --- what is known ----------------------------------------------------------------------------------------------
+
+    def facts(self, keys: Iterable[bytes]) -> dict[bytes, Facts]:
+        """What the check said of files that were seen before."""
+        rows = self._rows("SELECT key, facts FROM files WHERE key IN", keys)
+        return {key: json.loads(facts) for key, facts in rows}
+
+    def places(self, settings: str, keys: Iterable[bytes]) -> dict[bytes, tuple]:
+        """Build, offset, channels, height, width and bytes a value of those images that are there."""
+        what = "SELECT key, build, offset, channels, height, width, item FROM images WHERE settings = ? AND key IN"
+        found = {key: place for key, *place in self._rows(what, keys, settings)}
+        sizes = {build: self._size(build) for build in {place[0] for place in found.values()}}
+        ends = ((key, place[0], place[1] + np.prod(place[2:], dtype=np.int64)) for key, place in found.items())
+        lost = {key for key, build, end in ends if end > sizes[build]}
+        return {key: tuple(place) for key, place in found.items() if key not in lost}
+
+    def _rows(self, query: str, keys: Iterable[bytes], *arguments) -> Iterator[tuple]:
+        keys = list(dict.fromkeys(keys))
+        for i in range(0, len(keys), 500):
+            some = keys[i : i + 500]
+            yield from self.db.execute(f"{query} ({','.join('?' * len(some))})", (*arguments, *some))
+
+    def mapped(self, places: Sequence[tuple | None], missing: tuple) -> tuple[list[Mapped], np.ndarray]:
+        """Memory maps, and where in them each image lies, (N,) of `PLACE`; `missing` for None."""
+        builds = list(dict.fromkeys(place[0] for place in places if place))
+        numbers = {build: i for i, build in enumerate(builds)}
+        table = np.array([(numbers[p[0]], *p[1:]) if p else missing for p in places], dtype=PLACE)
+        return [Mapped(self.pixels_of(build)) for build in builds], table
+
+    def pixels_of(self, build: str) -> Path:
+        """The file that holds the pixels of a build."""
+        return self.folder / "pixels" / f"{build}.pixels"
+
+    def _size(self, build: str) -> int:
+        try:
+            return self.pixels_of(build).stat().st_size
+        except OSError:
+            return 0
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def remember(self, facts: dict[bytes, Facts]) -> None:
+        """Keep what the check said of files."""
+        with self._transaction():
+            rows = [(key, json.dumps(what)) for key, what in facts.items()]
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", rows)
+
+    def new_build(self, settings: str, about: str) -> str:
+        """The name of a build that images can be added to; `about` says in words what `settings` are."""
+        name = secrets.token_hex(4)
+        now = time.time()
+        self.db.execute("INSERT INTO builds VALUES (?, ?, ?, ?, ?)", (name, settings, about, now, now))
+        self.pixels_of(name).touch(mode=0o600)
+        return name
+
+    def add(self, settings: str, build: str, images: dict[bytes, tuple]) -> None:
+        """Images (offset, channels, height, width, bytes a value) whose pixels are on the disk by now."""
+        rows = [(settings, key, build, *place) for key, place in images.items()]
+        with self._transaction():
+            self.db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def use(self, builds: Iterable[str]) -> None:
+        """These builds are in use now: others are dropped before them."""
+        if self.writable:
+            self.db.executemany("UPDATE builds SET used = ? WHERE name = ?", [(time.time(), b) for b in builds])
+
+    def free(self) -> int:
+        """Bytes free on the disk, less a twentieth of it, at most 1 GB, that is left to others."""
+        usage = shutil.disk_usage(self.folder)
+        return usage.free - min(10**9, usage.total // 20)
+
+    def total(self) -> int:
+        """Bytes of all pixels."""
+        return sum(file.stat().st_size for file in (self.folder / "pixels").glob("*.pixels"))
+
+    def make_room(self, n_bytes: int, max_bytes: int, keep: Iterable[str]) -> bool:
+        """Drop builds, the least recently used first, until `n_bytes` more fit; whether they do. `keep` stay."""
+        keep = set(keep)
+        old = [b for (b,) in self.db.execute("SELECT name FROM builds ORDER BY used") if b not in keep]
+        while self.total() + n_bytes > max_bytes or self.free() < n_bytes:
+            if not old:
+                return False
+            self.drop(old.pop(0))
+        return True
+
+    def drop(self, build: str) -> None:
+        """Remove a build. Runs that use it go on: they hold its file open."""
+        with self._transaction():
+            self.db.execute("DELETE FROM images WHERE build = ?", (build,))
+            self.db.execute("DELETE FROM builds WHERE name = ?", (build,))
+        with suppress(OSError):  # Windows keeps files that are in use
+            self.pixels_of(build).unlink()
+
+    def table(self) -> pd.DataFrame:
+        """A row a build: what was decoded, images, GB, when it was made and last used."""
+        query = """SELECT name, about, COUNT(key), created, used FROM builds LEFT JOIN images ON build = name
+                   GROUP BY name ORDER BY used DESC"""
+        rows = [
+            (name, about, n, self._size(name) / 1e9, _date(created), _date(used))
+            for name, about, n, created, used in self.db.execute(query)
+        ]
+        return pd.DataFrame(rows, columns=["build", "what", "images", "GB", "made", "used"])
+
+    def clear(self, builds: Iterable[str] | None = None) -> int:
+        """Remove the builds named, or everything that is known; the bytes that were freed."""
+        before, known = self.total(), [b for (b,) in self.db.execute("SELECT name FROM builds")]
+        for build in known if builds is None else builds:
+            if build not in known:
+                raise unknown("build in the cache", build, known)
+            self.drop(build)
+        if builds is None:
+            with self._transaction():
+                self.db.execute("DELETE FROM files")
+            for file in (self.folder / "pixels").glob("*.pixels"):
+                file.unlink(missing_ok=True)
+            self.db.execute("VACUUM")
+        return before - self.total()
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

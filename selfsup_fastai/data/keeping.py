@@ -1,0 +1,352 @@
+"""Decoding images once: what is kept of them, on disk or in memory, while they are checked."""
+
+import errno
+import json
+import os
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import PIL
+from fastcore.parallel import num_cpus
+from filelock import FileLock, Timeout
+from PIL import features
+from tqdm.auto import tqdm
+
+from selfsup_fastai.data.cache import CacheUnusable, PixelCache
+from selfsup_fastai.data.opening import BadImage, Facts, decode
+from selfsup_fastai.data.pixelstore import PLACE, PixelStore, available_memory, padded
+from selfsup_fastai.messages import say
+
+DECODER = 1
+"""Counts changes of what `decode` makes of an image: pixels that an older one made are not used."""
+
+_FLEETING = {"missing", "no_permission", "timeout", "crashed", "memory"}  # another time the file may be read
+_FLUSH_BYTES, _FLUSH_SECONDS = 64 << 20, 2.0
+_SAMPLE = 64  # images after which it is clear how much room all of them take
+
+
+class Keeping:
+    """A `Keeper` for `check_files` that keeps pixels, and afterwards hands them out as a `PixelStore`.
+
+    What cannot be kept is no error: `store` then returns None, and one line has said why.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],  # Files, or what else `decode` takes, or functions that return it
+        size: tuple[int, int],  # Height and width of the windows that will be cut
+        n_in: int | None,  # Channels to keep: 1, or None: as each image is
+    ):
+        self.items, self.windows, self.n_in = items, size, n_in
+        self.size: tuple[int, int] | None = size
+        self.n_new, self.n_kept, self.bytes_kept = len(items), 0, 0
+
+    def known(self, number: int) -> Facts | None:
+        """What the check would say of item `number`, where nothing needs to be done again."""
+        return None
+
+    def has(self, number: int) -> bool:
+        """Whether the pixels of item `number` are kept."""
+        raise NotImplementedError
+
+    def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
+        """Item `number` has been decoded, or not: then `facts` say why."""
+        if array is None or self.size is None:
+            return
+        try:
+            self._write(number, array)
+            self.n_kept += 1
+            self.bytes_kept += padded(array.nbytes)
+            if self.n_kept == min(_SAMPLE, self.n_new):
+                self._make_room(int(self.bytes_kept / self.n_kept * self.n_new))
+            self._written()
+        except (OSError, sqlite3.Error) as error:
+            self._stop(_in_words(error))
+
+    def _write(self, number: int, array: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _written(self) -> None:
+        """After an image was written."""
+
+    def _make_room(self, expected: int) -> None:
+        """`expected`: bytes that all new images will take."""
+
+    def _stop(self, why: str) -> None:
+        if self.size is not None:
+            self.size = None
+            say(f"Pixels are not kept: {why}. Images are decoded anew in every epoch.")
+
+    def fill(
+        self,
+        numbers: Sequence[int],  # Of items that are safe to decode here
+    ) -> None:
+        """Decode those that are not kept yet, in threads of this process."""
+        todo = [number for number in numbers if not self.has(number)]
+        if not todo or self.size is None:
+            return
+        no_bar = False if "ipykernel" in sys.modules else None
+        with tqdm(total=len(todo), desc="Decoding images", unit="image", delay=1, disable=no_bar) as bar, _silence():
+            for i, found in _in_threads(self._decoded, todo):
+                if found:
+                    self.keep(i, *found)
+                bar.update()
+                if self.size is None:
+                    return
+
+    def _decoded(self, number: int) -> tuple[Facts, np.ndarray] | None:
+        item = self.items[number]
+        try:
+            return decode(item() if callable(item) else item, self.windows, self.n_in)
+        except BadImage:
+            return None
+
+    def store(
+        self,
+        numbers: Sequence[int],  # Of the items, in the order of the dataset
+        n_in: int,  # Channels of a batch
+    ) -> PixelStore | None:
+        """The images with these numbers; grey where a file vanished since it was checked."""
+        raise NotImplementedError
+
+    def _blank(self) -> tuple:
+        return (-1, 0, 1, *self.windows, 1)
+
+
+class InMemory(Keeping):
+    """Pixels are kept in the memory of this process; nothing is written anywhere."""
+
+    def __init__(self, items, size, n_in):
+        super().__init__(items, size, n_in)
+        self.arrays: dict[int, np.ndarray] = {}
+
+    def has(self, number):
+        return number in self.arrays
+
+    def _write(self, number, array):
+        self.arrays[number] = np.ascontiguousarray(array)
+
+    def _make_room(self, expected):
+        most = available_memory() // 2
+        if expected > most:
+            self._stop(f"they would take {_gb(expected)} of memory, and half of what is free is {_gb(most)}")
+            self.arrays.clear()
+
+    def store(self, numbers, n_in):
+        if self.size is None:
+            return None
+        kept = [number for number in numbers if self.has(number)]
+        chunks = {number: i for i, number in enumerate(kept)}
+        arrays = self.arrays
+        places = [
+            (chunks[n], 0, *arrays[n].shape, arrays[n].itemsize) if n in arrays else self._blank() for n in numbers
+        ]
+        return PixelStore([arrays[n].reshape(-1).view(np.uint8) for n in kept], np.array(places, dtype=PLACE), n_in)
+
+
+class OnDisk(Keeping):
+    """Pixels are kept in a `PixelCache`, from run to run.
+
+    Another process that is about to decode the same images waits for this one (`begin`), and finds them done.
+    """
+
+    def __init__(
+        self,
+        cache: PixelCache,
+        items: Sequence[Any],
+        size: tuple[int, int],
+        n_in: int | None,
+        max_gb: float,  # Of the whole cache
+    ):
+        super().__init__(items, size, n_in)
+        self.cache, self.most = cache, int(max_gb * 1e9)
+        self.settings, self.about = _settings(size, n_in)
+        self.keys = [cache.key(item) for item in items]
+        self.build, self.file, self.lock = None, None, None
+        self.new_places: dict[bytes, tuple] = {}  # on their way to the disk
+        self.new_facts: dict[bytes, Facts] = {}
+        self.bytes_flushed, self.last_flush = 0, time.monotonic()
+
+    def __enter__(self) -> "OnDisk":
+        self._look()
+        if self.n_new and self.cache.writable:
+            self._wait_for_others()
+            self._look()
+        elif self.n_new:
+            self._stop("the cache folder may not be written to by this user")
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        try:
+            if self.size is not None:
+                self._flush()
+        except (OSError, sqlite3.Error) as error:
+            self._stop(_in_words(error))
+        finally:
+            if self.file:
+                self.file.close()
+            if self.lock:
+                self.lock.release()
+
+    def _look(self) -> None:
+        keys = [key for key in self.keys if key]
+        self.facts, self.places = self.cache.facts(keys), self.cache.places(self.settings, keys)
+        self.n_new = sum(self.known(i) is None and not self.has(i) for i in range(len(self.items)))
+
+    def _wait_for_others(self) -> None:
+        digest = blake2b(self.settings.encode(), digest_size=16)
+        for key in self.keys:
+            digest.update(key or b"-")
+        self.lock = FileLock(self.cache.folder / "locks" / f"{digest.hexdigest()}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            say("Another process is decoding these images: waiting for it.")
+            self.lock.acquire(poll_interval=0.2)
+        except (OSError, NotImplementedError):  # no locks on this file system: at worst both do the work
+            self.lock = None
+
+    def known(self, number):
+        facts = self.facts.get(self.keys[number])
+        return facts if facts and ("code" in facts or self.has(number)) else None
+
+    def has(self, number):
+        return self.keys[number] in self.places or self.keys[number] in self.new_places
+
+    def keep(self, number, facts, array):
+        key, item = self.keys[number], self.items[number]
+        if key is None or key != self.cache.key(item):
+            return  # it changed while it was read: nobody knows which contents these are
+        if isinstance(item, (str, os.PathLike)) and facts.get("code") not in _FLEETING:
+            self.new_facts[key] = facts
+        super().keep(number, facts, array)
+
+    def _write(self, number, array):
+        if self.file is None:
+            self.build = self.cache.new_build(self.settings, self.about)
+            self.file = open(self.cache.pixels_of(self.build), "ab", buffering=1 << 20)  # noqa: SIM115
+        self.file.write(array.tobytes())
+        self.file.write(bytes(padded(array.nbytes) - array.nbytes))
+        self.new_places[self.keys[number]] = (self.bytes_kept, *array.shape, array.itemsize)
+
+    def _written(self):
+        if self.bytes_kept - self.bytes_flushed > _FLUSH_BYTES or time.monotonic() > self.last_flush + _FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """First the pixels to the disk, then what leads to them into the index."""
+        if self.file and self.new_places:
+            self._make_room(self.bytes_kept)
+        if self.file and self.new_places:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.cache.add(self.settings, self.build, self.new_places)
+            self.places |= {key: (self.build, *place) for key, place in self.new_places.items()}
+            self.new_places = {}
+        if self.new_facts and self.cache.writable:
+            self.cache.remember(self.new_facts)
+            self.new_facts = {}
+        self.bytes_flushed, self.last_flush = self.bytes_kept, time.monotonic()
+
+    def _make_room(self, expected):
+        mine = {place[0] for place in self.places.values()} | {self.build}
+        if self.cache.make_room(expected - self.bytes_kept, self.most, mine):
+            return
+        if self.cache.free() < expected - self.bytes_kept:
+            self._stop(f"they would take {_gb(expected)}, and the disk of the cache has too little room")
+        else:
+            self._stop(
+                f"they would take {_gb(expected)} beside what is kept of them, and max_gb is {self.most / 1e9:g}"
+            )
+
+    def _stop(self, why):
+        super()._stop(why)
+        if self.file:  # what is not whole is of no use, and on a full disk it is in the way
+            self.file.close()
+            self.file, self.new_places = None, {}
+            self.cache.drop(self.build)
+
+    def store(self, numbers, n_in):
+        if self.size is None or None in (self.keys[n] for n in numbers):
+            return None
+        self._flush()
+        places = [self.places.get(self.keys[n]) for n in numbers]
+        chunks, table = self.cache.mapped(places, self._blank())
+        self.cache.use({place[0] for place in places if place})
+        if self.n_kept:
+            say(f"{self.n_kept:,} images were decoded and kept for later runs ({_gb(self.bytes_kept)} in the cache).")
+        return PixelStore(chunks, table, n_in)
+
+
+@contextmanager
+def keeping(
+    cache: bool | str,  # True or 'device': on disk; 'ram': in memory; False: not at all
+    items: Sequence[Any],
+    size: tuple[int, int],
+    n_in: int | None,
+    max_gb: float,
+) -> Iterator[Keeping | None]:
+    """A `Keeping` to be filled inside; None where nothing is kept, or nothing can be."""
+    if not cache:
+        yield None
+        return
+    if cache == "ram":
+        yield InMemory(items, size, n_in)
+        return
+    try:
+        folder = PixelCache()
+    except CacheUnusable as error:
+        say(f"Pixels are not kept: {error}. Images are decoded anew in every epoch.")
+        yield None
+        return
+    with folder, OnDisk(folder, items, size, n_in, max_gb) as kept:
+        yield kept
+
+
+def _settings(size: tuple[int, int], n_in: int | None) -> tuple[str, str]:
+    """What the pixels depend on, beside the image; and the same in words."""
+    decoders = [DECODER, PIL.__version__, features.version("jpg")]
+    settings = json.dumps({"size": size, "n_in": n_in, "decoders": decoders})
+    return settings, f"{size[1]} x {size[0]} pixels and more" + (", grey" if n_in == 1 else "")
+
+
+def _in_threads(work: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Number and result, in order; no more results wait than are soon taken."""
+    with ThreadPoolExecutor(min(8, num_cpus())) as pool:
+        waiting = []
+        for number in numbers:
+            waiting.append((number, pool.submit(work, number)))
+            if len(waiting) == 64:
+                done, future = waiting.pop(0)
+                yield done, future.result()
+        for number, future in waiting:
+            yield number, future.result()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings of decoders. Filters are global: threads must not change them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _in_words(error: OSError | sqlite3.Error) -> str:
+    """What went wrong, without the names of files."""
+    if isinstance(error, OSError):
+        return (
+            "the disk of the cache is full" if error.errno == errno.ENOSPC else f"the cache failed ({error.strerror})"
+        )
+    return "the disk of the cache is full" if "full" in str(error) else f"the index of the cache failed ({error})"
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"

@@ -1,0 +1,176 @@
+"""Decoded images in memory, in a memory map or on a device, and windows of them gathered into a batch."""
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsup_fastai.data.covering import to_channels
+
+ALIGNED = 64
+"""Images begin at multiples of this many bytes."""
+
+_RELEASE_BYTES = 64 << 20
+
+PLACE = np.dtype(
+    [("chunk", "i4"), ("offset", "i8"), ("channels", "i4"), ("height", "i4"), ("width", "i4"), ("item", "i4")]
+)
+"""Where an image lies: the chunk (-1: nowhere, it is grey), the offset in bytes, its shape, bytes a value."""
+
+
+def padded(n_bytes: int) -> int:
+    """`n_bytes` up to where the next image may begin."""
+    return -(-n_bytes // ALIGNED) * ALIGNED
+
+
+class Mapped:
+    """The bytes of a file, mapped to memory; pages that were read are given back now and then.
+
+    Pages of a map count as memory of the process as long as they are mapped: a look at every image of a large cache
+    would look like a leak.
+    """
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = np.frombuffer(self.map, np.uint8)
+        self._read = 0
+
+    def was_read(self, n_bytes: int) -> None:
+        self._read += n_bytes
+        if self._read > _RELEASE_BYTES:
+            self._read = 0
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                self.map.madvise(mmap.MADV_DONTNEED)
+
+
+class PixelStore:
+    """The images of a dataset as they were decoded, each (C, H, W) uint8 or uint16 of its own height and width."""
+
+    def __init__(
+        self,
+        chunks: Sequence[np.ndarray | Mapped],  # Flat bytes
+        places: np.ndarray,  # (N,) of `PLACE`
+        n_in: int,  # Channels of a batch
+    ):
+        self.chunks, self.places, self.n_in = list(chunks), places, n_in
+        self.deep = n_in == 1 and bool((places["item"] == 2).any())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a copy in which every image has the channels and the depth of a batch."""
+        return int(self._sizes().sum()) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.deep else np.uint8)
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """(B, 2) heights and widths."""
+        places = self.places[rows]
+        return np.stack([places["height"], places["width"]], axis=1)
+
+    def gather(
+        self,
+        rows: np.ndarray,  # (B,) which images
+        corners: np.ndarray,  # (B, 2) top and left of the window in each
+        size: tuple[int, int],  # Its height and width
+        pin: bool = False,  # Page-locked memory, from which a GPU copies while the CPU goes on
+    ) -> Tensor:  # (B, n_in, *size) uint8, or uint16 where `deep`
+        """Windows of images as one batch."""
+        kind = torch.uint16 if self.deep else torch.uint8
+        out = torch.empty((len(rows), self.n_in, *size), dtype=kind, pin_memory=pin)
+        into = out.numpy()
+        for i, (place, (top, left)) in enumerate(zip(self.places[rows].tolist(), corners.tolist())):
+            into[i] = self._image(*place)[:, top : top + size[0], left : left + size[1]]
+        return out
+
+    def _image(self, chunk: int, offset: int, channels: int, height: int, width: int, item: int) -> np.ndarray:
+        """(n_in, height, width) of the type of a batch."""
+        if chunk < 0:
+            return np.broadcast_to(self.dtype.type(128 * 257 if self.deep else 128), (self.n_in, height, width))
+        source, n_bytes = self.chunks[chunk], channels * height * width * item
+        if isinstance(source, Mapped):
+            source.was_read(n_bytes)
+            source = source.bytes
+        image = source[offset : offset + n_bytes]
+        if item == 2:
+            image = image.view(np.uint16)
+        image = image.reshape(channels, height, width)
+        if channels != self.n_in:
+            return to_channels(image, self.n_in)
+        return image * np.uint16(257) if self.deep and item == 1 else image
+
+    def with_channels(self, n_in: int) -> "PixelStore | None":
+        """The same images for batches of `n_in` channels; None where colors would have to be made grey."""
+        if n_in == self.n_in:
+            return self
+        return PixelStore(self.chunks, self.places, n_in) if n_in == 3 else None
+
+    def _sizes(self) -> np.ndarray:
+        return self.n_in * self.places["height"].astype(np.int64) * self.places["width"]
+
+    def on_device(self, device: torch.device) -> "DeviceStore":
+        """A copy of all images in the memory of a device."""
+        return DeviceStore(self, device)
+
+
+class DeviceStore(PixelStore):
+    """All images in the memory of a device: a batch is one gather there."""
+
+    def __init__(self, store: PixelStore, device: torch.device):
+        sizes = store._sizes()
+        self.places, self.n_in, self.deep, self.device, self.host = store.places, store.n_in, store.deep, device, store
+        kind = torch.int16 if store.deep else torch.uint8  # uint16 knows few operations; the bits are the same
+        self.flat = torch.empty(int(sizes.sum()), dtype=kind, device=device)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        for place, start, n in zip(store.places.tolist(), starts.tolist(), sizes.tolist()):
+            image = np.ascontiguousarray(store._image(*place)).reshape(-1)
+            self.flat[start : start + n] = torch.from_numpy(image.view(np.int16) if store.deep else image.copy())
+        self.starts = torch.from_numpy(starts).to(device)
+        self.heights, self.widths = (
+            torch.from_numpy(store.places[name].astype(np.int64)).to(device) for name in ("height", "width")
+        )
+
+    def with_channels(self, n_in):
+        if n_in == self.n_in:
+            return self
+        host = self.host.with_channels(n_in)
+        return host and host.on_device(self.device)
+
+    def gather(self, rows, corners, size, pin=False) -> Tensor:
+        """Windows of images as one batch on the device; int16 with the bits of uint16 where `deep`."""
+        rows, corners = (torch.from_numpy(np.asarray(a, np.int64)).to(self.device) for a in (rows, corners))
+        width, area = self.widths[rows], self.heights[rows] * self.widths[rows]
+        y = corners[:, :1] + torch.arange(size[0], device=self.device)
+        x = corners[:, 1:] + torch.arange(size[1], device=self.device)
+        planes = self.starts[rows, None] + area[:, None] * torch.arange(self.n_in, device=self.device)
+        places = planes[:, :, None, None] + (y * width[:, None])[:, None, :, None] + x[:, None, None, :]
+        return self.flat[places]
+
+
+def deep_to_255(
+    x: Tensor,  # uint16, or int16 with the same bits
+) -> Tensor:  # float32 on the 0..255 scale
+    """Values of 16 bits as every deep image has them."""
+    return (x.view(torch.int16).int() & 0xFFFF).float() / 257
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping; a guess of 4 GiB where the system does not say."""
+    try:
+        with open("/proc/meminfo") as info:
+            return next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30
