@@ -19,10 +19,10 @@ import timm
 import torch
 from fastai.torch_core import set_seed
 
-from selfsup_fastai.compare import compare_encoders, labeled_loaders, summarize
+from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.files import find_files
 from selfsup_fastai.data.images import UnlabeledDataLoaders
-from selfsup_fastai.data.labeled import class_table
+from selfsup_fastai.data.labeled import class_table, labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.features import embed, knn_accuracy

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,28 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Cache(str, Enum):
+    """Words for `UnlabeledDataLoaders`' argument `cache`."""
+
+    disk = "disk"
+    ram = "ram"
+    device = "device"
+    none = "none"
+
+    @property
+    def argument(self) -> bool | str:
+        return {"disk": True, "none": False}.get(self.value, self.value)
+
+
+CacheOption = Annotated[
+    Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
+]
+MaxGbOption = Annotated[float, typer.Option(min=0.001, help="Size of all pixels that are kept on disk.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Processes that open images where no pixels are kept.", show_default="by the work")
+]
 
 
 class Terminated(KeyboardInterrupt):
@@ -107,9 +130,9 @@ def pretrain(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task, e.g. --set turns=one.", show_default=False)
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
-    ] = None,
+    cache: CacheOption = Cache.disk,
+    max_gb: MaxGbOption = 20,
+    workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
@@ -121,6 +144,7 @@ def pretrain(
 
     out = out or _free(Path("runs") / task)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
+    data |= dict(cache=cache.argument, max_gb=max_gb)
     runs.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     typer.echo(out / "encoder.safetensors")
 
@@ -151,9 +175,9 @@ def finetune(
         int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
     ] = None,
     bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that open images.", show_default="by the number of images")
-    ] = None,
+    cache: CacheOption = Cache.disk,
+    max_gb: MaxGbOption = 20,
+    workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
@@ -161,8 +185,43 @@ def finetune(
     from selfsup_fastai import runs
 
     out = out or _free(Path("runs/finetune"))
-    runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, workers, overwrite)
+    data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb)
+    runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, **data)
     typer.echo(out)
+
+
+cache = typer.Typer(no_args_is_help=True, help="See and remove decoded pixels that are kept from run to run.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command("ls")
+@reported
+def cache_ls() -> None:
+    """List what is kept: a row for each time that images were decoded."""
+    with _pixel_cache() as pixels:
+        table = pixels.table()
+        typer.echo(_text(table.set_index("build")) if len(table) else "nothing is kept")
+        typer.echo(f"{table['GB'].sum():.2f} GB in {pixels.folder}", err=True)
+
+
+@cache.command("rm")
+@reported
+def cache_rm(
+    builds: Annotated[list[str] | None, typer.Argument(help="Builds, as `ls` names them.", show_default=False)] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+) -> None:
+    """Remove what is kept. Runs that use it go on."""
+    if bool(builds) == all_:
+        raise typer.BadParameter("name builds, or say --all.")
+    with _pixel_cache() as pixels:
+        freed = pixels.clear(builds or None)
+    typer.echo(f"{freed / 1e9:.2f} GB removed")
+
+
+def _pixel_cache():
+    from selfsup_fastai.data.cache import PixelCache
+
+    return PixelCache()
 
 
 @app.command()

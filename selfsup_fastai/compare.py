@@ -6,38 +6,19 @@ from typing import Any
 import fastai.callback.progress  # noqa: F401  (brings no_bar to Learner)
 import numpy as np
 import pandas as pd
-from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import ColReader, ColSplitter
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai.vision.augment import Resize
 from scipy import stats
 from tqdm.auto import tqdm
 
 from selfsup_fastai.callbacks.log import SkipValidation
-from selfsup_fastai.data.blocks import UnlabeledBlock
-from selfsup_fastai.data.loader import IndexedDL
+from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.schedule import check_count
 from selfsup_fastai.encoders.checkpoint import is_fresh
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
-
-
-def labeled_loaders(
-    table: pd.DataFrame,  # Columns file, label, is_valid
-    n_in: int,  # Channels to open the files with
-    size: int,
-    bs: int,
-    num_workers: int = 0,
-) -> DataLoaders:
-    """Labeled loaders over the files of a table; classes in sorted order."""
-    blocks = (UnlabeledBlock(n_in), CategoryBlock(vocab=sorted(table["label"].unique())))
-    columns = dict(get_x=ColReader("file"), get_y=ColReader("label"), splitter=ColSplitter("is_valid"))
-    block = DataBlock(blocks=blocks, **columns, item_tfms=Resize(size), dl_type=IndexedDL)
-    return block.dataloaders(table, bs=bs, num_workers=num_workers)
 
 
 def label_draws(labels: pd.Series, per_class: int, draws: int, seed: int = 42) -> list[np.ndarray]:
@@ -63,6 +44,7 @@ def compare_encoders(
     k: int = 5,  # Of kNN on the frozen encoder
     lr: float = 5e-3,  # Peak rate of all layers from scratch, and of the head of pretrained nets (twice that alone)
     seed: int = 42,
+    cache: bool | str = True,  # Where decoded pixels are kept, as in `UnlabeledDataLoaders`
 ) -> pd.DataFrame:
     """One row a run: start, draw, accuracy on the test set after the last epoch, and kNN accuracy before fine-tuning.
 
@@ -85,7 +67,9 @@ def compare_encoders(
             for name, start in starts.items():
                 set_seed(seed + draw)
                 with quiet():
-                    learn = downstream_learner(labeled_loaders(table, n_in, size, bs), start, metrics=accuracy)
+                    learn = downstream_learner(
+                        labeled_loaders(table, n_in, size, bs, cache=cache), start, metrics=accuracy
+                    )
                 knn = _knn(learn, k)
                 accuracy_after = _trained(learn, epochs, lr, is_fresh(start))
                 runs.append({"start": name, "draw": draw, "accuracy": accuracy_after, "knn": knn})

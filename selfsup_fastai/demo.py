@@ -7,7 +7,8 @@ import pandas as pd
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from selfsup_fastai.compare import compare_encoders, label_draws, labeled_loaders, summarize
+from selfsup_fastai.compare import compare_encoders, label_draws, summarize
+from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.features import effective_rank, embed, linear_probe
 from selfsup_fastai.messages import quiet, say

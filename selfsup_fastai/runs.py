@@ -29,13 +29,12 @@ from matplotlib import pyplot as plt
 
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile
-from selfsup_fastai.compare import is_fresh, labeled_loaders
 from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
-from selfsup_fastai.data.labeled import labeled_files
+from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.schedule import check_count, check_positive
-from selfsup_fastai.encoders.checkpoint import get_encoder
+from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, plot_history, save_picture
@@ -96,6 +95,8 @@ def finetune(
     seed: int = 42,
     num_workers: int | None = None,
     overwrite: bool = False,  # Replace what an earlier run left in `out`
+    cache: bool | str = True,  # Where decoded pixels are kept, as in `UnlabeledDataLoaders`
+    max_gb: float = 20.0,
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
     check_count("epochs", epochs, 1)
@@ -110,7 +111,7 @@ def finetune(
     n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
-    dls = labeled_loaders(table, n_in, size or side, bs, workers)
+    dls = labeled_loaders(table, n_in, size or side, bs, workers, cache, max_gb)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
     args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
     out = _run_folder(out, learn, report, {**args, "size": size or side, "classes": len(dls.vocab)})

@@ -29,7 +29,7 @@ import pandas as pd
 
 from selfsup_fastai.data.opening import Facts
 from selfsup_fastai.data.pixelstore import PLACE, Mapped
-from selfsup_fastai.errors import unknown
+from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.messages import say
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "selfsup_fastai"
 
 
-class CacheUnusable(Exception):
+class CacheUnusable(DataError):
     """The folder cannot be used; the text says why, and names no image."""
 
 

@@ -1,11 +1,20 @@
-"""A folder of classes as a table: which file, which label, to train or to validate with."""
+"""A folder of classes as a table (which file, which label, to train or to validate with), and a table as loaders."""
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
+from fastai.data.transforms import Categorize, IntToFloatTensor, ToTensor
+from fastai.torch_core import default_device
+from fastcore.foundation import L
 
-from selfsup_fastai.data.files import find_files
+from selfsup_fastai.data.blocks import Cover, OpenCovered
+from selfsup_fastai.data.files import check_files, find_files
 from selfsup_fastai.data.images import split, usable_files
+from selfsup_fastai.data.keeping import keeping
+from selfsup_fastai.data.loader import IndexedDL
+from selfsup_fastai.data.pixelstore import PixelStore
 from selfsup_fastai.errors import DataError
 
 VALID_NAMES = ("valid", "val", "validation", "test")
@@ -44,6 +53,43 @@ def labeled_files(
     message = "Lies outside of the folders of classes."
     report = pd.concat([report, pd.DataFrame({"file": outside, "code": "no_class", "message": message})])
     return table.merge(size, on="file", how="left"), report.reset_index(drop=True)
+
+
+def labeled_loaders(
+    table: pd.DataFrame,  # Columns file, label, is_valid
+    n_in: int,  # Channels to open the files with
+    size: int,  # Side of the images in pixels
+    bs: int,
+    num_workers: int = 0,  # Processes that open images where no pixels are kept
+    cache: bool | str = True,  # As in `UnlabeledDataLoaders`
+    max_gb: float = 20.0,
+) -> DataLoaders:
+    """Labeled loaders over the files of a table; classes in sorted order. Raises `DataError` for unreadable files."""
+    files, valid = list(table["file"]), table["is_valid"].to_numpy(bool)
+    splits = [np.flatnonzero(part).tolist() for part in (~valid, valid)]
+    images = TfmdLists(files, OpenCovered(n_in, (size, size)), splits=splits)
+    labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
+    store = _stored(files, n_in, size, cache, max_gb)
+    return Datasets(tls=L(images, labels)).dataloaders(
+        dl_type=IndexedDL,
+        bs=bs,
+        after_item=[Cover((size, size)), ToTensor()],
+        after_batch=[IntToFloatTensor()],
+        num_workers=num_workers,
+        device=default_device(),
+        dl_kwargs=[{"store": store, "rows": rows} for rows in splits],
+    )
+
+
+def _stored(files: list[Path], n_in: int, size: int, cache: bool | str, max_gb: float) -> PixelStore | None:
+    with keeping(cache, files, (size, size), 1 if n_in == 1 else None, max_gb) as kept:
+        if kept is None:
+            return None
+        report = check_files(files, keeper=kept)[1]
+        if len(report):
+            codes = ", ".join(f"{n} {code}" for code, n in report["code"].value_counts().items())
+            raise DataError(f"Labeled images that cannot be read: {codes}. `labeled_files` leaves such out.")
+        return kept.store(range(len(files)), n_in)
 
 
 def _parts(root: Path) -> list[str]:

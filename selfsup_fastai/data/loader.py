@@ -116,15 +116,18 @@ class IndexedDL(TfmdDL):
         rows = self.rows[samps]
         x = self.store.gather(rows, self._corners(samps, rows, size), size, pin=self._pins)
         if self.store.deep:
-            x = deep_to_255(x.to(self.device) if self._pins else x)
+            x = deep_to_255(x.to(self.device, non_blocking=True) if self._pins else x)
         batch = ((TensorImage if self.store.n_in == 3 else TensorGrey)(x),)
         if isinstance(self.dataset, Datasets) and len(self.dataset.tls) > 1:
             batch += self._labels(samps)
         return (*batch, TensorIndex(torch.tensor(samps))) if self.with_index else batch
 
     def _labels(self, samps: list[int]) -> tuple:
-        with seeded_item(self.pass_seed, samps[0]):
-            return tuple(fa_collate([tl[s] for s in samps]) for tl in self.dataset.tls[1:])
+        labels = []
+        for s in samps:
+            with seeded_item(self.pass_seed, s):
+                labels.append([tl[s] for tl in self.dataset.tls[1:]])
+        return tuple(map(fa_collate, zip(*labels)))
 
     @property
     def _pins(self) -> bool:
@@ -234,7 +237,8 @@ def _new_loader(dl: TfmdDL, dataset, dl_type: type[TfmdDL] | None, **kwargs) -> 
 
 def _own_settings(dl: TfmdDL) -> dict:
     """Arguments that a loader class adds to fastai's and keeps by name (`WeightedDL.wgts`): `new` forgets them."""
-    known = {*signature(TfmdDL.__init__).parameters, *signature(DataLoader.__init__).parameters}
+    classes = IndexedDL, TfmdDL, DataLoader  # their `new` sees to what is theirs
+    known = {name for cls in classes for name in signature(cls.__init__).parameters}
     own = set(signature(type(dl).__init__).parameters) - known
     return {name: value for name, value in vars(dl).items() if name in own}
 
