@@ -10,6 +10,7 @@ from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
+from selfsup_fastai.data.cache import PixelCache
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.data.opening import open_image
@@ -33,6 +34,7 @@ OURS = [
     "EpochLines",
     "MetricsFile",
     "OpenImage",
+    "PixelCache",
     "PretextDL",
     "PretextLearner",
     "PretextTask",

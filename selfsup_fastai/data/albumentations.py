@@ -1,13 +1,12 @@
-"""albumentations in a fastai pipeline."""
+"""albumentations in a fastai pipeline. It is imported where it is needed, as that takes most of a second."""
+
+from __future__ import annotations
 
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the internet for a newer version at import otherwise
-
-import albumentations as A
 import numpy as np
 from fastai.vision.core import PILBase, PILMask, TensorPoint
 from fastcore.foundation import L
@@ -15,6 +14,11 @@ from fasttransform import Transform
 from PIL import Image
 
 from selfsup_fastai.errors import DataError
+
+if TYPE_CHECKING:
+    import albumentations as A
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the internet for a newer version at import otherwise
 
 _MODES = ("L", "RGB", "F")
 _FASTAI_DOES = ("Normalize", "ToFloat", "FromFloat", "ToTensorV2", "ToTensor3D")
@@ -41,8 +45,10 @@ class AlbumentationsTransform(Transform):
     ):
         super().__init__(split_idx=split_idx)
         _check(compose)
+        from albumentations import DualTransform
+
         self.compose = compose
-        self.moves_pixels = any(isinstance(t, A.DualTransform) for t in _leaves(compose))
+        self.moves_pixels = any(isinstance(t, DualTransform) for t in _leaves(compose))
 
     def encodes(self, x: Image.Image | TensorPoint):
         if isinstance(x, (PILMask, TensorPoint)):
@@ -83,7 +89,9 @@ class AlbumentationsTransform(Transform):
 
 
 def _check(compose: object) -> None:
-    if not isinstance(compose, (A.BasicTransform, A.BaseCompose)):
+    from albumentations import BaseCompose, BasicTransform
+
+    if not isinstance(compose, (BasicTransform, BaseCompose)):
         arrived = f"the class {compose.__name__}" if isinstance(compose, type) else f"a {type(compose).__name__}"
         raise DataError(f"Expected an albumentations transform such as A.Compose([A.HorizontalFlip()]), got {arrived}.")
     for name in (type(t).__name__ for t in _leaves(compose)):
@@ -92,7 +100,9 @@ def _check(compose: object) -> None:
 
 
 def _leaves(compose: A.BasicTransform | A.BaseCompose) -> Iterator[A.BasicTransform]:
-    if isinstance(compose, A.BaseCompose):
+    from albumentations import BaseCompose
+
+    if isinstance(compose, BaseCompose):
         for inner in compose.transforms:
             yield from _leaves(inner)
     else:

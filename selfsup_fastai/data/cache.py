@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from selfsup_fastai.data.opening import Facts
-from selfsup_fastai.data.pixelstore import PLACE, Mapped
+from selfsup_fastai.data.pixelstore import PLACE, PixelFile
 from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.messages import say
 
@@ -165,8 +165,9 @@ class PixelCache:
 
     def facts(self, keys: Iterable[bytes]) -> dict[bytes, Facts]:
         """What the check said of files that were seen before."""
+        known: dict[str, Facts] = {}  # many files have the same, and one object for them all
         rows = self._rows("SELECT key, facts FROM files WHERE key IN", keys)
-        return {key: json.loads(facts) for key, facts in rows}
+        return {key: known.setdefault(facts, known.get(facts) or json.loads(facts)) for key, facts in rows}
 
     def places(self, settings: str, keys: Iterable[bytes]) -> dict[bytes, tuple]:
         """Build, offset, channels, height, width and bytes a value of those images that are there."""
@@ -183,12 +184,12 @@ class PixelCache:
             some = keys[i : i + 500]
             yield from self.db.execute(f"{query} ({','.join('?' * len(some))})", (*arguments, *some))
 
-    def mapped(self, places: Sequence[tuple | None], missing: tuple) -> tuple[list[Mapped], np.ndarray]:
-        """Memory maps, and where in them each image lies, (N,) of `PLACE`; `missing` for None."""
+    def opened(self, places: Sequence[tuple | None], missing: tuple) -> tuple[list[PixelFile], np.ndarray]:
+        """Files, and where in them each image lies, (N,) of `PLACE`; `missing` for None."""
         builds = list(dict.fromkeys(place[0] for place in places if place))
         numbers = {build: i for i, build in enumerate(builds)}
         table = np.array([(numbers[p[0]], *p[1:]) if p else missing for p in places], dtype=PLACE)
-        return [Mapped(self.pixels_of(build)) for build in builds], table
+        return [PixelFile(self.pixels_of(build)) for build in builds], table
 
     def pixels_of(self, build: str) -> Path:
         """The file that holds the pixels of a build."""

@@ -135,7 +135,7 @@ def check_files(
     if new:
         _check_all(files, new, found, n_workers or _default_workers(len(new)), timeout, keeper)
     good = [i for i, facts in enumerate(found) if "code" not in facts]
-    ok = [{"file": files[i], **found[i]} for i in good]
+    ok = {"file": [files[i] for i in good]} | {name: [found[i][name] for i in good] for name in OK_COLUMNS[1:]}
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
     report = pd.DataFrame(bad, columns=REPORT_COLUMNS)
     report.attrs["checked"] = len(files)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fastcore.foundation import L
 from fastcore.parallel import num_cpus
 from PIL import Image
 
+from selfsup_fastai.data.albumentations import wrap_albumentations
 from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
 from selfsup_fastai.data.crops import crops, picture
 from selfsup_fastai.data.files import Keeper, check_files, find_files, summary
@@ -354,9 +354,4 @@ def _as_list(tfms: object | Iterable | None) -> list:
 
 
 def _item_tfms(tfms) -> list:
-    tfms = _as_list(tfms)
-    if "albumentations" not in sys.modules:  # none of them can be of it, and importing it takes a second
-        return tfms
-    from selfsup_fastai.data.albumentations import wrap_albumentations
-
-    return wrap_albumentations(tfms)
+    return wrap_albumentations(_as_list(tfms))

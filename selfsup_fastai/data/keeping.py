@@ -279,7 +279,7 @@ class OnDisk(Keeping):
             return None
         self._flush()
         places = [self.places.get(self.keys[n]) for n in numbers]
-        chunks, table = self.cache.mapped(places, self._blank())
+        chunks, table = self.cache.opened(places, self._blank())
         self.cache.use({place[0] for place in places if place})
         if self.n_kept:
             say(f"{self.n_kept:,} images were decoded and kept for later runs ({_gb(self.bytes_kept)} in the cache).")

@@ -1,7 +1,7 @@
-"""Decoded images in memory, in a memory map or on a device, and windows of them gathered into a batch."""
+"""Decoded images in memory, in a file or on a device, and windows of them gathered into a batch."""
 
-import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from selfsup_fastai.data.covering import to_channels
+from selfsup_fastai.errors import DataError
 
 ALIGNED = 64
 """Images begin at multiples of this many bytes."""
-
-_RELEASE_BYTES = 64 << 20
 
 PLACE = np.dtype(
     [("chunk", "i4"), ("offset", "i8"), ("channels", "i4"), ("height", "i4"), ("width", "i4"), ("item", "i4")]
@@ -27,25 +26,28 @@ def padded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNED) * ALIGNED
 
 
-class Mapped:
-    """The bytes of a file, mapped to memory; pages that were read are given back now and then.
+class PixelFile:
+    """The bytes of a file, read where they are asked for.
 
-    Pages of a map count as memory of the process as long as they are mapped: a look at every image of a large cache
-    would look like a leak.
+    Not a memory map: for images in random order reading is faster, what was read does not count as memory of this
+    process, and a file that somebody cuts short is an error and not the end of the process.
     """
 
     def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.bytes = np.frombuffer(self.map, np.uint8)
-        self._read = 0
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.lock = threading.Lock()
 
-    def was_read(self, n_bytes: int) -> None:
-        self._read += n_bytes
-        if self._read > _RELEASE_BYTES:
-            self._read = 0
-            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-                self.map.madvise(mmap.MADV_DONTNEED)
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fill `into` (bytes) from `offset` on."""
+        if hasattr(os, "preadv"):
+            n = os.preadv(self.file.fileno(), [into], offset)
+        else:  # Windows
+            with self.lock:
+                self.file.seek(offset)
+                n = self.file.readinto(into)
+        if n != len(into):
+            fix = "Make the loaders anew, and images are decoded again."
+            raise DataError(f"The pixel cache ends too early: it was changed while it was in use. {fix}")
 
 
 class PixelStore:
@@ -53,7 +55,7 @@ class PixelStore:
 
     def __init__(
         self,
-        chunks: Sequence[np.ndarray | Mapped],  # Flat bytes
+        chunks: Sequence[np.ndarray | PixelFile],  # Flat bytes
         places: np.ndarray,  # (N,) of `PLACE`
         n_in: int,  # Channels of a batch
     ):
@@ -87,26 +89,33 @@ class PixelStore:
         """Windows of images as one batch."""
         kind = torch.uint16 if self.deep else torch.uint8
         out = torch.empty((len(rows), self.n_in, *size), dtype=kind, pin_memory=pin)
-        into = out.numpy()
+        into, whole = out.numpy(), (self.n_in, *size, self.dtype.itemsize)
         for i, (place, (top, left)) in enumerate(zip(self.places[rows].tolist(), corners.tolist())):
-            into[i] = self._image(*place)[:, top : top + size[0], left : left + size[1]]
+            if place[2:] == whole and isinstance(self.chunks[place[0]], PixelFile) and place[0] >= 0:
+                self.chunks[place[0]].read_into(place[1], into[i].data.cast("B"))
+            else:
+                into[i] = self._image(*place)[:, top : top + size[0], left : left + size[1]]
         return out
 
     def _image(self, chunk: int, offset: int, channels: int, height: int, width: int, item: int) -> np.ndarray:
         """(n_in, height, width) of the type of a batch."""
         if chunk < 0:
             return np.broadcast_to(self.dtype.type(128 * 257 if self.deep else 128), (self.n_in, height, width))
-        source, n_bytes = self.chunks[chunk], channels * height * width * item
-        if isinstance(source, Mapped):
-            source.was_read(n_bytes)
-            source = source.bytes
-        image = source[offset : offset + n_bytes]
+        image = self._bytes(self.chunks[chunk], offset, channels * height * width * item)
         if item == 2:
             image = image.view(np.uint16)
         image = image.reshape(channels, height, width)
         if channels != self.n_in:
             return to_channels(image, self.n_in)
         return image * np.uint16(257) if self.deep and item == 1 else image
+
+    @staticmethod
+    def _bytes(source: np.ndarray | PixelFile, offset: int, n_bytes: int) -> np.ndarray:
+        if isinstance(source, np.ndarray):
+            return source[offset : offset + n_bytes]
+        image = np.empty(n_bytes, np.uint8)
+        source.read_into(offset, image.data)
+        return image
 
     def with_channels(self, n_in: int) -> "PixelStore | None":
         """The same images for batches of `n_in` channels; None where colors would have to be made grey."""
