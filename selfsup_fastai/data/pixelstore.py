@@ -2,7 +2,9 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +36,20 @@ class PixelFile:
     """
 
     def __init__(self, path: Path):
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.lock = threading.Lock()
+        weakref.finalize(self, os.close, self.file)
 
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fill `into` (bytes) from `offset` on."""
         if hasattr(os, "preadv"):
-            n = os.preadv(self.file.fileno(), [into], offset)
+            n = os.preadv(self.file, [into], offset)
         else:  # Windows
             with self.lock:
-                self.file.seek(offset)
-                n = self.file.readinto(into)
+                os.lseek(self.file, offset, os.SEEK_SET)
+                data = os.read(self.file, len(into))
+            n = len(data)
+            into[:n] = data
         if n != len(into):
             fix = "Make the loaders anew, and images are decoded again."
             raise DataError(f"The pixel cache ends too early: it was changed while it was in use. {fix}")
@@ -58,8 +63,9 @@ class PixelStore:
         chunks: Sequence[np.ndarray | PixelFile],  # Flat bytes
         places: np.ndarray,  # (N,) of `PLACE`
         n_in: int,  # Channels of a batch
+        made_grey: bool = False,  # Whether colors may have been dropped
     ):
-        self.chunks, self.places, self.n_in = list(chunks), places, n_in
+        self.chunks, self.places, self.n_in, self.made_grey = list(chunks), places, n_in, made_grey
         self.deep = n_in == 1 and bool((places["item"] == 2).any())
 
     def __len__(self) -> int:
@@ -91,7 +97,7 @@ class PixelStore:
         out = torch.empty((len(rows), self.n_in, *size), dtype=kind, pin_memory=pin)
         into, whole = out.numpy(), (self.n_in, *size, self.dtype.itemsize)
         for i, (place, (top, left)) in enumerate(zip(self.places[rows].tolist(), corners.tolist())):
-            if place[2:] == whole and isinstance(self.chunks[place[0]], PixelFile) and place[0] >= 0:
+            if place[0] >= 0 and place[2:] == whole and isinstance(self.chunks[place[0]], PixelFile):
                 self.chunks[place[0]].read_into(place[1], into[i].data.cast("B"))
             else:
                 into[i] = self._image(*place)[:, top : top + size[0], left : left + size[1]]
@@ -118,10 +124,10 @@ class PixelStore:
         return image
 
     def with_channels(self, n_in: int) -> "PixelStore | None":
-        """The same images for batches of `n_in` channels; None where colors would have to be made grey."""
+        """The same images for batches of `n_in` channels; None where colors must be dropped, or were."""
         if n_in == self.n_in:
             return self
-        return PixelStore(self.chunks, self.places, n_in) if n_in == 3 else None
+        return PixelStore(self.chunks, self.places, n_in) if n_in == 3 and not self.made_grey else None
 
     def _sizes(self) -> np.ndarray:
         return self.n_in * self.places["height"].astype(np.int64) * self.places["width"]
@@ -137,12 +143,13 @@ class DeviceStore(PixelStore):
     def __init__(self, store: PixelStore, device: torch.device):
         sizes = store._sizes()
         self.places, self.n_in, self.deep, self.device, self.host = store.places, store.n_in, store.deep, device, store
+        self.n_kept = store.n_in  # planes of each image; grey ones are shared by batches of three channels
         kind = torch.int16 if store.deep else torch.uint8  # uint16 knows few operations; the bits are the same
         self.flat = torch.empty(int(sizes.sum()), dtype=kind, device=device)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         for place, start, n in zip(store.places.tolist(), starts.tolist(), sizes.tolist()):
-            image = np.ascontiguousarray(store._image(*place)).reshape(-1)
-            self.flat[start : start + n] = torch.from_numpy(image.view(np.int16) if store.deep else image.copy())
+            image = store._image(*place).flatten()  # a copy: torch takes no arrays that are read-only
+            self.flat[start : start + n] = torch.from_numpy(image.view(np.int16) if store.deep else image)
         self.starts = torch.from_numpy(starts).to(device)
         self.heights, self.widths = (
             torch.from_numpy(store.places[name].astype(np.int64)).to(device) for name in ("height", "width")
@@ -152,7 +159,11 @@ class DeviceStore(PixelStore):
         if n_in == self.n_in:
             return self
         host = self.host.with_channels(n_in)
-        return host and host.on_device(self.device)
+        if host is None or self.deep:
+            return host and host.on_device(self.device)
+        new = copy(self)
+        new.host, new.n_in = host, n_in
+        return new
 
     def gather(self, rows, corners, size, pin=False) -> Tensor:
         """Windows of images as one batch on the device; int16 with the bits of uint16 where `deep`."""
@@ -160,7 +171,7 @@ class DeviceStore(PixelStore):
         width, area = self.widths[rows], self.heights[rows] * self.widths[rows]
         y = corners[:, :1] + torch.arange(size[0], device=self.device)
         x = corners[:, 1:] + torch.arange(size[1], device=self.device)
-        planes = self.starts[rows, None] + area[:, None] * torch.arange(self.n_in, device=self.device)
+        planes = self.starts[rows, None] + area[:, None] * (torch.arange(self.n_in, device=self.device) % self.n_kept)
         places = planes[:, :, None, None] + (y * width[:, None])[:, None, :, None] + x[:, None, None, :]
         return self.flat[places]
 
