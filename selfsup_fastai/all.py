@@ -14,6 +14,26 @@ from selfsup_fastai.data.cache import PixelCache
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.data.showing import show_views
+from selfsup_fastai.data.views import (
+    BYOL_1,
+    BYOL_2,
+    DINO_GLOBAL_1,
+    DINO_GLOBAL_2,
+    DINO_LOCAL,
+    GREY_SCAN,
+    MOCO,
+    SIMCLR,
+    SWAV_GLOBAL,
+    SWAV_LOCAL,
+    Recipe,
+    Views,
+    apply_views,
+    draw_views,
+    multi_crop,
+    random_view,
+    simclr_recipe,
+)
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
@@ -27,6 +47,16 @@ from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 
 OURS = [
+    "BYOL_1",
+    "BYOL_2",
+    "DINO_GLOBAL_1",
+    "DINO_GLOBAL_2",
+    "DINO_LOCAL",
+    "GREY_SCAN",
+    "MOCO",
+    "SIMCLR",
+    "SWAV_GLOBAL",
+    "SWAV_LOCAL",
     "TASKS",
     "AlbumentationsTransform",
     "DownstreamLearner",
@@ -39,14 +69,18 @@ OURS = [
     "PretextLearner",
     "PretextTask",
     "PretextTransform",
+    "Recipe",
     "SelfsupError",
     "SkipValidation",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
+    "Views",
     "__version__",
+    "apply_views",
     "compare_encoders",
     "create_encoder",
     "downstream_learner",
+    "draw_views",
     "effective_rank",
     "embed",
     "embed_layers",
@@ -57,12 +91,16 @@ OURS = [
     "linear_probe",
     "list_tasks",
     "load_encoder",
+    "multi_crop",
     "nearest_neighbors",
     "nt_xent",
     "open_image",
     "pretext_learner",
+    "random_view",
     "read_card",
     "save_encoder",
+    "show_views",
+    "simclr_recipe",
     "summarize",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

@@ -14,7 +14,8 @@ import selfsup_fastai.all as ours
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks, task_class
 from selfsup_fastai.pretext.base import PretextTask
 
-DATA = {"TASKS", "__version__"}  # Public names that are no classes or functions
+RECIPES = {name for name, value in vars(ours).items() if isinstance(value, ours.Recipe)}
+DATA = {"TASKS", "__version__", *RECIPES}  # Public names that are no classes or functions
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,21 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from selfsup_fastai.data import views as views_module
 from selfsup_fastai.data.views import (
     BYOL_1,
     BYOL_2,
+    DINO_GLOBAL_1,
+    DINO_GLOBAL_2,
+    DINO_LOCAL,
+    GREY_SCAN,
     MOCO,
     SIMCLR,
+    SWAV_GLOBAL,
+    SWAV_LOCAL,
     Recipe,
     Views,
     apply_shifts,
@@ -21,6 +28,7 @@ from selfsup_fastai.data.views import (
     center_square,
     draw_shifts,
     draw_views,
+    multi_crop,
     random_shift_flip,
     random_view,
     simclr_recipe,
@@ -28,7 +36,10 @@ from selfsup_fastai.data.views import (
 from selfsup_fastai.errors import TaskError
 
 PLAIN = Recipe(flip=0.0, jitter_p=0.0, grey_p=0.0)
-EVERYTHING = replace(simclr_recipe(), jitter_p=0.9, grey_p=0.3, blur_p=0.6, solarize_p=0.4)
+# All that torchvision can do at the same places; turns and shears are in test_sampling.py
+EVERYTHING = replace(
+    simclr_recipe(), jitter_p=0.9, grey_p=0.3, blur_p=0.6, solarize_p=0.4, vertical_flip=0.4, window=0.5, erase_p=0.5
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -57,6 +68,10 @@ def _one_by_torchvision(image: Tensor, view: Views) -> Tensor:
     image = tv.resized_crop(image, *view.boxes[0].tolist(), [view.size] * 2, antialias=False)
     if view.flip.item():
         image = tv.horizontal_flip(image)
+    if view.vertical_flip.item():
+        image = tv.vertical_flip(image)
+    black, white = view.window[0].tolist()
+    image = ((image - black) / (white - black)).clamp(0, 1)
     adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
     if view.jitter[0].tolist() != [1, 1, 1, 0]:
         for k in view.order[0].tolist():
@@ -66,7 +81,9 @@ def _one_by_torchvision(image: Tensor, view: Views) -> Tensor:
     if view.sigma.item() > 0:
         side = view.size // 10
         image = tv.gaussian_blur(image, [side + 1 - side % 2] * 2, [view.sigma.item()] * 2)
-    return tv.solarize(image, view.threshold) if view.solarize.item() else image
+    image = tv.solarize(image, view.threshold) if view.solarize.item() else image
+    box = view.erase[0].tolist()
+    return tv.erase(image, *box, v=image.mean((1, 2), keepdim=True)) if box[2] else image
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -76,8 +93,8 @@ def _one_by_torchvision(image: Tensor, view: Views) -> Tensor:
 @pytest.mark.parametrize("shape, size", [((48, 40), 32), ((47, 61), 64), ((61, 47), None), ((20, 20), 96)])
 def test_crop_and_flip_equal_torchvision(channels, shape, size):
     x = images(16, channels, *shape)
-    views = draw_views(replace(PLAIN, flip=0.5), x.shape, seeded(), size)
-    assert 0 < views.flip.sum() < 16
+    views = draw_views(replace(PLAIN, flip=0.5, vertical_flip=0.5), x.shape, seeded(), size)
+    assert 0 < views.flip.sum() < 16 and 0 < views.vertical_flip.sum() < 16
     torch.testing.assert_close(apply_views(x, views), by_torchvision(x, views), atol=2e-5, rtol=0)
 
 
@@ -117,6 +134,58 @@ def test_grey_blur_and_solarize_equal_torchvision_where_they_were_drawn(field, c
     assert torch.equal(out[~drawn], cropped[~drawn])
     if not (field == "grey_p" and channels == 1):
         assert (out - cropped)[drawn].abs().amax((1, 2, 3)).median() > 0.05  # a narrow blur does little
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_window_stretches_what_was_drawn_to_the_whole_range(channels):
+    x = images(24, channels)
+    views = draw_views(replace(PLAIN, window=0.8), x.shape, seeded(), 32)
+    out, cropped = apply_views(x, views), apply_views(x, draw_views(PLAIN, x.shape, seeded(), 32))
+    for image, before, (black, white) in zip(out, cropped, views.window.tolist()):
+        torch.testing.assert_close(image, ((before - black) / (white - black)).clamp(0, 1), atol=1e-5, rtol=0)
+    assert (out == 0).any() and (out == 1).any() and (out - cropped).abs().mean() > 0.1
+    by_hand = replace(views[:1], window=torch.tensor([[0.25, 0.75]]))
+    grey = apply_views(
+        torch.tensor([0.2, 0.5, 0.6, 0.8]).view(4, 1, 1, 1).expand(4, channels, 48, 40), by_hand[[0] * 4]
+    )
+    torch.testing.assert_close(grey[:, 0, 5, 5], torch.tensor([0, 0.5, 0.7, 1]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_erased_rectangles_have_the_views_mean_color_and_the_rest_stays(channels):
+    x = images(24, channels, 47, 61)
+    views = draw_views(replace(PLAIN, erase_p=0.5), x.shape, seeded(), 35)
+    out, cropped = apply_views(x, views), apply_views(x, draw_views(PLAIN, x.shape, seeded(), 35))
+    assert 6 < (views.erase[:, 2] > 0).sum() < 18
+    for image, before, (top, left, height, width) in zip(out, cropped, views.erase.tolist()):
+        hole = torch.zeros(35, 35, dtype=torch.bool)
+        hole[top : top + height, left : left + width] = True
+        assert torch.equal(image[:, ~hole], before[:, ~hole])
+        expected = before.mean((1, 2))[:, None].expand(-1, height * width)
+        torch.testing.assert_close(image[:, hole], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("channels, shape, size", [(3, (47, 61), 39), (1, (40, 40), 41)])
+def test_pixels_do_not_depend_on_how_many_images_are_worked_on_at_a_time(monkeypatch, channels, shape, size):
+    x = images(19, channels, *shape)
+    views = draw_views(replace(EVERYTHING, turn=20.0, shear=10.0), x.shape, seeded(), size)
+    results = []
+    for chunk in (1, 4 * channels * size**2, 10**9):  # an image, four and all
+        monkeypatch.setattr(views_module, "CHUNK", chunk)
+        results.append(apply_views(x, views))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, atol=1e-6, rtol=0)
+
+
+def test_multi_crop_gives_each_recipe_its_size():
+    x, recipes, sizes = images(5), [DINO_GLOBAL_1, DINO_GLOBAL_2, DINO_LOCAL], [32, 32, 14]
+    generator = seeded(9)
+    expected = [random_view(x, recipe, generator, size) for recipe, size in zip(recipes, sizes)]
+    crops = multi_crop(x, recipes, seeded(9), sizes)
+    assert [crop.shape[-1] for crop in crops] == sizes
+    assert all(torch.equal(a, b) for a, b in zip(crops, expected))
+    with pytest.raises(TaskError, match="3 recipes came with 2 sizes"):
+        multi_crop(x, recipes, seeded(), [32, 14])
 
 
 @pytest.mark.parametrize("recipe", [SIMCLR, MOCO, BYOL_1, BYOL_2, EVERYTHING])
@@ -187,6 +256,20 @@ def test_drawing_for_grey_images_takes_the_same_numbers_as_for_color():
     assert same(draw_views(SIMCLR, (4, 1, 40, 40), seeded()), draw_views(SIMCLR, (4, 3, 40, 40), seeded()))
 
 
+def test_what_a_recipe_does_not_ask_for_takes_no_numbers():
+    plain = draw_views(SIMCLR, (9, 3, 40, 40), seeded())
+    more = draw_views(replace(EVERYTHING, turn=9.0, shear=9.0), (9, 3, 40, 40), seeded())
+    for name in ("boxes", "flip", "order"):
+        assert torch.equal(getattr(plain, name), getattr(more, name))
+    generator = seeded()
+    for _ in range(2):
+        draw_views(replace(SIMCLR, turn=9.0), (9, 3, 40, 40), generator)
+    again = seeded()
+    for _ in range(2):
+        draw_views(replace(SIMCLR, turn=1.0), (9, 3, 40, 40), again)
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
 N = 20_000
 
 
@@ -201,7 +284,8 @@ def _close_in_mean(values: Tensor, expected: float) -> bool:
 
 
 def test_shares_of_what_is_drawn(many):
-    for drawn, p in [(many.flip, 0.5), (many.grey, 0.3), (many.sigma > 0, 0.6), (many.solarize, 0.4)]:
+    shares = [(many.flip, 0.5), (many.vertical_flip, 0.4), (many.grey, 0.3), (many.sigma > 0, 0.6)]
+    for drawn, p in [*shares, (many.solarize, 0.4), (many.erase[:, 2] > 0, 0.5)]:
         assert _close_in_mean(drawn, p)
     assert _close_in_mean((many.jitter != torch.tensor([1.0, 1, 1, 0])).any(1), 0.9)
 
@@ -232,6 +316,31 @@ def test_crop_area_and_ratio_are_uniform_where_every_try_fits():
     assert _is_uniform(boxes[:, 0] / (1000 - boxes[:, 2]), 0, 1) and _is_uniform(
         boxes[:, 1] / (1000 - boxes[:, 3]), 0, 1
     )
+
+
+def test_turn_shear_and_window_are_uniform_within_their_limits(many):
+    assert not many.turn.any() and not many.shear.any()
+    turned = draw_views(replace(PLAIN, turn=30.0, shear=12.0), (N, 1, 9, 9), seeded(15))
+    assert _is_uniform(turned.turn, -30, 30) and _is_uniform(turned.shear, -12, 12)
+    assert _is_uniform(many.window[:, 0], 0, 0.25) and _is_uniform(many.window[:, 1], 0.75, 1)
+    for a, b in [(turned.turn, turned.shear), many.window.T]:
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.03
+
+
+@pytest.mark.parametrize("size, scale", [(64, (0.02, 0.33)), (24, (0.3, 1.0))])
+def test_erased_rectangles_are_distributed_as_torchvisions(size, scale):
+    recipe = replace(PLAIN, erase_p=1.0, erase_scale=scale)
+    ours = draw_views(recipe, (N, 3, 70, 70), seeded(16), size).erase
+    torch.manual_seed(17)
+    view, theirs = torch.ones(1, size, size), []
+    for _ in range(2000):
+        *box, _ = RandomErasing.get_params(view, scale, (0.3, 3.3), [0.0])
+        theirs.append(box if box[2] < size else [0, 0, 0, 0])  # nothing fitted: the whole view stays as it is
+    theirs = torch.tensor(theirs)
+    for column in range(4):
+        assert _same_distribution(ours[:, column].double(), theirs[:, column].double())
+    assert _same_distribution(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all() and (ours[:, 2:] < size).all()
 
 
 @pytest.mark.parametrize("h, w", [(96, 128), (30, 200), (200, 30)])
@@ -273,6 +382,18 @@ def test_recipes_are_the_papers():
     assert (MOCO.scale, MOCO.saturation, MOCO.hue, MOCO.blur_p, MOCO.solarize_p) == ((0.2, 1.0), 0.4, 0.1, 0.5, 0.0)
     assert (BYOL_1.saturation, BYOL_1.blur_p, BYOL_1.solarize_p) == (0.2, 1.0, 0.0)
     assert (BYOL_2.saturation, BYOL_2.blur_p, BYOL_2.solarize_p) == (0.2, 0.1, 0.2)
+    dino = [(r.scale, r.saturation, r.blur_p, r.solarize_p) for r in (DINO_GLOBAL_1, DINO_GLOBAL_2, DINO_LOCAL)]
+    assert dino == [((0.4, 1.0), 0.2, 1.0, 0.0), ((0.4, 1.0), 0.2, 0.1, 0.2), ((0.05, 0.4), 0.2, 0.5, 0.0)]
+    assert (SWAV_GLOBAL.scale, SWAV_LOCAL.scale) == ((0.14, 1.0), (0.05, 0.14))
+    assert replace(SWAV_GLOBAL, scale=SIMCLR.scale) == replace(SWAV_LOCAL, scale=SIMCLR.scale) == SIMCLR
+
+
+def test_the_recipe_for_grey_scans_treats_equal_channels_alike_and_keeps_left_and_right():
+    x = images(12, 1)
+    grey, color = (random_view(x.expand(-1, c, -1, -1), GREY_SCAN, seeded(), 40) for c in (1, 3))
+    torch.testing.assert_close(color, grey.expand(-1, 3, -1, -1), atol=1e-3, rtol=0)  # luma sums to 0.9999
+    views = draw_views(GREY_SCAN, (N, 1, 64, 64), seeded())
+    assert not views.flip.any() and not views.vertical_flip.any() and not views.solarize.any()
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -288,6 +409,13 @@ def test_recipes_are_the_papers():
         ({"brightness": -1.0}, "brightness"),
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
         ({"jitter_p": math.nan}, "jitter_p"),
+        ({"vertical_flip": -0.1}, "vertical_flip is -0.1"),
+        ({"turn": 181.0}, r"turn is 181.0; .* \[0, 180\] degrees"),
+        ({"shear": 90.0}, "shear"),
+        ({"window": 1.0}, "window"),
+        ({"erase_p": 2.0}, "erase_p"),
+        ({"erase_scale": (0.0, 0.3)}, "erase_scale"),
+        ({"erase_ratio": (3.0, 0.3)}, "erase_ratio"),
     ],
 )
 def test_impossible_recipes_say_what_is_wrong(change, words):

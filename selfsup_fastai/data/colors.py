@@ -1,0 +1,137 @@
+"""Color operations on batches of images in which every image has its own numbers.
+
+Those whose name ends in an underscore change their input. All are plain arithmetic on whole planes: no `where`, no
+remainder, no matrix product (which autocast and TF32 would round).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views
+
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue in a grey image
+_NOT_JITTERED, _NO_HUE = -1, 4
+_CONTRAST, _SATURATION, _HUE = (OPERATIONS.index(name) for name in ("contrast", "saturation", "hue"))
+
+
+class Jitter(NamedTuple):
+    """Views' color operations as they are computed: three blends an image in its order, hue before one or after all."""
+
+    place: Tensor  # (B,) int64: hue comes before blend 0, 1 or 2, or after them (3); 4: no hue; -1: no operation at all
+    scale: Tensor  # (B, 3): a blend is scale * x + to_grey * grey(x) + to_mean * mean(grey(x)), cut off at 0 and 1
+    to_grey: Tensor  # (B, 3)
+    to_mean: Tensor  # (B, 3)
+    shift: Tensor  # (B,): of the hue, in turns
+
+    def pick(self, rows) -> "Jitter":
+        return Jitter(*(t[rows] for t in self))
+
+
+def jitter_of(
+    views: Views,
+    channels: int,  # Of the images; with 1, saturation and hue change nothing
+    dtype: torch.dtype,  # Of the factors
+) -> Jitter:
+    """What `jitter_` needs to know."""
+    drawn = (views.jitter != views.jitter.new_tensor(NEUTRAL))[:, : 4 if channels == 3 else 2].any(1)
+    is_hue = views.order == _HUE
+    blends = views.order.gather(1, is_hue.long().argsort(dim=1, stable=True)[:, :3])  # the others in their order
+    scale = views.jitter.gather(1, blends).to(dtype)
+    if channels == 1:
+        scale = torch.where(blends == _SATURATION, 1, scale)
+    shift = views.jitter[:, _HUE].to(dtype)
+    turned = (shift != 0) & (channels == 3)
+    place = torch.where(turned, is_hue.long().argmax(1), torch.where(drawn, _NO_HUE, _NOT_JITTERED))
+    return Jitter(place, scale, (1 - scale) * (blends == _SATURATION), (1 - scale) * (blends == _CONTRAST), shift)
+
+
+def jitter_(
+    x: Tensor,  # (B, C, H, W) in [0, 1]
+    jitter: Jitter,  # Sorted by place
+    places: list[int],  # The same as jitter.place, known without waiting for the device
+) -> None:
+    """The four color operations, each image's in its own order."""
+    start = places.count(_NOT_JITTERED)
+    if start == len(places):
+        return
+    for k in range(4):
+        first = start + sum(_NOT_JITTERED < place < k for place in places)
+        rows = slice(first, first + places.count(k))
+        if rows.stop > rows.start:
+            turn_hue_(x[rows], jitter.shift[rows])
+        if k < 3:
+            blend_(x[start:], *(t[start:, k] for t in jitter[1:4]))
+
+
+def blend_(
+    x: Tensor,  # (B, C, H, W)
+    scale: Tensor,  # (B,)
+    to_grey: Tensor,  # (B,)
+    to_mean: Tensor,  # (B,)
+) -> None:
+    """Brightness, contrast or saturation: scale * x + to_grey * grey(x) + to_mean * mean(grey(x)), cut to [0, 1]."""
+    scale, to_grey, to_mean = map(column, (scale, to_grey, to_mean))
+    if x.shape[1] == 1:
+        mean = x.mean((2, 3), keepdim=True)
+        x.mul_(scale).add_(mean * to_mean).clamp_(0, 1)
+        return
+    rest = grey(x)
+    mean = rest.mean((2, 3), keepdim=True)
+    torch.addcmul(mean * to_mean, rest, to_grey, out=rest)
+    torch.addcmul(rest, x, scale, out=x).clamp_(0, 1)
+
+
+def turn_hue_(
+    x: Tensor,  # (B, 3, H, W) in [0, 1]
+    shift: Tensor,  # (B,) turns of the color wheel, -0.5..0.5
+) -> None:
+    """Turn the color wheel, with HSV's value and saturation kept.
+
+    With the darkest channel taken off a pixel, the largest of the rest is its span, and the angle from red, in sixths
+    of a turn, is (span + green + blue - red) / span towards green or, where blue is above green, towards blue.
+    """
+    low = x.amin(1, keepdim=True)
+    x.sub_(low)
+    span = x.amax(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    angle = (span + g).add_(b).sub_(r).div_(span.clamp(min=torch.finfo(x.dtype).tiny))  # 0 for grey
+    angle.copysign_(g - b).add_(6 * column(shift))
+    angle.sub_((angle / 6).round_().mul_(6))  # in -3..3
+    # The share of the span by which a channel is above the darkest: 1 up to a sixth of a turn from its own color, 0
+    # from two sixths. With red at 0, green at 2 and blue at -2: 2 - |angle|, |angle + 1| - 1 and |angle - 1| - 1.
+    offset, sign, base = (
+        x.new_tensor(v).view(3, 1, 1) for v in ((0.0, 1.0, -1.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0))
+    )
+    torch.add(angle, offset, out=x).abs_()
+    torch.addcmul(base, x, sign, out=x).clamp_(0, 1)
+    torch.addcmul(low, x, span, out=x)
+
+
+def grey(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)"""
+    r, g, b = x.split(1, dim=1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
+
+
+def stretch_(
+    x: Tensor,  # (B, C, H, W) in [0, 1]
+    window: Tensor,  # (B, 2): the values that become 0 and 1
+) -> None:
+    """An intensity window, the same for all channels: (x - black) / (white - black), cut to [0, 1]."""
+    black, white = (column(side.to(x.dtype)) for side in window.unbind(1))
+    x.sub_(black).div_(white - black).clamp_(0, 1)
+
+
+def solarize(
+    x: Tensor,  # (B, C, H, W) in [0, 1]
+    threshold: float,
+) -> Tensor:
+    """Pixels from `threshold` up are inverted."""
+    return torch.lerp(x, 1 - x, (x >= threshold).to(x.dtype))
+
+
+def column(v: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to be combined with images."""
+    return v[:, None, None, None]

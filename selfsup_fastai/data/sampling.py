@@ -1,0 +1,81 @@
+"""Crop, mirror, turn, shear and resize in one bilinear sampling."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfsup_fastai.data.draws import Views
+
+
+def sample(
+    x: Tensor,  # (B, C, H, W) float
+    views: Views,  # On the device of x
+    turned: bool,  # Whether any of them is turned or sheared
+) -> Tensor:  # (B, C, size, size)
+    """The view of each image before its colors are changed.
+
+    An image that is not turned is sampled as if the crop had been cut out first: nothing outside of it is read. A
+    turned crop reads what lies around it, and beyond the image's border its reflection.
+    """
+    if not turned:
+        return F.grid_sample(x, _straight(views, x), mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(x, _turned(views, x), mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _straight(views: Views, x: Tensor) -> Tensor:
+    """(B, size, size, 2): where the pixels of the views lie, x then y in grid_sample's -1..1."""
+    grid = x.new_empty(len(views), views.size, views.size, 2)
+    top, left, height, width = views.boxes.to(x.dtype)[:, :, None].unbind(dim=1)
+    across, down = _steps(views, x)
+    columns = (across * width).clamp(min=0.5 - width / 2).minimum(width / 2 - 0.5) + (left + width / 2)
+    rows = (down * height).clamp(min=0.5 - height / 2).minimum(height / 2 - 0.5) + (top + height / 2)
+    grid[..., 0] = (columns * (2 / x.shape[3]) - 1)[:, None, :]
+    grid[..., 1] = (rows * (2 / x.shape[2]) - 1)[:, :, None]
+    return grid
+
+
+def _turned(views: Views, x: Tensor) -> Tensor:
+    """As `_straight`, with each crop turned and sheared about its center."""
+    top, left, height, width = views.boxes.to(x.dtype)[:, :, None, None].unbind(dim=1)
+    across, down = _steps(views, x)
+    u, v = across[:, None, :] * width, down[:, :, None] * height
+    (xx, xy), (yx, yy) = _matrix(views, x.dtype)
+    straight = ((views.turn == 0) & (views.shear == 0))[:, None, None]
+    columns = _inside(xx * u + xy * v, width, straight) + (left + width / 2)
+    rows = _inside(yx * u + yy * v, height, straight) + (top + height / 2)
+    return torch.stack([columns * (2 / x.shape[3]) - 1, rows * (2 / x.shape[2]) - 1], dim=-1)
+
+
+def _steps(views: Views, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel centers of the views across and down in shares of the crop, -0.5..0.5: two tensors (B, size)."""
+    steps = (torch.arange(views.size, device=x.device, dtype=x.dtype) + 0.5) / views.size - 0.5
+    across, down = (1 - 2 * mirrored[:, None].to(x.dtype) for mirrored in (views.flip, views.vertical_flip))
+    return across * steps, down * steps
+
+
+def _matrix(views: Views, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From a place in the view, in pixels of the image from the crop's center, to the place in the image.
+
+    The inverse of torchvision's affine(angle=turn, shear=[shear, 0]); each entry (B, 1, 1).
+    """
+    turn, shear = (angle.to(dtype)[:, None, None] * (math.pi / 180) for angle in (views.turn, views.shear))
+    cos, sin, tan = turn.cos(), turn.sin(), shear.tan()
+    return (cos - sin * tan, sin + cos * tan), (-sin, cos)
+
+
+def _inside(at: Tensor, length: Tensor, straight: Tensor) -> Tensor:
+    """Where `straight`, kept between the centers of the crop's first and last pixel, `at` measured from its center."""
+    limit = torch.where(straight, length / 2 - 0.5, math.inf)
+    return at.maximum(-limit).minimum(limit)
+
+
+def outlines(views: Views) -> Tensor:  # (B, 4, 2) float64 on the CPU: x then y
+    """Corners of the crops in pixels of the images (0, 0 is the corner of the first), clockwise while not mirrored."""
+    views = views.to("cpu")  # some accelerators know no float64
+    top, left, height, width = views.boxes.double()[:, :, None].unbind(dim=1)
+    u = torch.tensor([-0.5, 0.5, 0.5, -0.5], dtype=torch.double) * width
+    v = torch.tensor([-0.5, -0.5, 0.5, 0.5], dtype=torch.double) * height
+    (xx, xy), (yx, yy) = ((entry[:, 0] for entry in row) for row in _matrix(views, torch.double))
+    return torch.stack([xx * u + xy * v + left + width / 2, yx * u + yy * v + top + height / 2], dim=-1)
