@@ -11,11 +11,11 @@ from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
+from selfsup_fastai.data.draws import Views, draw_views
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.data.opening import open_image
-from selfsup_fastai.data.showing import show_views
-from selfsup_fastai.data.views import (
+from selfsup_fastai.data.recipes import (
     BYOL_1,
     BYOL_2,
     DINO_GLOBAL_1,
@@ -27,13 +27,10 @@ from selfsup_fastai.data.views import (
     SWAV_GLOBAL,
     SWAV_LOCAL,
     Recipe,
-    Views,
-    apply_views,
-    draw_views,
-    multi_crop,
-    random_view,
     simclr_recipe,
 )
+from selfsup_fastai.data.showing import show_views
+from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder

@@ -19,46 +19,9 @@ from torch import Tensor
 
 from selfsup_fastai.data.colors import Jitter, column, grey, jitter_, jitter_of, solarize, stretch_
 from selfsup_fastai.data.draws import Draw, Views, draw_views
-from selfsup_fastai.data.recipes import (
-    BYOL_1,
-    BYOL_2,
-    DINO_GLOBAL_1,
-    DINO_GLOBAL_2,
-    DINO_LOCAL,
-    GREY_SCAN,
-    MOCO,
-    SIMCLR,
-    SWAV_GLOBAL,
-    SWAV_LOCAL,
-    Recipe,
-    simclr_recipe,
-)
+from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.sampling import sample
 from selfsup_fastai.errors import TaskError
-
-__all__ = [
-    "BYOL_1",
-    "BYOL_2",
-    "DINO_GLOBAL_1",
-    "DINO_GLOBAL_2",
-    "DINO_LOCAL",
-    "GREY_SCAN",
-    "MOCO",
-    "SIMCLR",
-    "SWAV_GLOBAL",
-    "SWAV_LOCAL",
-    "Recipe",
-    "Views",
-    "apply_shifts",
-    "apply_views",
-    "center_square",
-    "draw_shifts",
-    "draw_views",
-    "multi_crop",
-    "random_shift_flip",
-    "random_view",
-    "simclr_recipe",
-]
 
 CHUNK = 400_000
 """Numbers worked on at a time on the CPU: what stays in the caches of two cores."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from selfsup_fastai.data.draws import Views, draw_views
+from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.sampling import outlines
-from selfsup_fastai.data.views import Recipe, Views, apply_views, draw_views
+from selfsup_fastai.data.views import apply_views
 
 PLAIN = Recipe(flip=0.0, jitter_p=0.0, grey_p=0.0)
 TURNED = replace(PLAIN, flip=0.5, vertical_flip=0.5, turn=180.0, shear=30.0)

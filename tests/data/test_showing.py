@@ -8,8 +8,10 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+from selfsup_fastai.data.draws import draw_views
+from selfsup_fastai.data.recipes import BYOL_2, DINO_GLOBAL_1, DINO_LOCAL, SIMCLR
 from selfsup_fastai.data.showing import show_views
-from selfsup_fastai.data.views import BYOL_2, DINO_GLOBAL_1, DINO_LOCAL, SIMCLR, apply_views, draw_views
+from selfsup_fastai.data.views import apply_views
 from selfsup_fastai.errors import TaskError
 
 

@@ -10,7 +10,8 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from selfsup_fastai.data import views as views_module
-from selfsup_fastai.data.views import (
+from selfsup_fastai.data.draws import Views, draw_views
+from selfsup_fastai.data.recipes import (
     BYOL_1,
     BYOL_2,
     DINO_GLOBAL_1,
@@ -22,16 +23,16 @@ from selfsup_fastai.data.views import (
     SWAV_GLOBAL,
     SWAV_LOCAL,
     Recipe,
-    Views,
+    simclr_recipe,
+)
+from selfsup_fastai.data.views import (
     apply_shifts,
     apply_views,
     center_square,
     draw_shifts,
-    draw_views,
     multi_crop,
     random_shift_flip,
     random_view,
-    simclr_recipe,
 )
 from selfsup_fastai.errors import TaskError
 

@@ -10,8 +10,9 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from torch import Tensor
 
+from selfsup_fastai.data.draws import draw_views
 from selfsup_fastai.data.images import UnlabeledDataLoaders
-from selfsup_fastai.data.views import apply_views, draw_views
+from selfsup_fastai.data.views import apply_views
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from selfsup_fastai.data.views import random_view, simclr_recipe
+from selfsup_fastai.data.recipes import simclr_recipe
+from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
