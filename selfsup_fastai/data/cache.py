@@ -13,6 +13,7 @@ Images enter the index only after their pixels are on the disk: a run that is ki
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -33,6 +34,7 @@ from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.messages import say
 
 FORMAT = 1
+_SECRET_BYTES = 32
 _TABLES = """
 CREATE TABLE IF NOT EXISTS builds (name TEXT PRIMARY KEY, settings TEXT, about TEXT, created REAL, used REAL);
 CREATE TABLE IF NOT EXISTS images (settings TEXT, key BLOB, build TEXT, offset INTEGER, channels INTEGER,
@@ -81,17 +83,25 @@ class PixelCache:
             return  # what is in it can be read
         for folder in (self.folder, self.folder / "pixels", self.folder / "locks"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            fresh = self.folder / f"SECRET.{secrets.token_hex(4)}"
+        secret = self.folder / "SECRET"
+        if secret.is_file() and secret.stat().st_size != _SECRET_BYTES:  # no key: every image gets a new name
+            secret.unlink(missing_ok=True)
+        if not secret.exists():  # else nothing is written: the disk may be full
+            with suppress(FileExistsError):
+                self._make_secret(secret)
+
+    def _make_secret(self, secret: Path) -> None:
+        """All of it at once. Raises `FileExistsError` where another process was faster."""
+        fresh = self.folder / f"SECRET.{secrets.token_hex(4)}"
+        try:
             with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-            try:
-                os.link(fresh, self.folder / "SECRET")  # fails where another process was faster
-            except (PermissionError, NotImplementedError, AttributeError):  # a file system without links
-                if not (self.folder / "SECRET").exists():
-                    os.replace(fresh, self.folder / "SECRET")
-            finally:
-                fresh.unlink(missing_ok=True)
+                file.write(secrets.token_bytes(_SECRET_BYTES))
+            os.link(fresh, secret)
+        except (PermissionError, NotImplementedError, AttributeError):  # a file system without links
+            if not secret.exists():
+                os.replace(fresh, secret)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _opened(self) -> sqlite3.Connection:
         self.writable = os.access(self.folder, os.W_OK)
@@ -103,19 +113,30 @@ class PixelCache:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked, or a disk error: not the contents
                 raise
+        return self._emptied(path)
+
+    def renew(self) -> None:
+        """Throw away a damaged index, and all pixels with it: nobody knows any more whose they are."""
+        self.db.close()
+        self.db = self._emptied(self.folder / "index.sqlite")
+
+    def _emptied(self, path: Path) -> sqlite3.Connection:
         say("The index of the pixel cache was damaged: it is made anew, and images are decoded once more.")
-        path.unlink()
-        for pixels in (self.folder / "pixels").glob("*.pixels"):
-            pixels.unlink(missing_ok=True)
+        for file in (*self.folder.glob(f"{path.name}*"), *(self.folder / "pixels").glob("*.pixels")):
+            file.unlink(missing_ok=True)  # the index with its journal, which would be played back into the new one
         return self._connected(path)
 
     def _connected(self, path: Path) -> sqlite3.Connection:
+        if not path.exists():
+            path.touch(mode=0o600)
         db = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
-            if db.execute("PRAGMA user_version").fetchone()[0] not in (0, FORMAT):
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT):
                 raise sqlite3.DatabaseError("another format")
             db.executescript(_TABLES)
-            db.execute(f"PRAGMA user_version = {FORMAT}")
+            if version == 0:  # else nothing is written: the disk may be full
+                db.execute(f"PRAGMA user_version = {FORMAT}")
             return db
         except BaseException:
             db.close()
@@ -173,8 +194,8 @@ class PixelCache:
         """Build, offset, channels, height, width and bytes a value of those images that are there."""
         what = "SELECT key, build, offset, channels, height, width, item FROM images WHERE settings = ? AND key IN"
         found = {key: place for key, *place in self._rows(what, keys, settings)}
-        sizes = {build: self._size(build) for build in {place[0] for place in found.values()}}
-        ends = ((key, place[0], place[1] + np.prod(place[2:], dtype=np.int64)) for key, place in found.items())
+        sizes = {build: self.size(build) for build in {place[0] for place in found.values()}}
+        ends = ((key, place[0], place[1] + math.prod(place[2:])) for key, place in found.items())
         lost = {key for key, build, end in ends if end > sizes[build]}
         return {key: tuple(place) for key, place in found.items() if key not in lost}
 
@@ -182,7 +203,7 @@ class PixelCache:
         keys = list(dict.fromkeys(keys))
         for i in range(0, len(keys), 500):
             some = keys[i : i + 500]
-            yield from self.db.execute(f"{query} ({','.join('?' * len(some))})", (*arguments, *some))
+            yield from self.db.execute(f"{query} ({','.join('?' * len(some))})", (*arguments, *some)).fetchall()
 
     def opened(self, places: Sequence[tuple | None], missing: tuple) -> tuple[list[PixelFile], np.ndarray]:
         """Files, and where in them each image lies, (N,) of `PLACE`; `missing` for None."""
@@ -195,7 +216,8 @@ class PixelCache:
         """The file that holds the pixels of a build."""
         return self.folder / "pixels" / f"{build}.pixels"
 
-    def _size(self, build: str) -> int:
+    def size(self, build: str) -> int:
+        """Bytes of a build that are on the disk."""
         try:
             return self.pixels_of(build).stat().st_size
         except OSError:
@@ -225,7 +247,7 @@ class PixelCache:
 
     def use(self, builds: Iterable[str]) -> None:
         """These builds are in use now: others are dropped before them."""
-        if self.writable:
+        with suppress(sqlite3.Error):  # read-only, or a full disk: that must not cost the pixels
             self.db.executemany("UPDATE builds SET used = ? WHERE name = ?", [(time.time(), b) for b in builds])
 
     def free(self) -> int:
@@ -235,7 +257,7 @@ class PixelCache:
 
     def total(self) -> int:
         """Bytes of all pixels."""
-        return sum(file.stat().st_size for file in (self.folder / "pixels").glob("*.pixels"))
+        return sum(self.size(file.stem) for file in (self.folder / "pixels").glob("*.pixels"))
 
     def make_room(self, n_bytes: int, max_bytes: int, keep: Iterable[str]) -> bool:
         """Drop builds, the least recently used first, until `n_bytes` more fit; whether they do. `keep` stay."""
@@ -249,18 +271,18 @@ class PixelCache:
 
     def drop(self, build: str) -> None:
         """Remove a build. Runs that use it go on: they hold its file open."""
+        with suppress(OSError):  # Windows keeps files that are in use
+            self.pixels_of(build).unlink()  # first: on a full disk the index cannot be written to before
         with self._transaction():
             self.db.execute("DELETE FROM images WHERE build = ?", (build,))
             self.db.execute("DELETE FROM builds WHERE name = ?", (build,))
-        with suppress(OSError):  # Windows keeps files that are in use
-            self.pixels_of(build).unlink()
 
     def table(self) -> pd.DataFrame:
         """A row a build: what was decoded, images, GB, when it was made and last used."""
         query = """SELECT name, about, COUNT(key), created, used FROM builds LEFT JOIN images ON build = name
                    GROUP BY name ORDER BY used DESC"""
         rows = [
-            (name, about, n, self._size(name) / 1e9, _date(created), _date(used))
+            (name, about, n, self.size(name) / 1e9, _date(created), _date(used))
             for name, about, n, created, used in self.db.execute(query)
         ]
         return pd.DataFrame(rows, columns=["build", "what", "images", "GB", "made", "used"])

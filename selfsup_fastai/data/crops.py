@@ -10,7 +10,7 @@ from PIL import Image
 
 from selfsup_fastai.data.opening import open_image
 from selfsup_fastai.errors import DataError
-from selfsup_fastai.seeding import seeded_item
+from selfsup_fastai.seeding import item_seed
 
 LEAST_SIDE = 64
 CUTTER = 1
@@ -58,21 +58,21 @@ def random_crop(
     side: int,  # Pixels of the crop
 ) -> Image.Image:
     """Crop number `index` of `image` (see `from_single_image`), of its mode."""
-    with seeded_item(seed, index):
-        box = _random_box(image)
-        turn, shear = random.uniform(-30, 30), random.uniform(-30, 30)
+    rng = random.Random(item_seed(seed, index))
+    box = _random_box(image, rng)
+    turn, shear = rng.uniform(-30, 30), rng.uniform(-30, 30)
     wide = round(side * 2**0.5)  # larger than needed: what turning brings in from outside is cut off again
     turned = _turn_and_shear(image.crop(box).resize((wide, wide), Image.Resampling.BILINEAR), turn, shear)
     margin = (wide - side) // 2
     return turned.crop((margin, margin, margin + side, margin + side))
 
 
-def _random_box(image: Image.Image) -> tuple[int, int, int, int]:
+def _random_box(image: Image.Image, rng: random.Random) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a square with 1/500 to 1 of the area of one of half the shorter side."""
     half = min(image.size) // 2
-    left, top = random.randint(0, image.width - half), random.randint(0, image.height - half)
-    side = max(8, round(half * random.uniform(1 / 500, 1) ** 0.5))
-    left, top = left + random.randint(0, half - side), top + random.randint(0, half - side)
+    left, top = rng.randint(0, image.width - half), rng.randint(0, image.height - half)
+    side = max(8, round(half * rng.uniform(1 / 500, 1) ** 0.5))
+    left, top = left + rng.randint(0, half - side), top + rng.randint(0, half - side)
     return left, top, left + side, top + side
 
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from typing import Any
 
@@ -28,6 +28,7 @@ from selfsup_fastai.messages import say
 DECODER = 1
 """Counts changes of what `decode` makes of an image: pixels that an older one made are not used."""
 
+_DECODERS = [DECODER, PIL.__version__, features.version("jpg")]
 _FLEETING = {"missing", "no_permission", "timeout", "crashed", "memory"}  # another time the file may be read
 _FLUSH_BYTES, _FLUSH_SECONDS = 64 << 20, 2.0
 _SAMPLE = 64  # images after which it is clear how much room all of them take
@@ -69,7 +70,7 @@ class Keeping:
                 self._make_room(int(self.bytes_kept / self.n_kept * self.n_new))
             self._written()
         except (OSError, sqlite3.Error) as error:
-            self._stop(_in_words(error))
+            self._fail(error)
 
     def _write(self, number: int, array: np.ndarray) -> None:
         raise NotImplementedError
@@ -79,6 +80,9 @@ class Keeping:
 
     def _make_room(self, expected: int) -> None:
         """`expected`: bytes that all new images will take."""
+
+    def _fail(self, error: OSError | sqlite3.Error) -> None:
+        self._stop(_in_words(error))
 
     def _stop(self, why: str) -> None:
         if self.size is not None:
@@ -144,12 +148,13 @@ class InMemory(Keeping):
         if self.size is None:
             return None
         kept = [number for number in numbers if self.has(number)]
-        chunks = {number: i for i, number in enumerate(kept)}
+        order = {number: i for i, number in enumerate(kept)}
         arrays = self.arrays
         places = [
-            (chunks[n], 0, *arrays[n].shape, arrays[n].itemsize) if n in arrays else self._blank() for n in numbers
+            (order[n], 0, *arrays[n].shape, arrays[n].itemsize) if n in arrays else self._blank() for n in numbers
         ]
-        return PixelStore([arrays[n].reshape(-1).view(np.uint8) for n in kept], np.array(places, dtype=PLACE), n_in)
+        chunks = [arrays[n].reshape(-1).view(np.uint8) for n in kept]
+        return PixelStore(chunks, np.array(places, dtype=PLACE), n_in, made_grey=self.n_in == 1)
 
 
 class OnDisk(Keeping):
@@ -180,8 +185,6 @@ class OnDisk(Keeping):
         if self.n_new and self.cache.writable:
             self._wait_for_others()
             self._look()
-        elif self.n_new:
-            self._stop("the cache folder may not be written to by this user")
         return self
 
     def __exit__(self, *_exc) -> None:
@@ -189,23 +192,30 @@ class OnDisk(Keeping):
             if self.size is not None:
                 self._flush()
         except (OSError, sqlite3.Error) as error:
-            self._stop(_in_words(error))
+            self._fail(error)
         finally:
             if self.file:
-                self.file.close()
+                with suppress(OSError):  # what is left to write belongs to no image
+                    self.file.close()
             if self.lock:
                 self.lock.release()
 
     def _look(self) -> None:
         keys = [key for key in self.keys if key]
-        self.facts, self.places = self.cache.facts(keys), self.cache.places(self.settings, keys)
+        try:
+            self.facts, self.places = self.cache.facts(keys), self.cache.places(self.settings, keys)
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            if not (self.cache.writable and _is_damage(error)):
+                raise CacheUnusable(f"the index of the cache cannot be read ({error})") from None
+            self.cache.renew()
+            self.facts, self.places = {}, {}
         self.n_new = sum(self.known(i) is None and not self.has(i) for i in range(len(self.items)))
 
     def _wait_for_others(self) -> None:
         digest = blake2b(self.settings.encode(), digest_size=16)
         for key in self.keys:
             digest.update(key or b"-")
-        self.lock = FileLock(self.cache.folder / "locks" / f"{digest.hexdigest()}.lock")
+        self.lock = FileLock(self.cache.folder / "locks" / f"{digest.hexdigest()}.lock", mode=0o600)
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
@@ -216,7 +226,10 @@ class OnDisk(Keeping):
 
     def known(self, number):
         facts = self.facts.get(self.keys[number])
-        return facts if facts and ("code" in facts or self.has(number)) else None
+        if not facts:
+            return None
+        failed = "code" in facts and facts.get("decoders") == _DECODERS  # another decoder may be able to read it
+        return facts if failed or self.has(number) else None
 
     def has(self, number):
         return self.keys[number] in self.places or self.keys[number] in self.new_places
@@ -226,8 +239,18 @@ class OnDisk(Keeping):
         if key is None or key != self.cache.key(item):
             return  # it changed while it was read: nobody knows which contents these are
         if isinstance(item, (str, os.PathLike)) and facts.get("code") not in _FLEETING:
-            self.new_facts[key] = facts
+            self.new_facts[key] = {**facts, "decoders": _DECODERS} if "code" in facts else facts
+        if self.has(number):  # by a run that was killed before the facts were written; or a file that is given twice
+            return
+        if array is not None and not self.cache.writable:
+            self._stop("the cache folder may not be written to by this user")
         super().keep(number, facts, array)
+
+    def fill(self, numbers):
+        for number in numbers:  # what changed while it was read has a new name
+            if not self.has(number):
+                self.keys[number] = self.cache.key(self.items[number]) or self.keys[number]
+        super().fill(numbers)
 
     def _write(self, number, array):
         if self.file is None:
@@ -258,32 +281,51 @@ class OnDisk(Keeping):
 
     def _make_room(self, expected):
         mine = {place[0] for place in self.places.values()} | {self.build}
-        if self.cache.make_room(expected - self.bytes_kept, self.most, mine):
+        missing = expected - self.cache.size(self.build)  # some of what was written may not be on the disk yet
+        if self.cache.make_room(missing, self.most, mine):
             return
-        if self.cache.free() < expected - self.bytes_kept:
+        if self.cache.free() < missing:
             self._stop(f"they would take {_gb(expected)}, and the disk of the cache has too little room")
         else:
             self._stop(
                 f"they would take {_gb(expected)} beside what is kept of them, and max_gb is {self.most / 1e9:g}"
             )
 
+    def _fail(self, error):
+        super()._fail(error)
+        if _is_damage(error):
+            with suppress(OSError, sqlite3.Error):
+                self.cache.renew()
+
     def _stop(self, why):
         super()._stop(why)
-        if self.file:  # what is not whole is of no use, and on a full disk it is in the way
-            self.file.close()
-            self.file, self.new_places = None, {}
+        if self.build is None:
+            return
+        if self.file:
+            with suppress(OSError):  # writes the rest, which fails again
+                self.file.close()
+        with suppress(OSError, sqlite3.Error):  # what is not whole is of no use, and on a full disk it is in the way
             self.cache.drop(self.build)
+        self.build, self.file, self.new_places = None, None, {}
 
     def store(self, numbers, n_in):
         if self.size is None or None in (self.keys[n] for n in numbers):
             return None
-        self._flush()
-        places = [self.places.get(self.keys[n]) for n in numbers]
-        chunks, table = self.cache.opened(places, self._blank())
+        try:
+            self._flush()
+            places = [self.places.get(self.keys[n]) for n in numbers]
+            if self.size is None or any(place[2] > n_in for place in places if place):
+                return None  # no room; or a grey image got colors while it was read
+            chunks, table = self.cache.opened(places, self._blank())
+        except (OSError, sqlite3.Error) as error:  # also where another process has dropped what is to be opened
+            self._fail(error)
+            return None
         self.cache.use({place[0] for place in places if place})
+        if None in places:
+            say(f"{places.count(None):,} images vanished while they were decoded: grey ones stand in for them.")
         if self.n_kept:
             say(f"{self.n_kept:,} images were decoded and kept for later runs ({_gb(self.bytes_kept)} in the cache).")
-        return PixelStore(chunks, table, n_in)
+        return PixelStore(chunks, table, n_in, made_grey=self.n_in == 1)
 
 
 @contextmanager
@@ -301,20 +343,20 @@ def keeping(
     if cache == "ram":
         yield InMemory(items, size, n_in)
         return
-    try:
-        folder = PixelCache()
-    except CacheUnusable as error:
-        say(f"Pixels are not kept: {error}. Images are decoded anew in every epoch.")
-        yield None
-        return
-    with folder, OnDisk(folder, items, size, n_in, max_gb) as kept:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(PixelCache())
+            kept = stack.enter_context(OnDisk(folder, items, size, n_in, max_gb))
+        except (CacheUnusable, OSError, sqlite3.Error) as error:
+            why = error if isinstance(error, CacheUnusable) else _in_words(error)
+            say(f"Pixels are not kept: {why}. Images are decoded anew in every epoch.")
+            kept = None
         yield kept
 
 
 def _settings(size: tuple[int, int], n_in: int | None) -> tuple[str, str]:
     """What the pixels depend on, beside the image; and the same in words."""
-    decoders = [DECODER, PIL.__version__, features.version("jpg")]
-    settings = json.dumps({"size": size, "n_in": n_in, "decoders": decoders})
+    settings = json.dumps({"size": size, "n_in": n_in, "decoders": _DECODERS})
     return settings, f"{size[1]} x {size[0]} pixels and more" + (", grey" if n_in == 1 else "")
 
 
@@ -348,5 +390,10 @@ def _in_words(error: OSError | sqlite3.Error) -> str:
     return "the disk of the cache is full" if "full" in str(error) else f"the index of the cache failed ({error})"
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether an index is broken, and not just busy, or out of reach."""
+    return not isinstance(error, (OSError, sqlite3.OperationalError)) or "decode" in str(error)
+
+
 def _gb(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.2f} MB"

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from copy import copy
 from inspect import signature
 
@@ -83,6 +84,8 @@ class IndexedDL(TfmdDL):
 
     def _store_for(self, dataset) -> PixelStore | None:
         images = _images_of(self.dataset if dataset is None else dataset)
+        if images is None:  # no opener is left in it
+            return None
         n_in = getattr(images.tfms.fs[-1], "n_in", None)
         return self.store.with_channels(n_in) if n_in else None
 
@@ -93,7 +96,10 @@ class IndexedDL(TfmdDL):
         super().before_iter()
         random_pass = self.is_training and self.shuffle  # an unshuffled pass is an evaluation: it must repeat
         self.pass_seed = self.rng.getrandbits(62) if random_pass else VALID_SEED
-        self.fake_l.num_workers = 0 if self.is_fast else self.slow_workers
+
+    def __iter__(self):
+        with self.fake_l.no_multiproc() if self.is_fast else nullcontext():
+            yield from super().__iter__()
 
     def do_item(self, s):
         with seeded_item(getattr(self, "pass_seed", VALID_SEED), s or 0):

@@ -21,8 +21,10 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
+from selfsup_fastai.data.cache import PixelCache
 from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers, split
 from selfsup_fastai.errors import DataError
+from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
 
 RNG = np.random.default_rng(3)
@@ -611,6 +613,197 @@ def test_a_picture_that_is_too_small_or_missing_is_explained(tmp_path, picture):
         crops(tmp_path / "none.png")
     with pytest.raises(DataError, match=r"n is the number of crops.*got 1"):
         crops(picture, n=1)
+
+
+# ---- kept pixels: the same images as from files
+
+
+def save_all(folder, arrays, suffix=".png"):
+    """Arrays or PIL images as files, in order; their folder."""
+    folder.mkdir()
+    for i, image in enumerate(arrays):
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(folder / f"{i:03d}{suffix}")
+    return folder
+
+
+def of_shapes(*shapes):
+    rng = np.random.default_rng(8)
+    return [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+
+
+def turned(folder):
+    """JPEGs with each EXIF orientation, not square."""
+    folder.mkdir()
+    for i, image in enumerate(of_shapes(*[(30, 50, 3)] * 16)):
+        exif = Image.Exif()
+        exif[274] = i % 8 + 1
+        Image.fromarray(image).save(folder / f"{i:03d}.jpg", exif=exif, quality=95)
+    return folder
+
+
+def of_depths(folder):
+    """Grey of 8 and 16 bits and floats."""
+    folder.mkdir()
+    rng = np.random.default_rng(8)
+    for i in range(12):
+        values, shape = rng.random((20 + i, 50), dtype=np.float32), f"{i:03d}"
+        deep = {0: (values * 255).astype(np.uint8), 1: (values * 65535).astype(np.uint16)}.get(i % 3, values)
+        Image.fromarray(deep).save(folder / f"{shape}.{'tif' if i % 3 == 2 else 'png'}")
+    return folder
+
+
+COLORS = [(40, 40, 3)] * 12
+SHAPES = [(30, 60, 3), (60, 30, 3), (10, 100, 3), (100, 10, 3), (24, 40, 3), (32, 32, 3)] * 2
+ROADS = {
+    "color": (lambda f: save_all(f, of_shapes(*COLORS)), {}),
+    "grey": (lambda f: save_all(f, of_shapes(*[(40, 50)] * 12)), {}),
+    "grey as color": (lambda f: save_all(f, of_shapes(*[(40, 50)] * 12)), {"n_in": 3}),
+    "color as grey": (lambda f: save_all(f, of_shapes(*SHAPES)), {"n_in": 1}),
+    "shapes": (lambda f: save_all(f, of_shapes(*SHAPES)), {}),
+    "not square": (lambda f: save_all(f, of_shapes(*SHAPES)), {"size": (24, 40)}),
+    "grey among color": (lambda f: save_all(f, of_shapes(*[(40, 50), *SHAPES[:2]] * 4)), {}),
+    "depths": (of_depths, {}),
+    "depths as color": (of_depths, {"n_in": 3}),
+    "depths among color": (lambda f: save_all(of_depths(f) / "more", of_shapes(*COLORS)).parent, {}),
+    "turned": (turned, {}),
+    "array": (lambda f: np.stack(of_shapes(*[(20, 50, 3)] * 12)), {}),
+    "grey array": (lambda f: np.stack(of_shapes(*[(50, 20)] * 12)), {}),
+}
+
+
+def two_epochs(dls):
+    """All batches of two epochs and of the validation images, as `dls` draws them after a seed."""
+    return [b for dl in (dls.train, dls.train, dls.valid) for b in batches(dl)]
+
+
+def by_road(make, road):
+    """What `make(cache=...)` gives by a road: from files, memory, disk, or a device."""
+    set_seed(11)
+    dls = make(cache=True if road == "device" else road)
+    for dl in dls.loaders:
+        assert dl.is_fast == (road is not False)
+        if road == "device":
+            dl.store = dl.store.on_device(torch.device("cpu"))
+    return dls
+
+
+@pytest.mark.parametrize("kind", ROADS)
+def test_with_and_without_a_cache_images_order_and_pixels_are_equal(tmp_path, kind):
+    fill, settings = ROADS[kind]
+    source, settings = fill(tmp_path / "images"), {"size": 16, "bs": 4, "valid_pct": 0.25, **settings}
+
+    def make(**more):
+        return loaders(source, **{**settings, **more})
+
+    truth = two_epochs(by_road(make, False))
+    n = len(truth[0])
+    assert not torch.equal(truth[0], truth[len(truth) // 2]) and n == 4
+    for road in True, True, "ram", "device":  # decoded, found again
+        found = two_epochs(by_road(make, road))
+        assert len(found) == len(truth) and all(torch.equal(a, b) for a, b in zip(found, truth)), road
+    set_seed(11)
+    assert same(two_epochs(make(cache=False, num_workers=2)), truth)
+
+
+def test_tables_and_crops_of_one_picture_are_equal_by_both_roads(tmp_path):
+    folder = save_all(tmp_path / "images", of_shapes(*SHAPES))
+    df = pd.DataFrame({"name": [f.name for f in sorted(folder.iterdir())][::-1]})
+    large = Image.fromarray(of_shapes((200, 300, 3))[0])
+    kwargs = {"size": 16, "bs": 4, "device": "cpu", "num_workers": 0, "valid_pct": 0.25}
+    for make in (
+        lambda **k: UnlabeledDataLoaders.from_df(df, folder, **kwargs, **k),
+        lambda **k: UnlabeledDataLoaders.from_files(sorted(folder.iterdir()), **kwargs, **k),
+        lambda **k: UnlabeledDataLoaders.from_single_image(large, n=24, **kwargs, **k),
+    ):
+        truth = two_epochs(by_road(make, False))
+        for road in True, "ram", "device":
+            assert same(two_epochs(by_road(make, road)), truth)
+
+
+@pytest.mark.parametrize("n_in", [None, 1])
+def test_pretext_batches_and_losses_are_equal_by_both_roads(tmp_path, n_in):
+    source = save_all(tmp_path / "images", of_shapes(*SHAPES))
+    seen = []
+    for cache in False, True, "ram":
+        set_seed(3)
+        dls = loaders(source, size=32, bs=4, valid_pct=0.25, n_in=n_in, cache=cache)
+        learn = pretext_learner(dls, "rotation", "resnet10t")
+        assert learn.dls.train.is_fast == learn.dls.valid.is_fast == (cache is not False)
+        shown = [t.clone() for dl in learn.dls.loaders for b in dl for t in b]
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
+        seen.append((shown, learn.recorder.values))
+    for shown, values in seen[1:]:
+        assert len(shown) == len(seen[0][0]) and all(torch.equal(a, b) for a, b in zip(shown, seen[0][0]))
+        assert values == seen[0][1]
+
+
+def test_random_transforms_of_items_take_the_slow_road_and_that_is_said_once(tmp_path, capsys):
+    source = save_all(tmp_path / "images", of_shapes(*COLORS))
+    seen = []
+    for cache in True, "ram", False:
+        set_seed(2)
+        dls = loaders(source, size=16, bs=4, cache=cache, item_tfms=A.HorizontalFlip(p=0.5))
+        assert not dls.train.is_fast and dls.train.store is None
+        assert capsys.readouterr().err.count("decoded anew in every epoch") == (cache is not False)
+        seen.append(two_epochs(dls))
+    assert same(seen[0], seen[2]) and same(seen[1], seen[2])
+
+
+def test_batch_transforms_of_the_user_work_on_kept_pixels(tmp_path):
+    source = save_all(tmp_path / "images", of_shapes(*COLORS))
+
+    def make(cache):
+        return loaders(source, size=16, bs=4, cache=cache, batch_tfms=Flip(p=0.5))
+
+    truth = two_epochs(by_road(make, False))
+    assert same(two_epochs(by_road(make, True)), truth)
+
+
+# ---- files that change while they are used
+
+
+def test_files_that_change_or_vanish_while_training_do_not_disturb_kept_pixels(tmp_path):
+    for cache in True, "ram":
+        source = save_all(tmp_path / str(cache), of_shapes(*COLORS))
+        dls = loaders(source, size=16, bs=4, valid_pct=0.5, cache=cache)
+        before = in_order(dls.valid)
+        gone, other, *_ = dls.valid_ds.items
+        gone.unlink()
+        Image.new("RGB", (9, 9)).save(other)
+        assert torch.equal(in_order(dls.valid), before)  # a warning would be an error
+        dls = loaders(source, size=16, bs=4, valid_pct=0.5, cache=cache)
+        assert dls.items_df["width"].tolist().count(9) == 1 and len(dls.items_df) == 11
+
+
+def test_a_cache_that_is_removed_while_training_does_not_disturb_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFSUP_CACHE", str(tmp_path / "cache"))
+    dls = loaders(save_all(tmp_path / "images", of_shapes(*SHAPES)), size=16, bs=4, valid_pct=0.5)
+    before = in_order(dls.valid)
+    with PixelCache() as cache:
+        assert cache.clear() > 0 and cache.total() == 0
+    assert torch.equal(in_order(dls.valid), before)
+
+
+def test_without_room_images_come_from_the_files_and_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SELFSUP_CACHE", str(tmp_path / "cache"))
+    source = save_all(tmp_path / "images", of_shapes(*SHAPES))
+
+    def make(**kwargs):
+        set_seed(11)
+        return loaders(source, size=16, bs=4, valid_pct=0.25, **kwargs)
+
+    truth = two_epochs(make(cache=False))
+    capsys.readouterr()
+    dls = make(max_gb=1e-6)
+    assert not dls.train.is_fast and same(two_epochs(dls), truth)
+    assert capsys.readouterr().err.count("Images are decoded anew in every epoch.") == 1
+    assert not list((tmp_path / "cache" / "pixels").iterdir())
+
+
+def test_a_device_is_named_only_where_there_is_one(color_folder, capsys):
+    dls = loaders(color_folder, cache="device")
+    assert dls.train.is_fast and "cache='device' is for GPUs" in capsys.readouterr().err
 
 
 # ---- what happens later, and elsewhere

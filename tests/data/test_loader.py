@@ -1,9 +1,12 @@
 """Loaders derived from fastai's: what changes, what must not, and that the pixels are the files' own."""
 
+import pickle
 import random
 from collections import Counter
+from copy import deepcopy
 
 import albumentations as A
+import fastai.callback.progress  # noqa: F401  (brings no_bar)
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,15 +15,21 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.transforms import IntToFloatTensor, Normalize, RandomSplitter, ToTensor
+from fastai.learner import Learner, load_learner
+from fastai.losses import MSELossFlat
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip, RandomResizedCrop, Resize, ResizeMethod, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.data import ImageBlock, ImageDataLoaders
+from fasttransform import Pipeline, Transform
+from matplotlib import pyplot as plt
 from PIL import Image
+from torch import nn
 
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
-from selfsup_fastai.data.blocks import OpenCovered, OpenImage
+from selfsup_fastai.data.blocks import Cover, OpenCovered, OpenImage
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.data.loader import (
     IndexedDL,
     TensorIndex,
@@ -32,7 +41,7 @@ from selfsup_fastai.data.loader import (
     n_in_of,
     needs_resize,
 )
-from selfsup_fastai.data.opening import image_size
+from selfsup_fastai.data.opening import decode, image_size
 from selfsup_fastai.errors import DataError
 from tests.conftest import write_images
 
@@ -510,6 +519,213 @@ def test_an_unshuffled_pass_over_training_images_repeats(color_folder):
     still = dls.train.new(shuffle=False)
     assert torch.equal(images_of(still), images_of(still))
     assert not torch.equal(images_of(dls.train), images_of(dls.train))
+
+
+# ---- the fast road
+
+
+SHAPES = [(20, 30, 3), (30, 20, 3), (16, 16, 3), (40, 16, 3)] * 4
+
+
+@pytest.fixture
+def colors(tmp_path):
+    """16 color PNGs of several shapes."""
+    rng = np.random.default_rng(4)
+    folder = tmp_path / "colors"
+    folder.mkdir()
+    for i, shape in enumerate(SHAPES):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i:04d}.png")
+    return folder
+
+
+def both(source, **kwargs):
+    """The same loaders with kept pixels and without."""
+    made = []
+    for cache in True, False:
+        set_seed(6)
+        settings = {"size": 16, "bs": 4, "num_workers": 0, "device": "cpu", "valid_pct": 0.25, **kwargs}
+        made.append(UnlabeledDataLoaders.from_folder(source, cache=cache, **settings))
+    return made
+
+
+def all_of(dls):
+    """Two passes over the training images and one over the others."""
+    return [images_of(dl) for dl in (dls.train, dls.train, dls.valid)]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+class Plain(Transform):
+    """Changes nothing, but might."""
+
+    def encodes(self, x: PILImage):
+        return x
+
+
+def test_a_transform_that_is_added_later_takes_the_slow_road_to_the_same_images(colors):
+    fast, slow = both(colors)
+    assert fast.train.is_fast and not slow.train.is_fast
+    for dl in fast.train, fast.valid:
+        dl.after_item.add(Plain())
+        assert not dl.is_fast
+    assert equal(all_of(fast), all_of(slow))
+    fast, slow = both(colors)
+    fast.train.before_batch.add(Plain())
+    assert not fast.train.is_fast and fast.valid.is_fast
+
+
+def test_another_size_or_opener_takes_the_slow_road(colors):
+    fast, _ = both(colors)
+    cover = next(t for t in fast.train.after_item.fs if isinstance(t, Cover))
+    cover.size = (8, 8)
+    assert not fast.train.is_fast and images_of(fast.train).shape[2:] == (8, 8)
+    fast, _ = both(colors)
+    fast.valid_ds.tls[0].tfms = Pipeline([OpenImage(3)])
+    assert not fast.valid.is_fast
+
+
+def test_new_images_come_from_their_files(colors, tmp_path):
+    fast, slow = both(colors)
+    new = sorted(write_images(tmp_path / "new", 5, (24, 24), seed=7).iterdir())
+    for items in new, list(reversed(fast.valid_ds.items)):
+        dl = fast.test_dl(items)
+        assert not dl.is_fast
+        assert torch.equal(images_of(dl), images_of(slow.test_dl(items)))
+
+
+def test_new_loaders_over_the_same_images_keep_their_pixels(colors):
+    fast, slow = both(colors)
+    for how in {"bs": 3}, {"shuffle": False}, {"drop_last": False, "bs": 5}, {"num_workers": 2}:
+        pair = []
+        for dls in fast, slow:
+            set_seed(1)
+            dl = dls.train.new(**how)
+            dl.rng.seed(8)
+            pair.append([b[0].as_subclass(torch.Tensor) for b in dl])
+            assert dl.is_fast == (dls is fast)
+        assert equal(*pair)
+    assert len(pair[0]) == 3
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_short_last_batches_come_or_do_not_by_both_roads(colors, drop_last):
+    lengths = [[len(b[0]) for b in dls.train.new(bs=5, drop_last=drop_last)] for dls in both(colors)]
+    assert lengths[0] == lengths[1] == ([5, 5] if drop_last else [5, 5, 2])
+
+
+def test_three_channels_of_grey_are_fast_and_every_other_change_is_slow(colors, grey_folder):
+    grey, color = both(grey_folder), both(colors)
+    color_as_grey = both(colors, n_in=1)
+    for (fast, slow), n_in, is_fast in (grey, 3, True), (color, 1, False), (color_as_grey, 3, False), (color, 3, True):
+        pair = []
+        for dls in fast, slow:
+            set_seed(4)
+            pair.append(derive_loaders(dls, n_in=n_in))
+        assert pair[0].train.is_fast == pair[0].valid.is_fast == is_fast
+        assert equal(*map(all_of, pair))
+        assert images_of(pair[0].valid).shape[1] == n_in
+    x = images_of(derive_loaders(color_as_grey[0], n_in=3).valid)
+    assert not torch.equal(x[:, 0], x[:, 1])  # the colors are there again
+
+
+def test_depths_become_color_by_both_roads(deep_folder):
+    pair = []
+    for dls in both(deep_folder[0]):
+        set_seed(4)
+        pair.append(derive_loaders(dls, n_in=3))
+    assert pair[0].train.is_fast and equal(*map(all_of, pair))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labels_and_places_stay_with_their_images_by_both_roads(colors, num_workers):
+    files = sorted(colors.iterdir())
+    table = pd.DataFrame({"file": files, "label": [f"c{i % 3}" for i in range(16)]})
+    table["is_valid"] = [i % 4 == 0 for i in range(16)]
+    seen = []
+    for cache in True, "ram", False:
+        set_seed(5)
+        dls = labeled_loaders(table, 3, 16, bs=4, num_workers=num_workers, cache=cache)
+        for dl in dls.loaders:
+            assert dl.is_fast == (cache is not False)
+            dl.with_index = True
+        batches = [b for dl in (dls.train, dls.valid) for b in dl]
+        for part, n in (batches[:3], 12), (batches[3:], 4):
+            ds = dls.train_ds if n == 12 else dls.valid_ds
+            places = [i for b in part for i in b[2].tolist()]
+            labels = [dls.vocab[y] for b in part for y in b[1].tolist()]
+            names = [table["label"][files.index(ds.items[i] if n else 0)] for i in places]
+            assert labels == names and sorted(places) == list(range(n))
+        seen.append([t.as_subclass(torch.Tensor) for b in batches for t in b])
+        x, _, places = batches[3]
+        truth = [decode(dls.valid_ds.items[i], (16, 16))[1] for i in places.tolist()]
+        for image, whole in zip(x, truth):
+            top, left = (whole.shape[1] - 16) // 2, (whole.shape[2] - 16) // 2
+            window = whole[:, top : top + 16, left : left + 16]
+            assert np.array_equal((image * 255).round().byte().cpu().numpy(), window)
+    assert equal(seen[0], seen[2]) and equal(seen[1], seen[2])
+
+
+def test_single_batches_and_pictures_of_them_are_equal_by_both_roads(colors):
+    shown = []
+    for dls in both(colors):
+        set_seed(2)
+        first = dls.train.one_batch()[0]
+        dls.show_batch(max_n=2)
+        dls.valid.show_batch(max_n=3, unique=True)
+        drawn = [np.asarray(ax.images[0].get_array()) for ax in plt.gcf().axes if ax.images]
+        assert len(drawn) == 3 and all(np.array_equal(drawn[0], d) for d in drawn)
+        shown.append([first.as_subclass(torch.Tensor), torch.tensor(drawn[0]), images_of(dls.train)])
+    assert equal(*shown)
+
+
+def test_copies_carry_no_pixels_and_give_the_same_images(colors):
+    fast, slow = both(colors)
+    truth = images_of(slow.valid)
+    for copied in deepcopy(fast.valid), pickle.loads(pickle.dumps(fast.valid)):
+        assert copied.store is None and not copied.is_fast and torch.equal(images_of(copied), truth)
+    assert fast.valid.is_fast and torch.equal(images_of(fast.valid), truth)
+    assert len(pickle.dumps(fast.valid)) < len(pickle.dumps(slow.valid)) + 1000 < fast.valid.store.nbytes
+
+
+def test_an_exported_learner_predicts_as_before(colors, tmp_path):
+    fast, _ = both(colors)
+    learn = Learner(fast, nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1)), loss_func=MSELossFlat())
+    learn.dls.n_inp = 1
+    files = fast.valid_ds.items
+    with learn.no_bar():
+        before = learn.get_preds(dl=fast.test_dl(files))[0]
+        learn.export(tmp_path / "learner.pkl")
+        again = load_learner(tmp_path / "learner.pkl")
+        with again.no_bar():
+            assert torch.equal(again.get_preds(dl=again.dls.test_dl(files))[0], before)
+    assert fast.valid.is_fast
+
+
+def started(monkeypatch):
+    """The processes that loaders start from now on."""
+    seen = []
+    start = torch.multiprocessing.Process.start
+    monkeypatch.setattr(torch.multiprocessing.Process, "start", lambda p: seen.append(p) or start(p))
+    return seen
+
+
+def test_no_process_is_started_for_pixels_that_are_kept(colors, monkeypatch):
+    fast, slow = both(colors, num_workers=2)
+    seen = started(monkeypatch)
+    assert equal([images_of(fast.valid)], [images_of(slow.valid)]) and len(seen) == 2
+    images_of(fast.train), fast.one_batch()
+    assert len(seen) == 2
+
+
+def test_a_single_batch_from_files_starts_no_process(colors, monkeypatch):
+    _, slow = both(colors, num_workers=2)
+    seen = started(monkeypatch)
+    slow.train.one_batch()
+    assert not seen
+    images_of(slow.valid)
+    assert len(seen) == 2
 
 
 # ---- mistakes
