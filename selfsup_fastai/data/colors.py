@@ -4,6 +4,7 @@ Those whose name ends in an underscore change their input. All are plain arithme
 remainder, no matrix product (which autocast and TF32 would round).
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,11 @@ class Jitter(NamedTuple):
     """Views' color operations as they are computed: three blends an image in its order, hue before one or after all."""
 
     place: Tensor  # (B,) int64: hue comes before blend 0, 1 or 2, or after them (3); 4: no hue; -1: no operation at all
-    scale: Tensor  # (B, 3): a blend is scale * x + to_grey * grey(x) + to_mean * mean(grey(x)), cut off at 0 and 1
-    to_grey: Tensor  # (B, 3)
-    to_mean: Tensor  # (B, 3)
-    shift: Tensor  # (B,): of the hue, in turns
+    blends: Tensor  # (3, 3, B, 1, 1, 1): for each blend its scale, to_grey and to_mean (see `blend_`)
+    shift: Tensor  # (B, 1, 1, 1): of the hue, in sixths of a turn
 
     def pick(self, rows) -> "Jitter":
-        return Jitter(*(t[rows] for t in self))
+        return Jitter(self.place[rows], self.blends[:, :, rows], self.shift[rows])
 
 
 def jitter_of(
@@ -44,7 +43,8 @@ def jitter_of(
     shift = views.jitter[:, _HUE].to(dtype)
     turned = (shift != 0) & (channels == 3)
     place = torch.where(turned, is_hue.long().argmax(1), torch.where(drawn, _NO_HUE, _NOT_JITTERED))
-    return Jitter(place, scale, (1 - scale) * (blends == _SATURATION), (1 - scale) * (blends == _CONTRAST), shift)
+    parts = torch.stack([scale, (1 - scale) * (blends == _SATURATION), (1 - scale) * (blends == _CONTRAST)])
+    return Jitter(place, parts.permute(2, 0, 1)[..., None, None, None].contiguous(), column(6 * shift))
 
 
 def jitter_(
@@ -62,17 +62,16 @@ def jitter_(
         if rows.stop > rows.start:
             turn_hue_(x[rows], jitter.shift[rows])
         if k < 3:
-            blend_(x[start:], *(t[start:, k] for t in jitter[1:4]))
+            blend_(x[start:], *jitter.blends[k, :, start:])
 
 
 def blend_(
     x: Tensor,  # (B, C, H, W)
-    scale: Tensor,  # (B,)
-    to_grey: Tensor,  # (B,)
-    to_mean: Tensor,  # (B,)
+    scale: Tensor,  # (B, 1, 1, 1), as the next two
+    to_grey: Tensor,
+    to_mean: Tensor,
 ) -> None:
     """Brightness, contrast or saturation: scale * x + to_grey * grey(x) + to_mean * mean(grey(x)), cut to [0, 1]."""
-    scale, to_grey, to_mean = map(column, (scale, to_grey, to_mean))
     if x.shape[1] == 1:
         mean = x.mean((2, 3), keepdim=True)
         x.mul_(scale).add_(mean * to_mean).clamp_(0, 1)
@@ -85,7 +84,7 @@ def blend_(
 
 def turn_hue_(
     x: Tensor,  # (B, 3, H, W) in [0, 1]
-    shift: Tensor,  # (B,) turns of the color wheel, -0.5..0.5
+    shift: Tensor,  # (B, 1, 1, 1) sixths of a turn of the color wheel, -3..3
 ) -> None:
     """Turn the color wheel, with HSV's value and saturation kept.
 
@@ -97,16 +96,21 @@ def turn_hue_(
     span = x.amax(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     angle = (span + g).add_(b).sub_(r).div_(span.clamp(min=torch.finfo(x.dtype).tiny))  # 0 for grey
-    angle.copysign_(g - b).add_(6 * column(shift))
+    angle.copysign_(g - b).add_(shift)
     angle.sub_((angle / 6).round_().mul_(6))  # in -3..3
     # The share of the span by which a channel is above the darkest: 1 up to a sixth of a turn from its own color, 0
     # from two sixths. With red at 0, green at 2 and blue at -2: 2 - |angle|, |angle + 1| - 1 and |angle - 1| - 1.
-    offset, sign, base = (
-        x.new_tensor(v).view(3, 1, 1) for v in ((0.0, 1.0, -1.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0))
-    )
+    offset, sign, base = _wheel(x.dtype, x.device)
     torch.add(angle, offset, out=x).abs_()
     torch.addcmul(base, x, sign, out=x).clamp_(0, 1)
     torch.addcmul(low, x, span, out=x)
+
+
+@cache
+def _wheel(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of `turn_hue_`, (3, 1, 1) each."""
+    values = (0.0, 1.0, -1.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0)
+    return tuple(torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in values)
 
 
 def grey(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ DECODER = 1
 _DECODERS = [DECODER, PIL.__version__, features.version("jpg")]
 _FLEETING = {"missing", "no_permission", "timeout", "crashed", "memory"}  # another time the file may be read
 _FLUSH_BYTES, _FLUSH_SECONDS = 64 << 20, 2.0
+_MANY = 2_000  # images that take a while
 _SAMPLE = 64  # images after which it is clear how much room all of them take
 
 
@@ -185,6 +186,8 @@ class OnDisk(Keeping):
         if self.n_new and self.cache.writable:
             self._wait_for_others()
             self._look()
+            if self.n_new >= _MANY:
+                say(f"{self.n_new:,} images to decode, once for all epochs and later runs.")
         return self
 
     def __exit__(self, *_exc) -> None:

@@ -1,6 +1,7 @@
 """Crop, mirror, turn, shear and resize in one bilinear sampling."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +10,44 @@ from torch import Tensor
 from selfsup_fastai.data.draws import Views
 
 
-def sample(
-    x: Tensor,  # (B, C, H, W) float
-    views: Views,  # On the device of x
-    turned: bool,  # Whether any of them is turned or sheared
-) -> Tensor:  # (B, C, size, size)
-    """The view of each image before its colors are changed.
+class Straight(NamedTuple):
+    """Where the pixels of views that are not turned lie: columns and rows, as `grid_sample` counts them."""
 
-    An image that is not turned is sampled as if the crop had been cut out first: nothing outside of it is read. A
-    turned crop reads what lies around it, and beyond the image's border its reflection.
-    """
-    if not turned:
-        return F.grid_sample(x, _straight(views, x), mode="bilinear", padding_mode="border", align_corners=False)
-    return F.grid_sample(x, _turned(views, x), mode="bilinear", padding_mode="reflection", align_corners=False)
+    columns: Tensor  # (B, 1, 2 * size): a place across in -1..1, then 0, for each pixel of a row
+    rows: Tensor  # (B, size, 1): a place down in -1..1
 
 
-def _straight(views: Views, x: Tensor) -> Tensor:
-    """(B, size, size, 2): where the pixels of the views lie, x then y in grid_sample's -1..1."""
-    grid = x.new_empty(len(views), views.size, views.size, 2)
+def straight(views: Views, x: Tensor) -> Straight:
+    """Kept within the crop as if it had been cut out first: nothing outside of it is read."""
     top, left, height, width = views.boxes.to(x.dtype)[:, :, None].unbind(dim=1)
     across, down = _steps(views, x)
     columns = (across * width).clamp(min=0.5 - width / 2).minimum(width / 2 - 0.5) + (left + width / 2)
     rows = (down * height).clamp(min=0.5 - height / 2).minimum(height / 2 - 0.5) + (top + height / 2)
-    grid[..., 0] = (columns * (2 / x.shape[3]) - 1)[:, None, :]
-    grid[..., 1] = (rows * (2 / x.shape[2]) - 1)[:, :, None]
-    return grid
+    columns, rows = columns * (2 / x.shape[3]) - 1, rows * (2 / x.shape[2]) - 1
+    return Straight(torch.stack([columns, torch.zeros_like(columns)], -1).flatten(1)[:, None], rows[:, :, None])
+
+
+def sample_straight(
+    x: Tensor,  # (B, C, H, W) float
+    places: Straight,
+) -> Tensor:  # (B, C, size, size)
+    """The view of each image before its colors are changed, where no view is turned or sheared."""
+    size = places.rows.shape[1]
+    every_second = x.new_tensor([0.0, 1.0]).repeat(size)
+    grid = torch.addcmul(places.columns, places.rows, every_second).view(len(x), size, size, 2)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def sample_turned(
+    x: Tensor,  # (B, C, H, W) float
+    views: Views,  # On the device of x
+) -> Tensor:  # (B, C, size, size)
+    """The same where some views are. A turned crop reads what lies around it, and beyond the border its reflection."""
+    return F.grid_sample(x, _turned(views, x), mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _turned(views: Views, x: Tensor) -> Tensor:
-    """As `_straight`, with each crop turned and sheared about its center."""
+    """(B, size, size, 2): where the pixels lie, x then y in -1..1, each crop turned and sheared about its center."""
     top, left, height, width = views.boxes.to(x.dtype)[:, :, None, None].unbind(dim=1)
     across, down = _steps(views, x)
     u, v = across[:, None, :] * width, down[:, :, None] * height

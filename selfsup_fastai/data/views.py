@@ -11,16 +11,18 @@ saturation, hue in an order drawn per image), grey, blur, solarize, erase. Every
 function of the same name does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_fastai.data.colors import Jitter, column, grey, jitter_, jitter_of, solarize, stretch_
+from selfsup_fastai.data.colors import Jitter, grey, jitter_, jitter_of, solarize, stretch_
 from selfsup_fastai.data.draws import Draw, Views, draw_views
 from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.sampling import sample
+from selfsup_fastai.data.sampling import Straight, sample_straight, sample_turned, straight
 from selfsup_fastai.errors import TaskError
 
 CHUNK = 400_000
@@ -39,18 +41,33 @@ def apply_views(
     jitter = jitter_of(views, x.shape[1], dtype)
     rows = jitter.place.argsort(stable=True)  # images whose hue comes at the same place are neighbors
     views, jitter = views[rows], jitter.pick(rows)
-    drawn = _drawn(views, jitter)
+    drawn = _drawn(views, jitter, rows)
+    places = straight(views, x.new_empty(0, *x.shape[1:], dtype=dtype))
+    numbers = _Numbers(places, jitter, _kernels(views, dtype))
     out = x.new_empty(*x.shape[:2], views.size, views.size)
     for part in _chunks(out):
         of_part = {name: values[part] for name, values in drawn.items()}
-        view = _view(x[rows[part]].to(dtype), views[part], jitter.pick(part), of_part)
-        out.index_copy_(0, rows[part], view.to(x.dtype))
+        images = x.index_select(0, rows[part]).to(dtype)
+        _put(out, of_part["rows"], _view(images, partial(views.__getitem__, part), numbers.pick(part), of_part))
     return out
 
 
-def _drawn(views: Views, jitter: Jitter) -> dict[str, list[int]]:
-    """What happens to which image, in one transfer from the device."""
+class _Numbers(NamedTuple):
+    """What the usual steps need, computed for a whole batch: for the few images of a chunk small tensors take long."""
+
+    places: Straight
+    jitter: Jitter
+    kernels: Tensor  # (radius + 1, B, 1, 1, 1)
+
+    def pick(self, part: slice) -> "_Numbers":
+        places = Straight(self.places.columns[part], self.places.rows[part])
+        return _Numbers(places, self.jitter.pick(part), self.kernels[:, part])
+
+
+def _drawn(views: Views, jitter: Jitter, rows: Tensor) -> dict[str, list[int]]:
+    """Which images these are and what happens to each, in one transfer from the device."""
     flags = {
+        "rows": rows,
         "place": jitter.place,
         "turned": (views.turn != 0) | (views.shear != 0),
         "window": (views.window[:, 0] > 0) | (views.window[:, 1] < 1),
@@ -69,26 +86,35 @@ def _chunks(out: Tensor) -> Iterator[slice]:
     return (slice(i, i + n) for i in range(0, len(out), n))
 
 
-def _view(x: Tensor, views: Views, jitter: Jitter, drawn: dict[str, list[int]]) -> Tensor:
+def _view(x: Tensor, views: Callable[[], Views], numbers: _Numbers, drawn: dict[str, list[int]]) -> Tensor:
     """The view of each image; `drawn` says for each step on which images it is to be done."""
-    x = sample(x, views, any(drawn["turned"]))
+    x = sample_turned(x, views()) if any(drawn["turned"]) else sample_straight(x, numbers.places)
     if any(drawn["window"]):
-        stretch_(x, views.window)
-    jitter_(x, jitter, drawn["place"])
+        stretch_(x, views().window)
+    jitter_(x, numbers.jitter, drawn["place"])
     if x.shape[1] == 3:
-        _where_drawn(x, drawn["grey"], lambda part: grey(part).expand_as(part))
-    _where_drawn(x, drawn["blur"], _blur, views.sigma)
-    _where_drawn(x, drawn["solarize"], lambda part: solarize(part, views.threshold))
-    _where_drawn(x, drawn["erase"], _erase, views.erase)
+        _where_drawn(x, drawn["grey"], lambda part, rows: grey(part).expand_as(part))
+    _where_drawn(x, drawn["blur"], lambda part, rows: _blur(part, numbers.kernels[:, rows]))
+    _where_drawn(x, drawn["solarize"], lambda part, rows: solarize(part, views().threshold))
+    _where_drawn(x, drawn["erase"], lambda part, rows: _erase(part, views().erase[rows]))
     return x.clamp_(0, 1)
 
 
-def _where_drawn(x: Tensor, drawn: list[int], change, *values: Tensor) -> None:
-    """Replace the images where `drawn` is true by `change(images, *values)`."""
-    rows = [i for i, yes in enumerate(drawn) if yes]
-    if rows:
-        rows = torch.tensor(rows, device=x.device)
-        x.index_copy_(0, rows, change(x[rows], *(v[rows] for v in values)))
+def _where_drawn(x: Tensor, drawn: list[int], change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace the images where `drawn` is true by `change(images, rows)`."""
+    order = [i for i, yes in enumerate(drawn) if yes]
+    if order:
+        rows = torch.tensor(order, device=x.device)
+        _put(x, order, change(x.index_select(0, rows), rows))
+
+
+def _put(out: Tensor, rows: list[int], images: Tensor) -> None:
+    """Images to their rows of `out`."""
+    if out.device.type == "cpu":  # where index_copy_ takes longer
+        for row, image in zip(rows, images):
+            out[row].copy_(image)
+    else:
+        out.index_copy_(0, torch.tensor(rows, device=out.device), images.to(out.dtype))
 
 
 def random_view(
@@ -124,15 +150,21 @@ def _check_images(x: Tensor, views: Views | None = None) -> None:
         raise TaskError(f"{len(views)} views were drawn for a batch of {len(x)} images. Draw them for x.shape.")
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur, reflected at the borders; the kernel's side is a tenth of the image's, made odd (SimCLR)."""
-    radius = x.shape[-1] // 10 // 2
-    if radius == 0:
-        return x
-    steps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5 * (steps / sigma[:, None].to(x.dtype)) ** 2, dim=1)[:, radius:]  # (B, radius + 1)
-    weights = [column(weight) for weight in kernel.unbind(1)]  # of the pixel itself and its neighbors on either side
-    return _smooth(_smooth(x, weights, 3), weights, 2)
+def _kernels(views: Views, dtype: torch.dtype) -> Tensor:
+    """Gaussian weights of a pixel and its neighbors on either side, (radius + 1, B, 1, 1, 1).
+
+    The kernel's side is a tenth of the view's, made odd (SimCLR).
+    """
+    radius = views.size // 10 // 2
+    steps = torch.arange(-radius, radius + 1, device=views.sigma.device, dtype=dtype)
+    sigma = views.sigma.to(dtype)[:, None].clamp(min=1e-6)  # those with 0 are not blurred
+    return torch.softmax(-0.5 * (steps / sigma) ** 2, dim=1)[:, radius:].T.contiguous()[..., None, None, None]
+
+
+def _blur(x: Tensor, kernels: Tensor) -> Tensor:
+    """Gaussian blur, reflected at the borders."""
+    weights = list(kernels)
+    return x if len(weights) == 1 else _smooth(_smooth(x, weights, 3), weights, 2)
 
 
 def _smooth(x: Tensor, weights: list[Tensor], dim: int) -> Tensor:
