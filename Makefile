@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export NO_ALBUMENTATIONS_UPDATE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup demo test test-slow check format docs bench-cifar clean
+.PHONY: help setup demo test test-slow check format docs bench-cifar bench-data clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,10 @@ docs: setup  ## the pages and tables that are generated from the code
 
 bench-cifar: setup  ## the figures of docs/benchmarks.md (long; needs the CIFAR-10 folder)
 	$(BIN)/python bench/cifar10.py
+
+bench-data: setup  ## batches, views, cache and imports beside other libraries (about ten minutes; installs them)
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python bench/data.py
 
 clean:  ## remove what the commands above made
 	rm -rf $(VENV) demo runs build dist *.egg-info .pytest_cache .ruff_cache
