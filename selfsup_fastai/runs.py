@@ -104,17 +104,18 @@ def finetune(
     check_out(out, folder, overwrite)
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
-    table, report = labeled_files(folder, valid_pct, seed)
+    side = size or (128 if fresh else source.size) or 128
+    table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb)
     n_valid = table["is_valid"].sum()
     counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
     say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
-    n_in, side = (int(table["channels"].max()), 128) if fresh else (source.in_chans, source.size or 128)
+    n_in = int(table["channels"].max()) if fresh else source.in_chans
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
-    dls = labeled_loaders(table, n_in, size or side, bs, workers, cache, max_gb)
+    dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
     args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
-    out = _run_folder(out, learn, report, {**args, "size": size or side, "classes": len(dls.vocab)})
+    out = _run_folder(out, learn, report, {**args, "size": side, "classes": len(dls.vocab)})
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with _finished(learn, out, 1 / len(dls.vocab)):

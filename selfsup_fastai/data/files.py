@@ -118,6 +118,7 @@ def check_files(
     n_workers: int | None = None,  # Child processes; None: one per CPU, at most 8, fewer for few files
     timeout: float = 20.0,  # Seconds that one file may take
     keeper: Keeper | None = None,  # Gets what is decoded, and spares files that it knows
+    min_side: int = 128,  # Side that is needed later: large JPEGs are tried at a reduced scale above it
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Decode every file once, in child processes with limits: (what can be used, what cannot and why).
 
@@ -133,7 +134,8 @@ def check_files(
     found = [keeper.known(i) if keeper else None for i in range(len(files))]
     new = [i for i, facts in enumerate(found) if facts is None]
     if new:
-        _check_all(files, new, found, n_workers or _default_workers(len(new)), timeout, keeper)
+        crew = _Crew([(i, files[i]) for i in new], n_workers or _default_workers(len(new)), timeout, keeper, min_side)
+        _check_all(files, found, crew, keeper)
     good = [i for i, facts in enumerate(found) if "code" not in facts]
     ok = {"file": [files[i] for i in good]} | {name: [found[i][name] for i in good] for name in OK_COLUMNS[1:]}
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
@@ -157,15 +159,13 @@ def _default_workers(n_files: int) -> int:
     return max(1, min(8, usable, n_files // _FILES_PER_WORKER))
 
 
-def _check_all(
-    files: list[Path], new: list[int], found: list[Facts | None], n_workers: int, timeout: float, keeper: Keeper | None
-) -> None:
-    """Fills in what is found of the files with the numbers `new`."""
+def _check_all(files: list[Path], found: list[Facts | None], crew: "_Crew", keeper: Keeper | None) -> None:
+    """Fills in what is found of the files that the crew is to try."""
     notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
     what = "Checking images" if keeper is None else "Decoding images"
-    bar = tqdm(total=len(new), desc=what, unit="file", delay=1, disable=False if notebook else None)
-    with bar, _Crew([(i, files[i]) for i in new], n_workers, timeout, keeper) as crew:
-        for _ in new:
+    bar = tqdm(total=crew.n_jobs, desc=what, unit="file", delay=1, disable=False if notebook else None)
+    with bar, crew:
+        for _ in range(crew.n_jobs):
             i, found[i], array = crew.result()
             if keeper:
                 keeper.keep(i, found[i], array)
@@ -175,8 +175,10 @@ def _check_all(
 class _Crew:
     """Threads that take file after file to a child process each; leaving the block ends them all, whatever they do."""
 
-    def __init__(self, jobs: list[tuple[int, Path]], n_workers: int, timeout: float, keeper: Keeper | None):
-        self.keeper = keeper
+    def __init__(
+        self, jobs: list[tuple[int, Path]], n_workers: int, timeout: float, keeper: Keeper | None, min_side: int
+    ):
+        self.keeper, self.min_side, self.n_jobs = keeper, min_side, len(jobs)
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.done: queue.Queue = queue.Queue(maxsize=64)  # pixels wait here: no more than are soon taken
         for job in jobs:
@@ -221,7 +223,7 @@ class _Crew:
     def _check(self, child: "_Child", file: Path) -> tuple[Facts, np.ndarray | None]:
         size, n_in = (self.keeper.size, self.keeper.n_in) if self.keeper else (None, None)
         try:
-            return child.check(file, size, n_in)
+            return child.check(file, {"size": size, "n_in": n_in, "min_side": self.min_side})
         except _NoChild:
             return ({}, None) if child.ended else self._check_here(file, size, n_in)
 
@@ -231,7 +233,7 @@ class _Crew:
                 self.said = True
                 say("Child processes cannot be started here: files are checked in this process, without a time limit.")
             try:
-                return decode(file, size, n_in) if size else (describe(file), None)
+                return decode(file, size, n_in) if size else (describe(file, self.min_side), None)
             except BadImage as err:
                 return {"code": err.code, "message": str(err)}, None
 
@@ -253,9 +255,9 @@ class _Child:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.changing = threading.Lock()  # so that no process starts after `end`
 
-    def check(self, file: Path, size=None, n_in=None) -> tuple[Facts, np.ndarray | None]:
+    def check(self, file: Path, asked: dict) -> tuple[Facts, np.ndarray | None]:
         """What the process says of a file. Raises `_NoChild` where no process can be started."""
-        request = json.dumps({"path": os.path.abspath(file), "size": size, "n_in": n_in}).encode() + b"\n"
+        request = json.dumps({"path": os.path.abspath(file), **asked}).encode() + b"\n"
         facts, pixels = self._ask(request)
         if facts.get("code") == "crashed":  # again in a fresh process: it may not have been this file's doing
             facts, pixels = self._ask(request)

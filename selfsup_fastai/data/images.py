@@ -19,9 +19,8 @@ from selfsup_fastai.data.albumentations import wrap_albumentations
 from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
 from selfsup_fastai.data.crops import crops, picture
 from selfsup_fastai.data.files import Keeper, check_files, find_files, summary
-from selfsup_fastai.data.keeping import Keeping, keeping
+from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
-from selfsup_fastai.data.pixelstore import PixelStore, available_memory
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
@@ -88,7 +87,7 @@ class UnlabeledDataLoaders(DataLoaders):
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
         files = list(files)
         with _keeping(files, **kwargs) as kept:
-            ok, report = usable_files(files, kept)
+            ok, report = usable_files(files, kept, max(_as_size(kwargs.get("size", 128)) or (128,)))
             if kept:
                 kept.fill(ok.index)  # what changed while it was read
             return cls._from_items(list(ok["file"]), ok, report, kept, **kwargs)
@@ -119,13 +118,16 @@ class UnlabeledDataLoaders(DataLoaders):
         array: np.ndarray,  # (N, H, W), (N, H, W, 1) or (N, H, W, 3) of uint8, as .npz data sets hold
         **kwargs,  # As in `from_folder`
     ) -> "UnlabeledDataLoaders":
-        """Loaders over the images of an array, which is not copied."""
+        """Loaders over the images of an array. Change it afterwards, and they may see the change or not.
+
+        What is in memory only is not written to disk: `cache=True` keeps the resized images in memory, too.
+        """
         _check_settings(**kwargs)
         _check_array(array)
         height, width = array.shape[1:3]
         grey = array.shape[3:] != (3,) or all((image == image[..., :1]).all() for image in array)
         facts = {"width": width, "height": height, "channels": 1 if grey else 3}
-        return cls._from_safe(list(array), pd.DataFrame({"item": range(len(array)), **facts}), **kwargs)
+        return cls._in_memory(list(array), pd.DataFrame({"item": range(len(array)), **facts}), **kwargs)
 
     @classmethod
     def from_single_image(
@@ -149,7 +151,8 @@ class UnlabeledDataLoaders(DataLoaders):
         info = pd.DataFrame(
             {"item": range(n), "width": side, "height": side, "channels": 3 if image.mode == "RGB" else 1}
         )
-        return cls._from_safe(crops(image, n, seed, side), info, seed=seed, **kwargs)
+        make = cls._in_memory if isinstance(path, Image.Image) else cls._from_safe
+        return make(crops(image, n, seed, side), info, seed=seed, **kwargs)
 
     @classmethod
     def _from_safe(cls, items: list, info: pd.DataFrame, **kwargs) -> "UnlabeledDataLoaders":
@@ -158,6 +161,11 @@ class UnlabeledDataLoaders(DataLoaders):
             if kept:
                 kept.fill(info.index)
             return cls._from_items(items, info, None, kept, **kwargs)
+
+    @classmethod
+    def _in_memory(cls, items: list, info: pd.DataFrame, cache=True, **kwargs) -> "UnlabeledDataLoaders":
+        """Of images that lie in no file, and are not to lie in one."""
+        return cls._from_safe(items, info, cache="ram" if cache is True else cache, **kwargs)
 
     @classmethod
     def _from_items(
@@ -184,7 +192,7 @@ class UnlabeledDataLoaders(DataLoaders):
         train, valid = split(len(items), valid_pct, seed)
         pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
         device = torch.device(device or default_device())
-        store = _store(kept, info.index, n_in, device if cache == "device" else None)
+        store = stored(kept, info.index, n_in, device if cache == "device" else None)
         with preserved_rng():  # fastai tries one item, with the user's random transforms
             loaders = Datasets(items, tfms=[[_opener(info, n_in, size, item_tfms)]], splits=(train, valid)).dataloaders(
                 dl_type=IndexedDL,
@@ -206,12 +214,16 @@ class UnlabeledDataLoaders(DataLoaders):
         return dls
 
 
-def usable_files(files: Iterable[str | os.PathLike], keeper: Keeper | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def usable_files(
+    files: Iterable[str | os.PathLike],
+    keeper: Keeper | None = None,  # As for `check_files`
+    min_side: int = 128,  # As for `check_files`
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Files that can be decoded, with sizes and so on, and the report on the others, of which one line is said.
 
-    The index of the first frame is the number of the file in `files`. `keeper` as for `check_files`.
+    The index of the first frame is the number of the file in `files`.
     """
-    ok, report = check_files(files, keeper=keeper)
+    ok, report = check_files(files, keeper=keeper, min_side=min_side)
     thin = ok[["width", "height"]].min(axis=1) < 2
     if thin.any():
         left_out = pd.DataFrame({"file": ok["file"][thin], "code": "too_small", "message": REASONS["too_small"]})
@@ -259,22 +271,6 @@ def _keeping(items: list, size=128, n_in=None, item_tfms=None, cache=True, max_g
     return keeping(cache and size is not None and cache, items, _as_size(size), 1 if n_in == 1 else None, max_gb)
 
 
-def _store(kept: Keeping | None, numbers: Iterable[int], n_in: int, device: torch.device | None) -> PixelStore | None:
-    """The pixels that were kept, on `device` if one is given and has the room."""
-    store = kept.store(list(numbers), n_in) if kept else None
-    if store is None or device is None:
-        return store
-    if device.type == "cpu":
-        say("cache='device' is for GPUs: on this CPU pixels are read from the cache on disk.")
-        return store
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // 2
-    if store.nbytes > free // 2:
-        sizes = f"{store.nbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the device"
-        say(f"The pixels would take {sizes}: they stay on disk.")
-        return store
-    return store.on_device(device)
-
-
 def _check_settings(
     size=128,
     bs=64,
@@ -304,10 +300,7 @@ def _check_settings(
         raise DataError(f"n_in is 1 (grey), 3 (color) or None (as the images are); got {n_in!r}.")
     if num_workers is not None and not _is_count(num_workers, 0):
         raise DataError(f"num_workers is the number of processes, 0 for none, or None; got {num_workers!r}.")
-    if not isinstance(cache, bool) and cache not in ("ram", "device"):
-        raise DataError(f"cache is True (on disk), 'ram', 'device' (on the GPU) or False; got {cache!r}.")
-    if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not max_gb > 0:
-        raise DataError(f"max_gb is the size of the cache on disk in GB, above 0; got {max_gb!r}.")
+    check_cache(cache, max_gb)
 
 
 def _check_array(array: object) -> None:

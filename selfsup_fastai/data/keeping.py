@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import torch
 from fastcore.parallel import num_cpus
 from filelock import FileLock, Timeout
 from PIL import features
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from selfsup_fastai.data.cache import CacheUnusable, PixelCache
 from selfsup_fastai.data.opening import BadImage, Facts, decode
 from selfsup_fastai.data.pixelstore import PLACE, PixelStore, available_memory, padded
+from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 
 DECODER = 1
@@ -355,6 +357,34 @@ def keeping(
             say(f"Pixels are not kept: {why}. Images are decoded anew in every epoch.")
             kept = None
         yield kept
+
+
+def stored(
+    kept: Keeping | None,
+    numbers: Sequence[int],  # Of the items, in the order of the dataset
+    n_in: int,  # Channels of a batch
+    device: torch.device | None = None,  # Where all pixels are to lie, if there is room; None: where they were kept
+) -> PixelStore | None:
+    """The pixels that were kept, as loaders use them; None where there are none."""
+    store = kept.store(list(numbers), n_in) if kept else None
+    if store is None or device is None:
+        return store
+    if device.type == "cpu":
+        say("cache='device' is for GPUs: on this CPU pixels are read from the cache on disk.")
+        return store
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory() // 2
+    if store.nbytes > free // 2:
+        say(f"The pixels would take {_gb(store.nbytes)}, and {_gb(free)} are free on the device: they stay on disk.")
+        return store
+    return store.on_device(device)
+
+
+def check_cache(cache: object, max_gb: object) -> None:
+    """Raises `DataError` for arguments that make no sense."""
+    if not isinstance(cache, bool) and cache not in ("ram", "device"):
+        raise DataError(f"cache is True (on disk), 'ram', 'device' (on the GPU) or False; got {cache!r}.")
+    if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not max_gb > 0:
+        raise DataError(f"max_gb is the size of the cache on disk in GB, above 0; got {max_gb!r}.")
 
 
 def _settings(size: tuple[int, int], n_in: int | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from fastcore.foundation import L
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
 from selfsup_fastai.data.images import split, usable_files
-from selfsup_fastai.data.keeping import keeping
+from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
 from selfsup_fastai.errors import DataError
@@ -30,14 +30,20 @@ def labeled_files(
     folder: str | Path,  # A folder of images for each class; or train/ and valid/ (val/, test/) with such folders
     valid_pct: float = 0.2,  # Share of each class to validate with, at least one image; without train/ and valid/
     seed: int = 42,  # Of that choice
+    size: int | None = None,  # Side of the images later; None: not known yet, and no pixels are kept
+    cache: bool | str = True,  # Where they are kept, as in `UnlabeledDataLoaders`
+    max_gb: float = 20.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table (file, label, is_valid, channels, pixels) and the report on the files that are left out.
 
     Folders within a class's folder belong to the class; images outside of all classes are left out. Raises `DataError`
     unless there are two classes or more, each with an image to train with.
     """
+    check_cache(cache, max_gb)
     root = Path(folder)
-    ok, report = usable_files(find_files(root))
+    found = find_files(root)
+    with keeping(size is not None and cache in (True, "device"), found, (size, size), None, max_gb) as kept:
+        ok, report = usable_files(found, kept, size or 128)
     files, parts = list(ok["file"]), _parts(root)
     if parts:
         tables = [class_table([f for f in files if root / part in f.parents], root / part) for part in parts]
@@ -56,7 +62,7 @@ def labeled_files(
 
 
 def labeled_loaders(
-    table: pd.DataFrame,  # Columns file, label, is_valid
+    table: pd.DataFrame,  # Columns file, label, is_valid; and channels, if `labeled_files` made it
     n_in: int,  # Channels to open the files with
     size: int,  # Side of the images in pixels
     bs: int,
@@ -64,12 +70,16 @@ def labeled_loaders(
     cache: bool | str = True,  # As in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
 ) -> DataLoaders:
-    """Labeled loaders over the files of a table; classes in sorted order. Raises `DataError` for unreadable files."""
+    """Labeled loaders over the files of a table; classes in sorted order.
+
+    Where pixels are kept, raises `DataError` for files that cannot be read.
+    """
+    check_cache(cache, max_gb)
     files, valid = list(table["file"]), table["is_valid"].to_numpy(bool)
     splits = [np.flatnonzero(part).tolist() for part in (~valid, valid)]
     images = TfmdLists(files, OpenCovered(n_in, (size, size)), splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
-    store = _stored(files, n_in, size, cache, max_gb)
+    store = _store(table, n_in, size, cache, max_gb)
     return Datasets(tls=L(images, labels)).dataloaders(
         dl_type=IndexedDL,
         bs=bs,
@@ -81,15 +91,17 @@ def labeled_loaders(
     )
 
 
-def _stored(files: list[Path], n_in: int, size: int, cache: bool | str, max_gb: float) -> PixelStore | None:
-    with keeping(cache, files, (size, size), 1 if n_in == 1 else None, max_gb) as kept:
+def _store(table: pd.DataFrame, n_in: int, size: int, cache: bool | str, max_gb: float) -> PixelStore | None:
+    files = list(table["file"])
+    all_grey = "channels" in table and table["channels"].max() == 1  # then they were kept as they are
+    with keeping(cache, files, (size, size), 1 if n_in == 1 and not all_grey else None, max_gb) as kept:
         if kept is None:
             return None
-        report = check_files(files, keeper=kept)[1]
+        report = check_files(files, keeper=kept, min_side=size)[1]
         if len(report):
             codes = ", ".join(f"{n} {code}" for code, n in report["code"].value_counts().items())
             raise DataError(f"Labeled images that cannot be read: {codes}. `labeled_files` leaves such out.")
-        return kept.store(range(len(files)), n_in)
+        return stored(kept, range(len(files)), n_in, default_device() if cache == "device" else None)
 
 
 def _parts(root: Path) -> list[str]:

@@ -1,17 +1,20 @@
 """Loaders: items seeded one by one, the index along where it is needed, and new loaders derived from given ones."""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import copy
 from inspect import signature
+from typing import TypeVar
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader, fa_collate
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorBase, TensorImage, to_device
+from fastai.torch_core import TensorBase, TensorImage
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
 from fastcore.basics import chunked
@@ -26,9 +29,15 @@ from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seeded_item
 
+T = TypeVar("T")
+
 
 class TensorIndex(TensorBase):
     """The place of each image in its dataset, (B,) int64."""
+
+
+_PER_ITEM = ("create_item", "do_item", "create_batch", "do_batch", "retain")
+"""What a user may replace in a loader to change how batches are made of items."""
 
 
 class IndexedDL(TfmdDL):
@@ -43,6 +52,8 @@ class IndexedDL(TfmdDL):
     def __init__(self, dataset, *args, store: PixelStore | None = None, rows: Iterable[int] | None = None, **kwargs):
         self.store = store  # Pixels of the images, or None
         self.rows = None if rows is None else np.asarray(rows)  # Where in `store` each image of `dataset` is
+        images = None if store is None else _images_of(dataset)
+        self.stored = list(images.items) if images else []  # Which they are: datasets can be changed in place
         super().__init__(dataset, *args, **kwargs)
         self.slow_workers = self.fake_l.num_workers
 
@@ -55,7 +66,10 @@ class IndexedDL(TfmdDL):
     @property
     def is_fast(self) -> bool:
         """Whether batches are gathered from the store."""
-        return self.store is not None and not self.prebatched and self._window is not None
+        if self.store is None or self.prebatched or self._window is None:
+            return False
+        own = all(getattr(getattr(self, name), "__func__", None) is getattr(IndexedDL, name) for name in _PER_ITEM)
+        return own and torch.utils.data.get_worker_info() is None  # a worker process must not touch the GPU
 
     @property
     def _window(self) -> tuple[int, int] | None:
@@ -77,10 +91,11 @@ class IndexedDL(TfmdDL):
     def _has_items_of(self, dataset) -> bool:
         if self.store is None or dataset is None or dataset is self.dataset:
             return self.store is not None
-        mine, others = _images_of(self.dataset), _images_of(dataset)
-        if not mine or not others or len(mine) != len(others):
-            return False
-        return all(a is b for a, b in zip(mine.items, others.items))
+        others = _images_of(dataset)
+        return others is not None and len(others) == len(self.stored) and self._unchanged(others, range(len(others)))
+
+    def _unchanged(self, images: TfmdLists, samps: Iterable[int]) -> bool:
+        return all(images.items[s] is self.stored[s] for s in samps)
 
     def _store_for(self, dataset) -> PixelStore | None:
         images = _images_of(self.dataset if dataset is None else dataset)
@@ -90,7 +105,7 @@ class IndexedDL(TfmdDL):
         return self.store.with_channels(n_in) if n_in else None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "store": None}  # pixels do not travel
+        return {**self.__dict__, "store": None, "stored": []}  # pixels do not travel
 
     def before_iter(self):
         super().before_iter()
@@ -111,18 +126,22 @@ class IndexedDL(TfmdDL):
     def create_batches(self, samps):
         if not self.is_fast:
             yield from super().create_batches(samps)
-        elif self.device is None or self.device.type != "cuda":
-            yield from map(self._gathered, chunked(samps, self.bs, self.drop_last))
-        else:
-            yield from _one_ahead(map(self._sent, map(self._gathered, chunked(samps, self.bs, self.drop_last))))
+            return
+        pixels = ((samps, self._pixels(samps)) for samps in chunked((s or 0 for s in samps), self.bs, self.drop_last))
+        for samps, x in _ahead(pixels) if self._pins else pixels:
+            yield self.do_batch(list(map(self.do_item, samps))) if x is None else self._batch(samps, x)
 
-    def _gathered(self, samps: Iterable[int]) -> tuple:
-        """A batch as `do_batch` would make it of the same items."""
-        samps, size = [s or 0 for s in samps], self._window
-        rows = self.rows[samps]
+    def _pixels(self, samps: list[int]) -> torch.Tensor | None:
+        """The images of a batch, on their way to a GPU; None if others have taken their places in the dataset."""
+        if not self._unchanged(_images_of(self.dataset), samps):
+            return None
+        rows, size = self.rows[samps], self._window
         x = self.store.gather(rows, self._corners(samps, rows, size), size, pin=self._pins)
-        if self.store.deep:
-            x = deep_to_255(x.to(self.device, non_blocking=True) if self._pins else x)
+        x = x.to(self.device, non_blocking=True) if self._pins else x
+        return deep_to_255(x) if self.store.deep else x
+
+    def _batch(self, samps: list[int], x: torch.Tensor) -> tuple:
+        """A batch as `do_batch` would make it of the same items."""
         batch = ((TensorImage if self.store.n_in == 3 else TensorGrey)(x),)
         if isinstance(self.dataset, Datasets) and len(self.dataset.tls) > 1:
             batch += self._labels(samps)
@@ -139,9 +158,6 @@ class IndexedDL(TfmdDL):
     def _pins(self) -> bool:
         return self.device is not None and self.device.type == "cuda"
 
-    def _sent(self, batch: tuple) -> tuple:
-        return to_device(batch, self.device, non_blocking=True)
-
     def _corners(self, samps: list[int], rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """(B, 2) top and left of the windows: those that `Cover` would draw."""
         left_over = self.store.shapes(rows) - size
@@ -154,13 +170,13 @@ class IndexedDL(TfmdDL):
         return corners
 
 
-def _one_ahead(batches: Iterator) -> Iterator:
-    """The same batches, each made while the one before it is in use."""
-    waiting = next(batches, None)
-    while waiting is not None:
-        following = next(batches, None)
-        yield waiting
-        waiting = following
+def _ahead(batches: Iterator[T], n: int = 2) -> Iterator[T]:
+    """The same, up to `n` of them made in a thread while others are in use: fastai waits for the GPU at every step."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, batches, None) for _ in range(n))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, batches, None))
+            yield batch
 
 
 def fit_batch_size(bs: int, n_train: int) -> int:

@@ -79,7 +79,10 @@ def open_image(
     return _reported(lambda: _open(source, n_in, min_side))
 
 
-def describe(source: Source) -> Facts:
+def describe(
+    source: Source,  # As for `open_image`
+    min_side: int = 128,  # Of a JPEG that is decoded at a reduced scale, as in `open_image`
+) -> Facts:
     """Decode all of an image and say what it is.
 
     width, height: in pixels, after orientation. mode, format: as PIL names them (format is None for an array).
@@ -89,7 +92,7 @@ def describe(source: Source) -> Facts:
 
     Raises `BadImage` or `DataError`, as `open_image` does.
     """
-    return _reported(lambda: _described(source, 128, lambda *_: None)[0])
+    return _reported(lambda: _described(source, min_side, lambda *_: None)[0])
 
 
 def decode(
@@ -260,7 +263,7 @@ def _answer(request: bytes) -> tuple[dict[str, object], bytes]:
     asked = json.loads(request)
     try:
         if asked["size"] is None:
-            return describe(asked["path"]), b""
+            return describe(asked["path"], asked.get("min_side", 128)), b""
         facts, array = decode(asked["path"], tuple(asked["size"]), asked["n_in"])
     except BadImage as err:
         return {"code": err.code, "message": str(err)}, b""
@@ -280,9 +283,11 @@ def _limit_resources() -> None:
 
 
 def main() -> None:
-    """Answer JSON lines {"path", "size", "n_in"} on stdin with JSON lines on stdout: `describe`'s facts, or code and
-    message. Where size is not null, facts have `stored`: channels, height, width and bytes a value of what `decode`
-    keeps, and that follows the line. The first line, {"ready": true}, says that the process has started.
+    """Answer JSON lines {"path", "size", "n_in", "min_side"} on stdin with JSON lines on stdout.
+
+    These are `describe`'s facts, or code and message. Where size is not null, facts have `stored`: channels, height,
+    width and bytes a value of what `decode` keeps, and that follows the line. The first line, {"ready": true}, says
+    that the process has started.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     answers = os.fdopen(os.dup(1), "wb")
