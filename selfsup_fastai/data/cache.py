@@ -11,6 +11,7 @@ that are gone are dropped when their turn comes: the least recently used build f
 Images enter the index only after their pixels are on the disk: a run that is killed leaves nothing half done.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -97,7 +98,11 @@ class PixelCache:
             with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(secrets.token_bytes(_SECRET_BYTES))
             os.link(fresh, secret)
-        except (PermissionError, NotImplementedError, AttributeError):  # a file system without links
+        except FileExistsError:
+            raise
+        except (OSError, NotImplementedError, AttributeError) as error:  # a file system without links, or a full one
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             if not secret.exists():
                 os.replace(fresh, secret)
         finally:
@@ -107,13 +112,25 @@ class PixelCache:
         self.writable = os.access(self.folder, os.W_OK)
         path = self.folder / "index.sqlite"
         if not self.writable:
-            return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+            return self._read_only(path)
         try:
             return self._connected(path)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked, or a disk error: not the contents
                 raise
         return self._emptied(path)
+
+    def _read_only(self, path: Path) -> sqlite3.Connection:
+        """Others may be writing, so it is read with locks, unless the file system allows none."""
+        for how in ("mode=ro", "mode=ro&immutable=1"):
+            db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None)
+            try:
+                db.execute("SELECT name FROM builds LIMIT 1").fetchone()
+                return db
+            except sqlite3.OperationalError as error:
+                db.close()
+                reason = error
+        raise reason
 
     def renew(self) -> None:
         """Throw away a damaged index, and all pixels with it: nobody knows any more whose they are."""
@@ -133,7 +150,8 @@ class PixelCache:
         try:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT):
-                raise sqlite3.DatabaseError("another format")
+                fix = "name another folder in $SELFSUP_CACHE, or delete this one"
+                raise CacheUnusable(f"the cache folder was made by another version of selfsup_fastai: {fix}")
             db.executescript(_TABLES)
             if version == 0:  # else nothing is written: the disk may be full
                 db.execute(f"PRAGMA user_version = {FORMAT}")
@@ -260,22 +278,35 @@ class PixelCache:
         return sum(self.size(file.stem) for file in (self.folder / "pixels").glob("*.pixels"))
 
     def make_room(self, n_bytes: int, max_bytes: int, keep: Iterable[str]) -> bool:
-        """Drop builds, the least recently used first, until `n_bytes` more fit; whether they do. `keep` stay."""
+        """Drop builds, the least recently used first, until `n_bytes` more fit; whether they do. `keep` stay.
+
+        Nothing is dropped where it would not be enough.
+        """
         keep = set(keep)
         old = [b for (b,) in self.db.execute("SELECT name FROM builds ORDER BY used") if b not in keep]
-        while self.total() + n_bytes > max_bytes or self.free() < n_bytes:
-            if not old:
-                return False
-            self.drop(old.pop(0))
-        return True
+        missing = max(self.total() + n_bytes - max_bytes, n_bytes - self.free())
+        if missing > sum(map(self.size, old)):
+            return False
+        for build in old:
+            if missing <= 0:
+                break
+            size = self.size(build)
+            missing -= size if self.drop(build) else 0
+        return missing <= 0
 
-    def drop(self, build: str) -> None:
-        """Remove a build. Runs that use it go on: they hold its file open."""
-        with suppress(OSError):  # Windows keeps files that are in use
-            self.pixels_of(build).unlink()  # first: on a full disk the index cannot be written to before
+    def drop(self, build: str) -> bool:
+        """Remove a build; whether that was possible. Runs that use it go on, as they hold its file open.
+
+        Windows removes no file that is in use: the build stays.
+        """
+        try:
+            self.pixels_of(build).unlink(missing_ok=True)  # first: a full disk may hold no change of the index
+        except OSError:
+            return False
         with self._transaction():
             self.db.execute("DELETE FROM images WHERE build = ?", (build,))
             self.db.execute("DELETE FROM builds WHERE name = ?", (build,))
+        return True
 
     def table(self) -> pd.DataFrame:
         """A row a build: what was decoded, images, GB, when it was made and last used."""
@@ -290,17 +321,26 @@ class PixelCache:
     def clear(self, builds: Iterable[str] | None = None) -> int:
         """Remove the builds named, or everything that is known; the bytes that were freed."""
         before, known = self.total(), [b for (b,) in self.db.execute("SELECT name FROM builds")]
-        for build in known if builds is None else builds:
-            if build not in known:
-                raise unknown("build in the cache", build, known)
+        builds, everything = list(known if builds is None else builds), builds is None
+        for build in set(builds) - set(known):
+            raise unknown("build in the cache", build, known)
+        for build in builds:
             self.drop(build)
-        if builds is None:
+        if everything:
             with self._transaction():
                 self.db.execute("DELETE FROM files")
-            for file in (self.folder / "pixels").glob("*.pixels"):
-                file.unlink(missing_ok=True)
-            self.db.execute("VACUUM")
+                self.db.execute("DELETE FROM images WHERE build NOT IN (SELECT name FROM builds)")
+            self._remove_strays(set(known))
+            with suppress(sqlite3.OperationalError):  # busy, or the disk is full: only the index stays larger
+                self.db.execute("VACUUM")
         return before - self.total()
+
+    def _remove_strays(self, known: set[str]) -> None:
+        """Pixels that the index does not know."""
+        for file in (self.folder / "pixels").glob("*.pixels"):
+            if file.stem not in known:
+                with suppress(OSError):
+                    file.unlink()
 
 
 def _date(seconds: float) -> str:

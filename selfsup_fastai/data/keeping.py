@@ -208,7 +208,8 @@ class OnDisk(Keeping):
     def _look(self) -> None:
         keys = [key for key in self.keys if key]
         try:
-            self.facts, self.places = self.cache.facts(keys), self.cache.places(self.settings, keys)
+            facts_keys = [self._facts_key(i) for i, key in enumerate(self.keys) if key]
+            self.facts, self.places = self.cache.facts(facts_keys), self.cache.places(self.settings, keys)
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
             if not (self.cache.writable and _is_damage(error)):
                 raise CacheUnusable(f"the index of the cache cannot be read ({error})") from None
@@ -224,27 +225,34 @@ class OnDisk(Keeping):
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            say("Another process is decoding these images: waiting for it.")
+            say("Another process is decoding these images: waiting for it (cache='ram' does not wait).")
             self.lock.acquire(poll_interval=0.2)
         except (OSError, NotImplementedError):  # no locks on this file system: at worst both do the work
             self.lock = None
 
     def known(self, number):
-        facts = self.facts.get(self.keys[number])
+        facts = self.facts.get(self._facts_key(number))
         if not facts:
             return None
         failed = "code" in facts and facts.get("decoders") == _DECODERS  # another decoder may be able to read it
         return facts if failed or self.has(number) else None
 
+    def _facts_key(self, number: int) -> bytes | None:
+        """Facts depend on the scale at which an image is decoded: noise in the colors is gone at a small one."""
+        key = self.keys[number]
+        return key and key + max(self.windows).to_bytes(4, "big")
+
     def has(self, number):
         return self.keys[number] in self.places or self.keys[number] in self.new_places
 
     def keep(self, number, facts, array):
-        key, item = self.keys[number], self.items[number]
-        if key is None or key != self.cache.key(item):
+        key, is_file = self.keys[number], isinstance(self.items[number], (str, os.PathLike))
+        if key is None or (is_file and key != self.cache.key(self.items[number])):
             return  # it changed while it was read: nobody knows which contents these are
-        if isinstance(item, (str, os.PathLike)) and facts.get("code") not in _FLEETING:
-            self.new_facts[key] = {**facts, "decoders": _DECODERS} if "code" in facts else facts
+        if "code" in facts:
+            self.n_new -= 1  # nothing to make room for
+        if is_file and facts.get("code") not in _FLEETING:
+            self.new_facts[self._facts_key(number)] = {**facts, "decoders": _DECODERS} if "code" in facts else facts
         if self.has(number):  # by a run that was killed before the facts were written; or a file that is given twice
             return
         if array is not None and not self.cache.writable:
@@ -253,7 +261,7 @@ class OnDisk(Keeping):
 
     def fill(self, numbers):
         for number in numbers:  # what changed while it was read has a new name
-            if not self.has(number):
+            if not self.has(number) and isinstance(self.items[number], (str, os.PathLike)):
                 self.keys[number] = self.cache.key(self.items[number]) or self.keys[number]
         super().fill(numbers)
 
@@ -425,7 +433,8 @@ def _in_words(error: OSError | sqlite3.Error) -> str:
 
 def _is_damage(error: Exception) -> bool:
     """Whether an index is broken, and not just busy, or out of reach."""
-    return not isinstance(error, (OSError, sqlite3.OperationalError)) or "decode" in str(error)
+    decoding = isinstance(error, sqlite3.OperationalError) and "decode" in str(error)  # a text that is none
+    return type(error) is sqlite3.DatabaseError or isinstance(error, (ValueError, TypeError)) or decoding
 
 
 def _gb(n_bytes: float) -> str:

@@ -42,17 +42,22 @@ class PixelFile:
 
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fill `into` (bytes) from `offset` on."""
+        done = 0
+        while done < len(into):  # a network file system may hand out less at a time
+            n = self._read(offset + done, into[done:])
+            if n == 0:
+                fix = "Make the loaders anew, and images are decoded again."
+                raise DataError(f"The pixel cache ends too early: it was changed while it was in use. {fix}")
+            done += n
+
+    def _read(self, offset: int, into: memoryview) -> int:
         if hasattr(os, "preadv"):
-            n = os.preadv(self.file, [into], offset)
-        else:  # Windows
-            with self.lock:
-                os.lseek(self.file, offset, os.SEEK_SET)
-                data = os.read(self.file, len(into))
-            n = len(data)
-            into[:n] = data
-        if n != len(into):
-            fix = "Make the loaders anew, and images are decoded again."
-            raise DataError(f"The pixel cache ends too early: it was changed while it was in use. {fix}")
+            return os.preadv(self.file, [into], offset)
+        with self.lock:  # Windows
+            os.lseek(self.file, offset, os.SEEK_SET)
+            data = os.read(self.file, len(into))
+        into[: len(data)] = data
+        return len(data)
 
 
 class PixelStore:

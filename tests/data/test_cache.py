@@ -1,10 +1,12 @@
 """The cache folder: names, what is found again, what gives way, and who may look into it."""
 
+import errno
 import os
 import sqlite3
 import stat
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,7 +78,7 @@ def test_names_mean_nothing_in_another_cache(cache, tmp_path):
         assert other.key(array) != cache.key(array) == same.key(array)
 
 
-def test_processes_that_start_at_once_agree_on_the_secret(tmp_path):
+def test_those_that_start_at_once_agree_on_the_secret(tmp_path):
     found, barrier = [], threading.Barrier(8)
 
     def start():
@@ -263,12 +265,58 @@ def test_an_index_that_is_none_is_made_anew_with_its_journal_and_pixels(tmp_path
     assert capsys.readouterr().err.count("The index of the pixel cache was damaged") == 1
 
 
-def test_an_index_of_another_format_is_not_misread(tmp_path):
+def test_the_cache_of_another_version_is_left_alone(tmp_path):
     with PixelCache(tmp_path) as cache:
         add(cache, keys("a"))
         cache.db.execute("PRAGMA user_version = 99")
+    with pytest.raises(CacheUnusable, match=r"made by another version .* name another folder in \$SELFSUP_CACHE"):
+        PixelCache(tmp_path)
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM images").fetchone() == (1,)
+    assert len(list(tmp_path.glob("pixels/*"))) == 1
+
+
+def test_what_cannot_be_removed_stays_and_costs_nothing_else(cache, monkeypatch):
+    """As on Windows, where a file in use cannot be removed."""
+    used, other = add(cache, keys("a"), 1000), add(cache, keys("b"), 1000)
+    unlink = Path.unlink
+
+    def refuse(path, *args, **kwargs):
+        if path.stem == used:
+            raise PermissionError
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert not cache.drop(used) and set(cache.places("s", keys("a", "b"))) == set(keys("a", "b"))
+    assert not cache.make_room(1000, 1500, ())  # more than the other one would be needed
+    assert cache.places("s", keys("a")) and not cache.places("s", keys("b"))
+    assert not cache.pixels_of(other).exists()
+
+
+def test_nothing_is_dropped_where_it_would_not_be_enough(cache):
+    add(cache, keys("a"), 1000), add(cache, keys("b"), 1000)
+    assert not cache.make_room(5000, 4000, ())
+    assert set(cache.places("s", keys("a", "b"))) == set(keys("a", "b"))
+
+
+def test_one_wrong_name_among_builds_to_remove_removes_none(cache):
+    build = add(cache, keys("a"))
+    with pytest.raises(UnknownNameError, match="no build in the cache called 'typo'"):
+        cache.clear([build, "typo"])
+    assert cache.places("s", keys("a"))
+
+
+def test_a_file_system_without_links_has_a_secret_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
     with PixelCache(tmp_path) as cache:
-        assert cache.places("s", keys("a")) == {}
+        name = cache.key(np.zeros(1))
+    monkeypatch.undo()
+    with PixelCache(tmp_path) as cache:
+        assert cache.key(np.zeros(1)) == name
+    assert not list(tmp_path.glob("SECRET.*"))
 
 
 def test_a_failed_change_leaves_nothing_half_done(cache):

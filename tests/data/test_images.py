@@ -465,6 +465,25 @@ def test_an_array_comes_out_as_it_went_in(shape):
     assert sorted(i for image in x.numpy() for i in rest if np.array_equal(image, expected[i])) == rest
 
 
+@pytest.mark.parametrize("cache", [True, "ram", False])
+def test_pictures_that_are_in_no_file_are_put_in_none(tmp_path, monkeypatch, cache, picture):
+    monkeypatch.setenv("SELFSUP_CACHE", str(tmp_path / "cache"))
+    for dls in loaders(noise(6, size=(40, 48)), cache=cache), crops(picture, cache=cache):
+        assert dls.train.is_fast == bool(cache)
+        assert not (tmp_path / "cache").exists()
+
+
+def test_noise_in_the_colors_counts_at_the_scale_that_is_used_with_and_without_kept_pixels(tmp_path):
+    """Red and green in turns within blocks of 8 pixels: at an eighth of the scale they are one grey."""
+    image = np.full((512, 512, 3), 128, np.uint8)
+    image[:, ::2, 0], image[:, 1::2, 0] = 150, 106
+    for i in range(2):
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg", quality=100, subsampling=0)
+    for size in (32, 256, 32):
+        found = [loaders(tmp_path, size, cache=cache).valid.one_batch()[0].shape[1] for cache in (True, False)]
+        assert found == ([1, 1] if size == 32 else [3, 3])
+
+
 def test_an_array_of_three_equal_channels_is_grey():
     grey = np.repeat(noise(4, 1)[..., None], 3, axis=-1)
     dls = loaders(grey, valid_pct=0.5)

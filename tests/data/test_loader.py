@@ -1,7 +1,9 @@
 """Loaders derived from fastai's: what changes, what must not, and that the pixels are the files' own."""
 
+import os
 import pickle
 import random
+import threading
 from collections import Counter
 from copy import deepcopy
 
@@ -21,6 +23,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip, RandomResizedCrop, Resize, ResizeMethod, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.data import ImageBlock, ImageDataLoaders
+from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -42,6 +45,7 @@ from selfsup_fastai.data.loader import (
     needs_resize,
 )
 from selfsup_fastai.data.opening import decode, image_size
+from selfsup_fastai.data.pixelstore import PixelStore
 from selfsup_fastai.errors import DataError
 from tests.conftest import write_images
 
@@ -665,6 +669,63 @@ def test_labels_and_places_stay_with_their_images_by_both_roads(colors, num_work
             window = whole[:, top : top + 16, left : left + 16]
             assert np.array_equal((image * 255).round().byte().cpu().numpy(), window)
     assert equal(seen[0], seen[2]) and equal(seen[1], seen[2])
+
+
+def test_images_that_change_places_in_the_dataset_take_their_labels_along(colors):
+    files = sorted(colors.iterdir())
+    table = pd.DataFrame(
+        {"file": files, "label": [f"c{i % 3}" for i in range(16)], "is_valid": [i > 7 for i in range(16)]}
+    )
+    dls = labeled_loaders(table, 3, 16, bs=8)
+    x, y = next(iter(dls.valid))
+    for tl in dls.valid_ds.tls:
+        tl.items = L(list(tl.items)[::-1])
+    assert dls.valid.is_fast
+    turned_x, turned_y = next(iter(dls.valid))
+    assert torch.equal(turned_x, x.flip(0)) and torch.equal(turned_y, y.flip(0)) and not torch.equal(x, turned_x)
+
+
+@pytest.mark.parametrize("name", ["create_item", "create_batch", "do_batch", "retain"])
+def test_what_a_user_replaces_in_a_loader_is_called(colors, name):
+    dls, _ = both(colors)
+    calls = []
+
+    def mine(*args):
+        calls.append(name)
+        return getattr(IndexedDL, name)(new, *args)
+
+    new = dls.valid.new(**{name: mine})
+    assert dls.valid.is_fast and not new.is_fast
+    assert equal(images_of(new), images_of(dls.valid)) and calls
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The road to a GPU, walked to the CPU; for each gather, whether it was in the main thread."""
+    threads, gather = [], PixelStore.gather
+
+    def unpinned(self, rows, corners, size, pin):
+        threads.append(threading.current_thread() is threading.main_thread())
+        assert pin
+        return gather(self, rows, corners, size)
+
+    monkeypatch.setattr(IndexedDL, "_pins", True)
+    monkeypatch.setattr(PixelStore, "gather", unpinned)
+    return threads
+
+
+def test_batches_that_are_made_ahead_are_the_same_in_the_same_order(colors, ahead):
+    dls, slow = both(colors)
+    assert all(equal(a, b) for a, b in zip(all_of(dls), all_of(slow)))
+    assert ahead and not any(ahead)
+
+
+def test_an_error_on_the_way_arrives(colors, ahead, monkeypatch, tmp_path):
+    monkeypatch.setenv("SELFSUP_CACHE", str(tmp_path / "cache"))
+    dls, _ = both(colors)
+    os.truncate(next((tmp_path / "cache").glob("pixels/*")), 0)
+    with pytest.raises(DataError, match="changed while it was in use"):
+        list(dls.valid)
 
 
 def test_single_batches_and_pictures_of_them_are_equal_by_both_roads(colors):

@@ -507,10 +507,10 @@ def test_the_child_answers_line_by_line_and_keeps_its_output_clean(tmp_path):
     Image.fromarray(COLOR).save(tmp_path / "a.png")
     requests = '{"path": "a.png", "size": null}\n{"path": "none.png", "size": null}\n'
     noisy = (
-        "print('codec says hello', flush=True); os.write(1, b'hello'); os.write(2, b'hello'); return describe(source, min_side)"
+        "print('codec says hello', flush=True); os.write(1, b'hello'); os.write(2, b'hello'); return describe(*args)"
     )
     program = (
-        f"import os; from selfsup_fastai.data import opening; describe = opening.describe\ndef loud(source, min_side): {noisy}\n"
+        f"import os; from selfsup_fastai.data import opening; describe = opening.describe\ndef loud(*args): {noisy}\n"
     )
     command = [sys.executable, "-c", program + "opening.describe = loud; opening.main()"]
     env = {**os.environ, "PYTHONPATH": os.fspath(Path(opening.__file__).parents[2])}

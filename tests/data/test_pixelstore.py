@@ -163,3 +163,12 @@ def test_a_large_file_does_not_become_memory(tmp_path):
         assert x[:, 0, 0, 0].tolist() == rows.tolist() and x[:, 0, -1, -1].tolist() == rows.tolist()
         most = max(most, memory("VmRSS") - before)
     assert most < 40
+
+
+def test_a_file_that_comes_in_pieces_is_read_whole(tmp_path, monkeypatch):
+    (tmp_path / "pixels").write_bytes(bytes(range(256)))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
+    out = bytearray(250)
+    PixelFile(tmp_path / "pixels").read_into(3, memoryview(out))
+    assert out == bytes(range(3, 253))
