@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Views:
         return len(self.flip)
 
     def __getitem__(self, rows) -> "Views":
-        rows = [rows] if isinstance(rows, int) else rows  # one row is still a batch
+        rows = [int(rows)] if isinstance(rows, (int, np.integer)) else rows  # one row is still a batch
         return self._each(lambda t: t[rows])
 
     def to(self, device: torch.device | str) -> "Views":

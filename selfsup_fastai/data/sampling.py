@@ -38,11 +38,28 @@ def sample_straight(
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+def sample_shrunk(
+    x: Tensor,  # (B, C, H, W) float
+    views: Views,  # None of them turned or sheared
+) -> Tensor:  # (B, C, size, size)
+    """The same where the crops are larger than the views: pixels are averaged, as torchvision's antialiasing does."""
+    out = x.new_empty(*x.shape[:2], views.size, views.size)
+    mirrored = zip(views.flip.tolist(), views.vertical_flip.tolist())
+    for i, ((top, left, height, width), (flip, vertical)) in enumerate(zip(views.boxes.tolist(), mirrored)):
+        crop = x[i : i + 1, :, top : top + height, left : left + width]
+        view = F.interpolate(crop, out.shape[2:], mode="bilinear", align_corners=False, antialias=True)
+        out[i] = view[0].flip([dim for dim, yes in ((1, vertical), (2, flip)) if yes])
+    return out
+
+
 def sample_turned(
     x: Tensor,  # (B, C, H, W) float
     views: Views,  # On the device of x
 ) -> Tensor:  # (B, C, size, size)
-    """The same where some views are. A turned crop reads what lies around it, and beyond the border its reflection."""
+    """The same where some views are. A turned crop reads what lies around it, and beyond the border its reflection.
+
+    Without antialiasing: a turned crop should not be much larger than its view.
+    """
     return F.grid_sample(x, _turned(views, x), mode="bilinear", padding_mode="reflection", align_corners=False)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from selfsup_fastai.data.colors import Jitter, grey, jitter_, jitter_of, solarize, stretch_
 from selfsup_fastai.data.draws import Draw, Views, draw_views
 from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.sampling import Straight, sample_straight, sample_turned, straight
+from selfsup_fastai.data.sampling import Straight, sample_shrunk, sample_straight, sample_turned, straight
 from selfsup_fastai.errors import TaskError
 
 CHUNK = 400_000
@@ -66,10 +66,12 @@ class _Numbers(NamedTuple):
 
 def _drawn(views: Views, jitter: Jitter, rows: Tensor) -> dict[str, list[int]]:
     """Which images these are and what happens to each, in one transfer from the device."""
+    turned = (views.turn != 0) | (views.shear != 0)
     flags = {
         "rows": rows,
         "place": jitter.place,
-        "turned": (views.turn != 0) | (views.shear != 0),
+        "turned": turned,
+        "shrunk": (views.boxes[:, 2:] > views.size).any(1) & ~turned,
         "window": (views.window[:, 0] > 0) | (views.window[:, 1] < 1),
         "grey": views.grey,
         "blur": views.sigma > 0,
@@ -88,7 +90,9 @@ def _chunks(out: Tensor) -> Iterator[slice]:
 
 def _view(x: Tensor, views: Callable[[], Views], numbers: _Numbers, drawn: dict[str, list[int]]) -> Tensor:
     """The view of each image; `drawn` says for each step on which images it is to be done."""
+    images = x
     x = sample_turned(x, views()) if any(drawn["turned"]) else sample_straight(x, numbers.places)
+    _where_drawn(x, drawn["shrunk"], lambda _, rows: sample_shrunk(images[rows], views()[rows]))
     if any(drawn["window"]):
         stretch_(x, views().window)
     jitter_(x, numbers.jitter, drawn["place"])

@@ -66,7 +66,7 @@ def by_torchvision(x: Tensor, views: Views) -> Tensor:
 
 
 def _one_by_torchvision(image: Tensor, view: Views) -> Tensor:
-    image = tv.resized_crop(image, *view.boxes[0].tolist(), [view.size] * 2, antialias=False)
+    image = tv.resized_crop(image, *view.boxes[0].tolist(), [view.size] * 2, antialias=True)
     if view.flip.item():
         image = tv.horizontal_flip(image)
     if view.vertical_flip.item():
