@@ -22,7 +22,7 @@ from selfsup_fastai.data.opening import REASONS, BadImage, Facts, decode, descri
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 
-__all__ = ["check_files", "find_files", "summary"]
+__all__ = ["as_paths", "check_files", "find_files", "summary"]
 
 OK_COLUMNS = ["file", "width", "height", "mode", "format", "frames", "channels", "bits", "max"]
 REPORT_COLUMNS = ["file", "code", "message"]
@@ -128,7 +128,7 @@ def check_files(
     A file that hangs, crashes its process or asks for more than 2 GiB gets a line in the report, and the next one its
     turn. The second frame's `attrs["checked"]` is the number of files tried, for `summary`.
     """
-    files = _as_paths(paths)
+    files = as_paths(paths)
     if n_workers is not None and n_workers < 1:
         raise DataError(f"n_workers is the number of processes, at least 1 (None: chosen by itself); got {n_workers}.")
     found = [keeper.known(i) if keeper else None for i in range(len(files))]
@@ -144,7 +144,8 @@ def check_files(
     return pd.DataFrame(ok, columns=OK_COLUMNS, index=good).astype({"max": float}), report
 
 
-def _as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """A list of paths; raises `DataError` for anything else."""
     if isinstance(paths, (str, bytes, os.PathLike)):
         raise DataError("Expected a list of paths; got one. For a folder use `find_files` first, or pass [path].")
     files = list(paths)

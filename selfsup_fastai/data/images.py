@@ -18,7 +18,7 @@ from PIL import Image
 from selfsup_fastai.data.albumentations import wrap_albumentations
 from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
 from selfsup_fastai.data.crops import crops, picture
-from selfsup_fastai.data.files import Keeper, check_files, find_files, summary
+from selfsup_fastai.data.files import Keeper, as_paths, check_files, find_files, summary
 from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.reasons import REASONS
@@ -85,7 +85,7 @@ class UnlabeledDataLoaders(DataLoaders):
         if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
             fix = "For one folder use from_folder, for one image from_single_image."
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
-        files = list(files)
+        files = as_paths(files)
         with _keeping(files, **kwargs) as kept:
             ok, report = usable_files(files, kept, max(_as_size(kwargs.get("size", 128)) or (128,)))
             if kept:
