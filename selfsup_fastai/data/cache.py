@@ -1,14 +1,15 @@
 """The folder in which decoded pixels are kept from run to run.
 
     SECRET            random bytes: names in the index are hashes keyed with them, never paths
-    index.sqlite      which image lies where; what is known of files
-    pixels/*.pixels   one file for each build: images one after another
+    index-1.sqlite    which image lies where; what is known of files
+    pixels-1/         one file for each build: images one after another
     locks/            of builds that are going on
 
-It lies in `$SELFSUP_CACHE`, else in `selfsup_fastai` within the user's cache folder, and only its owner may look into
-it. An image is known by its path, size and time of change, so a file that changes is decoded anew, and pixels of files
-that are gone are dropped when their turn comes: the least recently used build first, as soon as `max_gb` is reached.
-Images enter the index only after their pixels are on the disk: a run that is killed leaves nothing half done.
+The number is that of the format: versions with another one keep theirs beside it. The folder is `$SELFSUP_CACHE`, else
+`selfsup_fastai` within the user's cache folder, and only its owner may look into it. An image is known by its path,
+size and time of change, so a file that changes is decoded anew, and pixels of files that are gone are dropped when
+their turn comes: the least recently used build first, as soon as `max_gb` is reached. Images enter the index only after
+their pixels are on the disk: a run that is killed leaves nothing half done.
 """
 
 import errno
@@ -35,7 +36,10 @@ from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.messages import say
 
 FORMAT = 1
+"""Of the index and of the pixels: another one has its own, and neither touches the other's."""
+
 _SECRET_BYTES = 32
+_STRAY_SECONDS = 86_400  # a younger file may belong to a build whose row is on its way
 _TABLES = """
 CREATE TABLE IF NOT EXISTS builds (name TEXT PRIMARY KEY, settings TEXT, about TEXT, created REAL, used REAL);
 CREATE TABLE IF NOT EXISTS images (settings TEXT, key BLOB, build TEXT, offset INTEGER, channels INTEGER,
@@ -58,6 +62,12 @@ class CacheUnusable(DataError):
     """The folder cannot be used; the text says why, and names no image."""
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether what was read from an index makes no sense; not, whether it is busy, out of reach or wrongly asked."""
+    undecodable = isinstance(error, sqlite3.OperationalError) and "decode" in str(error)  # as SQLite, or as JSON
+    return undecodable or isinstance(error, (ValueError, TypeError)) or type(error) is sqlite3.DatabaseError
+
+
 class PixelCache:
     """The cache folder, opened. Use it as a context manager.
 
@@ -66,9 +76,12 @@ class PixelCache:
 
     def __init__(self, folder: str | os.PathLike | None = None):
         self.folder = Path(folder) if folder else cache_folder()
+        self.index, self.pixels = self.folder / f"index-{FORMAT}.sqlite", self.folder / f"pixels-{FORMAT}"
         try:
             self._prepare()
             self.db = self._opened()
+            if self.writable:
+                self._remove_strays()
         except (OSError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise CacheUnusable(f"the cache folder cannot be used ({reason})") from None
@@ -82,7 +95,7 @@ class PixelCache:
     def _prepare(self) -> None:
         if os.path.isdir(self.folder) and not os.access(self.folder, os.W_OK):
             return  # what is in it can be read
-        for folder in (self.folder, self.folder / "pixels", self.folder / "locks"):
+        for folder in (self.folder, self.pixels, self.folder / "locks"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         secret = self.folder / "SECRET"
         if secret.is_file() and secret.stat().st_size != _SECRET_BYTES:  # no key: every image gets a new name
@@ -97,68 +110,51 @@ class PixelCache:
         try:
             with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(secrets.token_bytes(_SECRET_BYTES))
-            os.link(fresh, secret)
-        except FileExistsError:
-            raise
-        except (OSError, NotImplementedError, AttributeError) as error:  # a file system without links, or a full one
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            if not secret.exists():
-                os.replace(fresh, secret)
+            _put(fresh, secret)
         finally:
             fresh.unlink(missing_ok=True)
 
     def _opened(self) -> sqlite3.Connection:
         self.writable = os.access(self.folder, os.W_OK)
-        path = self.folder / "index.sqlite"
         if not self.writable:
-            return self._read_only(path)
+            return self._read_only()
         try:
-            return self._connected(path)
+            return self._connected()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, or a disk error: not the contents
+            if not is_damage(error):
                 raise
-        return self._emptied(path)
+        return self._emptied()
 
-    def _read_only(self, path: Path) -> sqlite3.Connection:
-        """Others may be writing, so it is read with locks, unless the file system allows none."""
-        for how in ("mode=ro", "mode=ro&immutable=1"):
-            db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None)
-            try:
-                db.execute("SELECT name FROM builds LIMIT 1").fetchone()
-                return db
-            except sqlite3.OperationalError as error:
-                db.close()
-                reason = error
-        raise reason
+    def _read_only(self) -> sqlite3.Connection:
+        target = f"{self.index.absolute().as_uri()}?mode=ro"
+        try:
+            return _connect(target, "PRAGMA schema_version")
+        except sqlite3.OperationalError:  # no locks there, or a journal that cannot be played back: as if nobody wrote
+            return _connect(f"{target}&immutable=1", "PRAGMA schema_version")
 
     def renew(self) -> None:
         """Throw away a damaged index, and all pixels with it: nobody knows any more whose they are."""
         self.db.close()
-        self.db = self._emptied(self.folder / "index.sqlite")
+        self.db = self._emptied()
 
-    def _emptied(self, path: Path) -> sqlite3.Connection:
+    def _emptied(self) -> sqlite3.Connection:
         say("The index of the pixel cache was damaged: it is made anew, and images are decoded once more.")
-        for file in (*self.folder.glob(f"{path.name}*"), *(self.folder / "pixels").glob("*.pixels")):
-            file.unlink(missing_ok=True)  # the index with its journal, which would be played back into the new one
-        return self._connected(path)
+        for file in self.folder.glob(f"{self.index.name}*"):
+            file.unlink(missing_ok=True)  # with its journal, which would be played back into the new one
+        _remove(self.pixels.glob("*.pixels"))
+        return self._connected()
 
-    def _connected(self, path: Path) -> sqlite3.Connection:
-        if not path.exists():
-            path.touch(mode=0o600)
-        db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        try:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT):
-                fix = "name another folder in $SELFSUP_CACHE, or delete this one"
-                raise CacheUnusable(f"the cache folder was made by another version of selfsup_fastai: {fix}")
-            db.executescript(_TABLES)
-            if version == 0:  # else nothing is written: the disk may be full
-                db.execute(f"PRAGMA user_version = {FORMAT}")
-            return db
-        except BaseException:
-            db.close()
-            raise
+    def _connected(self) -> sqlite3.Connection:
+        if not self.index.exists():
+            self.index.touch(mode=0o600)
+        return _connect(self.index, _TABLES)  # where they are there, nothing is written: the disk may be full
+
+    def _remove_strays(self) -> None:
+        """Pixels that no build leads to, as a system leaves them that keeps files while they are in use."""
+        with suppress(OSError, sqlite3.Error):  # damage shows where the index is needed, and is mended there
+            known = {build for (build,) in self.db.execute("SELECT name FROM builds")}
+            strays = [file for file in self.pixels.glob("*.pixels") if file.stem not in known]
+            _remove(file for file in strays if time.time() - file.stat().st_mtime > _STRAY_SECONDS)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -232,7 +228,7 @@ class PixelCache:
 
     def pixels_of(self, build: str) -> Path:
         """The file that holds the pixels of a build."""
-        return self.folder / "pixels" / f"{build}.pixels"
+        return self.pixels / f"{build}.pixels"
 
     def size(self, build: str) -> int:
         """Bytes of a build that are on the disk."""
@@ -275,32 +271,29 @@ class PixelCache:
 
     def total(self) -> int:
         """Bytes of all pixels."""
-        return sum(self.size(file.stem) for file in (self.folder / "pixels").glob("*.pixels"))
+        return sum(self.size(file.stem) for file in self.pixels.glob("*.pixels"))
 
     def make_room(self, n_bytes: int, max_bytes: int, keep: Iterable[str]) -> bool:
         """Drop builds, the least recently used first, until `n_bytes` more fit; whether they do. `keep` stay.
 
-        Nothing is dropped where it would not be enough.
+        Nothing is dropped where all of it would not be enough.
         """
         keep = set(keep)
-        old = [b for (b,) in self.db.execute("SELECT name FROM builds ORDER BY used") if b not in keep]
-        missing = max(self.total() + n_bytes - max_bytes, n_bytes - self.free())
-        if missing > sum(map(self.size, old)):
-            return False
-        for build in old:
-            if missing <= 0:
-                break
-            size = self.size(build)
-            missing -= size if self.drop(build) else 0
-        return missing <= 0
+        names = [b for (b,) in self.db.execute("SELECT name FROM builds ORDER BY used") if b not in keep]
+        old = [(name, self.size(name)) for name in names]
+        while (missing := max(self.total() + n_bytes - max_bytes, n_bytes - self.free())) > 0:
+            if sum(size for _, size in old) < missing:
+                return False
+            self.drop(old.pop(0)[0])
+        return True
 
     def drop(self, build: str) -> bool:
-        """Remove a build; whether that was possible. Runs that use it go on, as they hold its file open.
+        """Remove a build; False, and it stays whole, where its file cannot be removed (Windows: while it is in use).
 
-        Windows removes no file that is in use: the build stays.
+        Elsewhere runs that use it go on: they hold its file open.
         """
         try:
-            self.pixels_of(build).unlink(missing_ok=True)  # first: a full disk may hold no change of the index
+            self.pixels_of(build).unlink(missing_ok=True)  # first: on a full disk the index cannot be written to before
         except OSError:
             return False
         with self._transaction():
@@ -319,28 +312,63 @@ class PixelCache:
         return pd.DataFrame(rows, columns=["build", "what", "images", "GB", "made", "used"])
 
     def clear(self, builds: Iterable[str] | None = None) -> int:
-        """Remove the builds named, or everything that is known; the bytes that were freed."""
-        before, known = self.total(), [b for (b,) in self.db.execute("SELECT name FROM builds")]
-        builds, everything = list(known if builds is None else builds), builds is None
-        for build in set(builds) - set(known):
-            raise unknown("build in the cache", build, known)
-        for build in builds:
-            self.drop(build)
-        if everything:
-            with self._transaction():
-                self.db.execute("DELETE FROM files")
-                self.db.execute("DELETE FROM images WHERE build NOT IN (SELECT name FROM builds)")
-            self._remove_strays(set(known))
-            with suppress(sqlite3.OperationalError):  # busy, or the disk is full: only the index stays larger
-                self.db.execute("VACUUM")
+        """Remove the builds named, or everything that is known; the bytes that were freed.
+
+        Raises `UnknownNameError`, and removes nothing, where one of the names is none.
+        """
+        before = self.total()
+        if builds is None:
+            self._clear_all()
+        else:
+            self._clear_some(list(builds))
         return before - self.total()
 
-    def _remove_strays(self, known: set[str]) -> None:
-        """Pixels that the index does not know."""
-        for file in (self.folder / "pixels").glob("*.pixels"):
-            if file.stem not in known:
-                with suppress(OSError):
-                    file.unlink()
+    def _clear_some(self, builds: list[str]) -> None:
+        known = [b for (b,) in self.db.execute("SELECT name FROM builds")]
+        for build in builds:
+            if build not in known:
+                raise unknown("build in the cache", build, known)
+        for build in builds:
+            self.drop(build)
+
+    def _clear_all(self) -> None:
+        _remove(self.pixels.glob("*.pixels"))  # first: on a full disk the index cannot be written to before
+        with self._transaction():
+            for table in "images", "builds", "files":
+                self.db.execute(f"DELETE FROM {table}")
+        with suppress(sqlite3.OperationalError):  # no room for a copy, or another process reads: the rows are gone
+            self.db.execute("VACUUM")
+
+
+def _connect(
+    target: Path | str,  # A file, or a URI
+    first: str,  # Statements that show whether it can be read: until then SQLite does not look
+) -> sqlite3.Connection:
+    db = sqlite3.connect(target, timeout=60, isolation_level=None, uri=isinstance(target, str))
+    try:
+        db.executescript(first)
+        return db
+    except BaseException:
+        db.close()
+        raise
+
+
+def _put(fresh: Path, place: Path) -> None:
+    """Give a file another name as well. Raises `FileExistsError` where that is taken."""
+    try:
+        os.link(fresh, place)
+    except (OSError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        if not place.exists():  # a file system without links
+            os.replace(fresh, place)
+
+
+def _remove(files: Iterable[Path]) -> None:
+    """All that can be: Windows keeps files that are in use."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
 
 
 def _date(seconds: float) -> str:

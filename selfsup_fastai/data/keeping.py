@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from PIL import features
 from tqdm.auto import tqdm
 
-from selfsup_fastai.data.cache import CacheUnusable, PixelCache
+from selfsup_fastai.data.cache import CacheUnusable, PixelCache, is_damage
 from selfsup_fastai.data.opening import BadImage, Facts, decode
 from selfsup_fastai.data.pixelstore import PLACE, PixelStore, available_memory, padded
 from selfsup_fastai.errors import DataError
@@ -51,7 +51,8 @@ class Keeping:
     ):
         self.items, self.windows, self.n_in = items, size, n_in
         self.size: tuple[int, int] | None = size
-        self.n_new, self.n_kept, self.bytes_kept = len(items), 0, 0
+        self.n_new = len(items)  # images to be decoded, less those that turned out to be broken
+        self.n_kept, self.bytes_kept = 0, 0
 
     def known(self, number: int) -> Facts | None:
         """What the check would say of item `number`, where nothing needs to be done again."""
@@ -63,6 +64,8 @@ class Keeping:
 
     def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
         """Item `number` has been decoded, or not: then `facts` say why."""
+        if array is None:
+            self.n_new -= 1
         if array is None or self.size is None:
             return
         try:
@@ -105,6 +108,8 @@ class Keeping:
             for i, found in _in_threads(self._decoded, todo):
                 if found:
                     self.keep(i, *found)
+                else:
+                    self.n_new -= 1
                 bar.update()
                 if self.size is None:
                     return
@@ -211,7 +216,7 @@ class OnDisk(Keeping):
             facts_keys = [self._facts_key(i) for i, key in enumerate(self.keys) if key]
             self.facts, self.places = self.cache.facts(facts_keys), self.cache.places(self.settings, keys)
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
-            if not (self.cache.writable and _is_damage(error)):
+            if not (self.cache.writable and is_damage(error)):
                 raise CacheUnusable(f"the index of the cache cannot be read ({error})") from None
             self.cache.renew()
             self.facts, self.places = {}, {}
@@ -246,22 +251,28 @@ class OnDisk(Keeping):
         return self.keys[number] in self.places or self.keys[number] in self.new_places
 
     def keep(self, number, facts, array):
-        key, is_file = self.keys[number], isinstance(self.items[number], (str, os.PathLike))
-        if key is None or (is_file and key != self.cache.key(self.items[number])):
-            return  # it changed while it was read: nobody knows which contents these are
-        if "code" in facts:
-            self.n_new -= 1  # nothing to make room for
-        if is_file and facts.get("code") not in _FLEETING:
+        same = self._is_same(number)
+        if same and self._is_file(number) and facts.get("code") not in _FLEETING:
             self.new_facts[self._facts_key(number)] = {**facts, "decoders": _DECODERS} if "code" in facts else facts
         if self.has(number):  # by a run that was killed before the facts were written; or a file that is given twice
             return
+        if array is not None and not same:
+            return  # it changed while it was read: nobody knows which contents these are
         if array is not None and not self.cache.writable:
             self._stop("the cache folder may not be written to by this user")
         super().keep(number, facts, array)
 
+    def _is_file(self, number: int) -> bool:
+        return isinstance(self.items[number], (str, os.PathLike))
+
+    def _is_same(self, number: int) -> bool:
+        """Whether an item still is what it was when it got its name. Only files change."""
+        key = self.keys[number]
+        return key is not None and (not self._is_file(number) or key == self.cache.key(self.items[number]))
+
     def fill(self, numbers):
         for number in numbers:  # what changed while it was read has a new name
-            if not self.has(number) and isinstance(self.items[number], (str, os.PathLike)):
+            if self._is_file(number) and not self.has(number):
                 self.keys[number] = self.cache.key(self.items[number]) or self.keys[number]
         super().fill(numbers)
 
@@ -306,7 +317,7 @@ class OnDisk(Keeping):
 
     def _fail(self, error):
         super()._fail(error)
-        if _is_damage(error):
+        if is_damage(error):
             with suppress(OSError, sqlite3.Error):
                 self.cache.renew()
 
@@ -429,12 +440,6 @@ def _in_words(error: OSError | sqlite3.Error) -> str:
             "the disk of the cache is full" if error.errno == errno.ENOSPC else f"the cache failed ({error.strerror})"
         )
     return "the disk of the cache is full" if "full" in str(error) else f"the index of the cache failed ({error})"
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether an index is broken, and not just busy, or out of reach."""
-    decoding = isinstance(error, sqlite3.OperationalError) and "decode" in str(error)  # a text that is none
-    return type(error) is sqlite3.DatabaseError or isinstance(error, (ValueError, TypeError)) or decoding
 
 
 def _gb(n_bytes: float) -> str:

@@ -41,7 +41,7 @@ class PixelFile:
         weakref.finalize(self, os.close, self.file)
 
     def read_into(self, offset: int, into: memoryview) -> None:
-        """Fill `into` (bytes) from `offset` on."""
+        """Fill `into` (bytes) from `offset` on. Raises `DataError` where the file ends before."""
         done = 0
         while done < len(into):  # a network file system may hand out less at a time
             n = self._read(offset + done, into[done:])
@@ -51,6 +51,7 @@ class PixelFile:
             done += n
 
     def _read(self, offset: int, into: memoryview) -> int:
+        """Bytes that came at once; 0 at the end of the file."""
         if hasattr(os, "preadv"):
             return os.preadv(self.file, [into], offset)
         with self.lock:  # Windows

@@ -1,11 +1,14 @@
 """The cache folder: names, what is found again, what gives way, and who may look into it."""
 
 import errno
+import json
+import multiprocessing
 import os
+import shutil
 import sqlite3
 import stat
 import sys
-import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 from selfsup_fastai.data import cache as module
-from selfsup_fastai.data.cache import CacheUnusable, PixelCache, cache_folder
+from selfsup_fastai.data.cache import CacheUnusable, PixelCache, cache_folder, is_damage
 from selfsup_fastai.errors import UnknownNameError
 
 
@@ -78,21 +81,29 @@ def test_names_mean_nothing_in_another_cache(cache, tmp_path):
         assert other.key(array) != cache.key(array) == same.key(array)
 
 
-def test_those_that_start_at_once_agree_on_the_secret(tmp_path):
-    found, barrier = [], threading.Barrier(8)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks: elsewhere that is not safe, or not possible")
+def test_processes_that_start_at_once_agree_on_the_secret_and_share_the_index(tmp_path):
+    context = multiprocessing.get_context("fork")
+    found, barrier = context.SimpleQueue(), context.Barrier(8)
 
-    def start():
-        barrier.wait()
+    def start(name):
+        barrier.wait(30)
         with PixelCache(tmp_path / "cache") as cache:
-            found.append(cache.key(np.zeros(3, np.uint8)))
+            add(cache, keys(name))
+            found.put((os.getpid(), cache.key(np.zeros(3, np.uint8))))
 
-    threads = [threading.Thread(target=start) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8 and len(set(found)) == 1
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["SECRET", "index.sqlite", "locks", "pixels"]
+    processes = [context.Process(target=start, args=(name,)) for name in "abcdefgh"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 8
+    pids, names = zip(*(found.get() for _ in processes))
+    assert set(pids) == {process.pid for process in processes} and len(set(names)) == 1
+    there = ["SECRET", "index-1.sqlite", "locks", "pixels-1"]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == there
+    with PixelCache(tmp_path / "cache") as cache:
+        assert len(cache.places("s", keys(*"abcdefgh"))) == 8
 
 
 @pytest.mark.parametrize("contents", [b"", b"short", bytes(100)])
@@ -230,8 +241,8 @@ def test_a_twentieth_of_the_disk_is_left_to_others(cache, monkeypatch):
 
 def test_files_that_vanish_while_they_are_counted_are_no_error(cache, monkeypatch):
     add(cache, keys("a"))
-    gone = cache.folder / "pixels" / "gone.pixels"
-    found = [*cache.folder.glob("pixels/*.pixels"), gone]
+    gone = cache.pixels / "gone.pixels"
+    found = [*cache.pixels.glob("*.pixels"), gone]
     monkeypatch.setattr(type(gone), "glob", lambda self, pattern: found)
     assert cache.total() == 100
 
@@ -244,9 +255,12 @@ def test_builds_are_removed_by_name_or_all_of_them(cache):
     assert cache.clear([second]) == 50 and list(cache.table()["build"]) == [first]
     assert cache.table()[["images", "GB", "what"]].values.tolist() == [[1, 1e-7, "in words"]]
     assert cache.facts(keys("a")) == {keys("a")[0]: {"width": 1}}
-    stray = cache.folder / "pixels" / "stray.pixels"
+    stray = cache.pixels / "stray.pixels"
     stray.write_bytes(b"1")
+    cache.add("s", "dropped", {keys("z")[0]: (0, 1, 1, 100, 1)})  # as a build does that another process has dropped
     assert cache.clear() == 101 and cache.table().empty and cache.facts(keys("a")) == {} and not stray.exists()
+    for table in "builds", "images", "files":
+        assert cache.db.execute(f"SELECT COUNT(*) FROM {table}").fetchone() == (0,), table
 
 
 # ---- damage
@@ -255,42 +269,136 @@ def test_builds_are_removed_by_name_or_all_of_them(cache):
 def test_an_index_that_is_none_is_made_anew_with_its_journal_and_pixels(tmp_path, capsys):
     with PixelCache(tmp_path) as cache:
         pixels = cache.pixels_of(add(cache, keys("a")))
-    (tmp_path / "index.sqlite").write_bytes(b"no database at all" * 500)
-    (tmp_path / "index.sqlite-journal").write_bytes(b"old pages")
+    (tmp_path / "index-1.sqlite").write_bytes(b"no database at all" * 500)
+    (tmp_path / "index-1.sqlite-journal").write_bytes(b"old pages")
     with PixelCache(tmp_path) as cache:
         assert cache.places("s", keys("a")) == {} and not pixels.exists()
-        assert not (tmp_path / "index.sqlite-journal").exists()
+        assert not (tmp_path / "index-1.sqlite-journal").exists()
         add(cache, keys("a"))
         assert len(cache.places("s", keys("a"))) == 1
     assert capsys.readouterr().err.count("The index of the pixel cache was damaged") == 1
 
 
-def test_the_cache_of_another_version_is_left_alone(tmp_path):
+def test_formats_live_side_by_side(tmp_path, monkeypatch, capsys):
     with PixelCache(tmp_path) as cache:
-        add(cache, keys("a"))
-        cache.db.execute("PRAGMA user_version = 99")
-    with pytest.raises(CacheUnusable, match=r"made by another version .* name another folder in \$SELFSUP_CACHE"):
-        PixelCache(tmp_path)
-    with sqlite3.connect(tmp_path / "index.sqlite") as db:
-        assert db.execute("SELECT COUNT(*) FROM images").fetchone() == (1,)
-    assert len(list(tmp_path.glob("pixels/*"))) == 1
+        build, name = add(cache, keys("a")), cache.key(np.zeros(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMAT", 11)
+        with PixelCache(tmp_path) as newer:
+            assert newer.key(np.zeros(3)) == name and newer.total() == 0 and newer.places("s", keys("a")) == {}
+            other = add(newer, keys("a"), n_bytes=7)
+    with PixelCache(tmp_path) as cache:
+        assert cache.places("s", keys("a")) == {keys("a")[0]: (build, 0, 1, 1, 100, 1)}
+        cache.renew()
+        assert cache.clear() == 0
+    monkeypatch.setattr(module, "FORMAT", 11)
+    with PixelCache(tmp_path) as newer:
+        assert newer.places("s", keys("a")) == {keys("a")[0]: (other, 0, 1, 1, 7, 1)}
+    assert capsys.readouterr().err.count("damaged") == 1  # by `renew`
 
 
-def test_what_cannot_be_removed_stays_and_costs_nothing_else(cache, monkeypatch):
-    """As on Windows, where a file in use cannot be removed."""
-    used, other = add(cache, keys("a"), 1000), add(cache, keys("b"), 1000)
-    unlink = Path.unlink
+@pytest.mark.parametrize("kind", [sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.OperationalError])
+def test_an_index_that_is_wrongly_asked_or_busy_is_not_thrown_away(cache, monkeypatch, kind):
+    add(cache, keys("a"))
+
+    def fails(*_):
+        raise kind("not its fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_connect", fails)
+        with pytest.raises(CacheUnusable, match="not its fault"):
+            PixelCache(cache.folder)
+    assert len(cache.places("s", keys("a"))) == 1
+
+
+def raised(call):
+    """What it raises."""
+    with pytest.raises(Exception) as error:
+        call()
+    return error.value
+
+
+def test_damage_is_told_from_what_is_not(cache, tmp_path):
+    """With the errors that SQLite and JSON do raise."""
+    (tmp_path / "none").write_bytes(b"no database at all" * 500)
+    none = sqlite3.connect(tmp_path / "none")
+    unreadable = "SELECT CAST(x'fffe' AS TEXT)"
+    damage = [
+        lambda: none.execute("SELECT * FROM sqlite_master"),
+        lambda: cache.db.execute(unreadable).fetchone(),
+        lambda: json.loads("{"),
+    ]
+    closed = sqlite3.connect(":memory:")
+    closed.close()
+    cache.new_build("s", "")
+    others = [
+        lambda: closed.execute("SELECT 1"),
+        lambda: cache.db.execute("INSERT INTO builds (name) SELECT name FROM builds"),
+        lambda: cache.db.execute("SELECT * FROM nosuch"),
+        lambda: os.stat(tmp_path / "nosuch"),
+    ]
+    assert [is_damage(raised(call)) for call in damage] == [True] * 3
+    assert [is_damage(raised(call)) for call in others] == [False] * 4
+    none.close()
+
+
+# ---- files that cannot be removed, as on Windows while they are in use
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """The builds whose files cannot be removed."""
+    builds, unlink = set(), Path.unlink
 
     def refuse(path, *args, **kwargs):
-        if path.stem == used:
+        if path.stem in builds:
             raise PermissionError
         unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert not cache.drop(used) and set(cache.places("s", keys("a", "b"))) == set(keys("a", "b"))
-    assert not cache.make_room(1000, 1500, ())  # more than the other one would be needed
-    assert cache.places("s", keys("a")) and not cache.places("s", keys("b"))
-    assert not cache.pixels_of(other).exists()
+    return builds
+
+
+def test_a_build_in_use_stays_whole_and_the_next_one_gives_way(cache, in_use):
+    first, second, third = (add(cache, keys(name)) for name in "abc")
+    in_use.add(first)
+    assert not cache.drop(first) and set(cache.places("s", keys(*"abc"))) == set(keys(*"abc"))
+    assert cache.make_room(100, 300, keep=[])
+    assert set(cache.places("s", keys(*"abc"))) == set(keys("a", "c")) and not cache.pixels_of(second).exists()
+    assert set(cache.table()["build"]) == {first, third}
+    assert cache.clear([first]) == 0 and set(cache.table()["build"]) == {first, third}
+    in_use.clear()
+    assert cache.drop(first) and set(cache.places("s", keys(*"abc"))) == set(keys("c"))
+
+
+def test_nothing_more_is_dropped_once_a_build_in_use_makes_it_vain(cache, in_use):
+    in_use.add(add(cache, keys("a")))
+    add(cache, keys("b"))
+    assert not cache.make_room(200, 250, keep=[])  # both would have to go
+    assert set(cache.places("s", keys(*"ab"))) == set(keys(*"ab"))
+
+
+def test_room_is_measured_and_not_reckoned(cache, monkeypatch):
+    """A run that holds a removed file open keeps its room on the disk."""
+    held, other = add(cache, keys("a")), add(cache, keys("b"))
+    monkeypatch.setattr(PixelCache, "free", lambda self: 0 if self.size(other) else 100)
+    assert cache.make_room(100, 10**9, keep=[])
+    assert not cache.pixels_of(held).exists() and cache.places("s", keys(*"ab")) == {}
+
+
+def test_what_was_in_use_is_removed_later(cache, in_use):
+    build = add(cache, keys("a"))
+    in_use.add(build)
+    assert cache.clear() == 0 and cache.table().empty and cache.places("s", keys("a")) == {}
+    in_use.clear()
+    young, kept = cache.pixels / "young.pixels", add(cache, keys("b"))
+    young.touch()
+    day = 24 * 3600
+    for name, age in (build, day + 60), ("young", day - 60), (kept, 2 * day):
+        os.utime(cache.pixels_of(name), (time.time() - age,) * 2)
+    with PixelCache(cache.folder) as again:
+        assert sorted(p.stem for p in again.pixels.iterdir()) == sorted(["young", kept])
+        assert set(again.places("s", keys(*"ab"))) == set(keys("b"))
 
 
 def test_nothing_is_dropped_where_it_would_not_be_enough(cache):
@@ -328,3 +436,54 @@ def test_a_failed_change_leaves_nothing_half_done(cache):
     assert cache.places("s", keys("a", "b")) == {}
     cache.add("s", build, {keys("a")[0]: good})
     assert set(cache.places("s", keys("a", "b"))) == set(keys("a"))
+
+
+def test_a_copy_that_finds_no_room_is_no_error(cache):
+    """Clearing ends with a VACUUM, which writes the index anew."""
+    add(cache, keys("a"))
+
+    class Full(sqlite3.Connection):
+        def execute(self, query, *args):
+            if query == "VACUUM":
+                raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(query, *args)
+
+    cache.db.close()
+    cache.db = sqlite3.connect(cache.index, isolation_level=None, factory=Full)
+    assert cache.clear() == 100 and cache.table().empty
+
+
+# ---- folders that may only be read
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """`os.access` says that nothing may be written: also to the superuser, whom permissions do not stop."""
+    access = os.access
+    return lambda: monkeypatch.setattr(module.os, "access", lambda path, how: how != os.W_OK and access(path, how))
+
+
+def test_a_reader_sees_what_others_add_meanwhile(cache, read_only):
+    add(cache, keys("a"))
+    read_only()
+    with PixelCache(cache.folder) as reader:
+        assert not reader.writable and set(reader.places("s", keys(*"ab"))) == set(keys("a"))
+        add(cache, keys("b"))
+        assert set(reader.places("s", keys(*"ab"))) == set(keys(*"ab"))
+
+
+def test_a_change_that_was_cut_off_keeps_nobody_from_reading(cache, tmp_path, read_only):
+    """The journal that is left cannot be played back where nothing may be written."""
+    add(cache, keys("a"))
+    cache.db.execute("PRAGMA cache_size = 1")
+    cache.db.execute("BEGIN IMMEDIATE")
+    row = "INSERT INTO files VALUES (?, ?)"
+    cache.db.executemany(row, [(key, "{}" * 100) for key in keys(*map(str, range(500)))])
+    shutil.copytree(cache.folder, tmp_path / "cut")
+    cache.db.execute("ROLLBACK")
+    assert (tmp_path / "cut" / f"{cache.index.name}-journal").stat().st_size > 0
+    read_only()
+    with pytest.raises(sqlite3.OperationalError):
+        module._connect(f"{(tmp_path / 'cut' / cache.index.name).as_uri()}?mode=ro", "PRAGMA schema_version")
+    with PixelCache(tmp_path / "cut") as reader:
+        assert set(reader.places("s", keys("a"))) == set(keys("a"))

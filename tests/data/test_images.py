@@ -817,7 +817,7 @@ def test_without_room_images_come_from_the_files_and_one_line_says_so(tmp_path, 
     dls = make(max_gb=1e-6)
     assert not dls.train.is_fast and same(two_epochs(dls), truth)
     assert capsys.readouterr().err.count("Images are decoded anew in every epoch.") == 1
-    assert not list((tmp_path / "cache" / "pixels").iterdir())
+    assert not list((tmp_path / "cache" / "pixels-1").iterdir())
 
 
 def test_a_device_is_named_only_where_there_is_one(color_folder, capsys):

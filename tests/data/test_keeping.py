@@ -82,7 +82,7 @@ def images(tmp_path):
 
 
 def kept_bytes(folder):
-    return sum(p.stat().st_size for p in folder.glob("pixels/*"))
+    return sum(p.stat().st_size for p in folder.glob("pixels-1/*"))
 
 
 SLOW = "Images are decoded anew in every epoch."
@@ -342,7 +342,7 @@ def test_a_killed_run_is_taken_up_where_it_was(images, tmp_path, folder, checked
     until(lambda: (tmp_path / "a.mark").exists() and found(folder, images) == 8)
     process.kill()
     process.communicate()
-    with open(next(folder.glob("pixels/*")), "ab") as file:
+    with open(next(folder.glob("pixels-1/*")), "ab") as file:
         file.write(b"half an image that never entered the index")
     store, *_ = build(images)
     assert right(store, images) and len(checked) == len(set(checked)) == 4
@@ -430,6 +430,20 @@ def test_room_runs_out_at_the_end_where_fewer_images_are_kept_than_expected(host
     store, ok, _ = build(hostile[0], max_gb=1e-9)
     assert store is None and len(ok) == 12 and kept_bytes(folder) == 0
     assert capsys.readouterr().err.count(SLOW) == 1
+
+
+@pytest.mark.parametrize("cache", [True, "ram"])
+def test_broken_files_need_no_room(tmp_path, monkeypatch, capsys, cache):
+    """Among 80 good files 80 that are empty, and room for little more than the good ones."""
+    files = listed(write_images(tmp_path / "images", 80, (20, 50)))
+    empty = [files[0].with_name(f"empty{i}.png") for i in range(80)]
+    for file in empty:
+        file.write_bytes(b"")
+    files = [*empty[:40], *files[:40], empty[40].with_name("missing.png"), *empty[40:], *files[40:]]
+    needed = sum(-(-decode(f, SIZE)[1].nbytes // 64) * 64 for f in files if f.exists() and f.stat().st_size)
+    monkeypatch.setattr(module, "available_memory", lambda: 2 * int(1.2 * needed))
+    store, ok, report = build(files, cache=cache, max_gb=1.2 * needed / 1e9)
+    assert len(report) == 81 and right(store, list(ok["file"])) and SLOW not in capsys.readouterr().err
 
 
 def test_older_builds_give_way_and_runs_that_use_them_go_on(images, tmp_path, folder, checked):
@@ -586,7 +600,7 @@ def test_a_file_in_place_of_the_cache_is_explained(images, tmp_path, monkeypatch
 def test_a_damaged_index_costs_decoding_and_no_wrong_pixel(images, folder, checked, capsys, damage):
     files = [*images, *listed(write_images(images[0].parent / "more", 200, (16, 24), seed=9))]
     build(files)
-    index = folder / "index.sqlite"
+    index = folder / "index-1.sqlite"
     whole_index = index.read_bytes()
     assert len(whole_index) > 10 * 4096
     if damage in ("rows", "text"):
@@ -622,7 +636,7 @@ def test_a_damaged_index_that_shows_only_when_it_is_written_to(images, folder, m
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
 def test_lost_pixels_are_decoded_again(images, folder, checked, damage):
     build(images)
-    pixels = next(folder.glob("pixels/*"))
+    pixels = next(folder.glob("pixels-1/*"))
     sizes = [-(-decode(f, SIZE)[1].nbytes // 64) * 64 for f in images]
     if damage == "gone":
         pixels.unlink()
@@ -677,6 +691,16 @@ def test_arrays_and_crops_are_kept_by_what_they_are():
                 store = kept.store(range(20), 3)
                 assert kept.n_kept == n_new
             assert all(np.array_equal(whole(store, i), t) for i, t in enumerate(order))
+
+
+def test_arrays_are_hashed_once(monkeypatch):
+    arrays, seen = list(np.random.default_rng(0).integers(0, 256, (5, 20, 50, 3), dtype=np.uint8)), []
+    there = PixelCache.key
+    monkeypatch.setattr(PixelCache, "key", lambda s, item: seen.append(id(item)) or there(s, item))
+    with keeping(True, arrays, SIZE, None, 1.0) as kept:
+        kept.fill(range(5))
+        assert kept.n_kept == 5
+    assert sorted(seen) == sorted(map(id, arrays))
 
 
 def test_crops_are_their_own_however_threads_take_turns(monkeypatch):
