@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.data.transforms import Normalize
 from fastai.torch_core import default_device
 from fastai.vision.core import imagenet_stats
 from measure import Absent, against_best, data_set, machine, markdown, ratios, spread, tell, timed
@@ -34,6 +33,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.loader import Standardize
 from selfsup_fastai.data.recipes import SIMCLR
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.messages import quiet
@@ -47,7 +47,7 @@ FEW, MANY = 1_000, 50_000  # images of CIFAR-10
 def loaders(folder: Path, size: int = SIZE, **kwargs) -> UnlabeledDataLoaders:
     """Ours over a folder: all images but one to train with, normalized."""
     with quiet():
-        tfms = Normalize.from_stats(*imagenet_stats)
+        tfms = Standardize.from_stats(*imagenet_stats)  # as `pretext_learner` does
         return UnlabeledDataLoaders.from_folder(folder, size=size, bs=BS, valid_pct=0.0, batch_tfms=tfms, **kwargs)
 
 

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.transforms import IntToFloatTensor, Normalize, RandomSplitter, ToTensor
 from fastai.learner import Learner, load_learner
 from fastai.losses import MSELossFlat
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.augment import Flip, RandomResizedCrop, Resize, ResizeMethod, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.data import ImageBlock, ImageDataLoaders
@@ -35,6 +35,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.data.loader import (
     IndexedDL,
+    Standardize,
     TensorIndex,
     check_dls,
     derive_loaders,
@@ -204,7 +205,7 @@ def test_normalize_is_replaced_and_the_users_transforms_stay(color_folder):
     dls = labeled(color_folder, **kwargs)
     new = derive_loaders(dls, n_in=3, stats=((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     assert names(new.train.after_item) == ["Resize", "AlbumentationsTransform", "ToTensor"]
-    assert names(new.train.after_batch) == ["IntToFloatTensor", "Flip", "Normalize"]
+    assert names(new.train.after_batch) == ["IntToFloatTensor", "Flip", "Standardize"]
     assert new.train.after_batch.fs[-1].mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     plain = images_of(derive_loaders(dls, n_in=3).valid)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
@@ -212,6 +213,15 @@ def test_normalize_is_replaced_and_the_users_transforms_stay(color_folder):
     assert plain.min() >= 0 and plain.max() <= 1
     bare = derive_loaders(dls, drop=(Flip,), add=[Flip(p=0.0)])
     assert [t.p for t in bare.train.after_batch.fs if isinstance(t, Flip)] == [0.0]
+
+
+def test_standardizing_is_normalizing_to_the_bit_and_back():
+    x = TensorImage(torch.rand(2, 3, 9, 8))
+    before, ours, fastais = x.clone(), *(t.from_stats(*imagenet_stats, cuda=False) for t in (Standardize, Normalize))
+    assert torch.equal(ours(x), fastais(x)) and torch.equal(x, before) and type(ours(x)) is TensorImage
+    torch.testing.assert_close(ours.decode(ours(x)), x)
+    plain = torch.rand(2, 3, 9, 8)
+    assert torch.equal(ours(plain), plain)  # no image
 
 
 def test_the_batch_is_cut_to_the_images_once_and_training_then_has_steps(color_folder, capsys):

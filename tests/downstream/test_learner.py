@@ -612,7 +612,7 @@ def test_resized_and_augmented_loaders_keep_their_transforms(color_classes):
     learn = downstream_learner(dls, "resnet10t")
     x, _ = learn.dls.train.one_batch()
     assert x.shape[-2:] == (24, 24)
-    assert [type(t).__name__ for t in learn.dls.train.after_batch.fs] == ["IntToFloatTensor", "Flip", "Normalize"]
+    assert [type(t).__name__ for t in learn.dls.train.after_batch.fs] == ["IntToFloatTensor", "Flip", "Standardize"]
 
 
 @pytest.fixture(scope="module")
