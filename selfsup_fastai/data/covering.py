@@ -6,7 +6,7 @@ Light on purpose, as `opening` is: NumPy and PIL, no torch, no fastai.
 import numpy as np
 from PIL import Image
 
-__all__ = ["MAX_ASPECT", "cover", "covering_size", "from_stored", "to_stored"]
+__all__ = ["MAX_ASPECT", "cover", "covering_size", "from_stored", "to_channels", "to_stored"]
 
 MAX_ASPECT = 4
 """How much longer than the window an image is kept, at most: of a longer strip it is the middle."""

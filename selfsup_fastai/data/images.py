@@ -268,7 +268,7 @@ def _keeping(items: list, size=128, n_in=None, item_tfms=None, cache=True, max_g
     if cache and _as_list(item_tfms):
         say("item_tfms see whole images, so these are decoded anew in every epoch. batch_tfms work on kept pixels.")
         cache = False
-    return keeping(cache and size is not None and cache, items, _as_size(size), 1 if n_in == 1 else None, max_gb)
+    return keeping(size is not None and cache, items, _as_size(size), 1 if n_in == 1 else None, max_gb)
 
 
 def _check_settings(

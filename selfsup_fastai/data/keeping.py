@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,7 +38,7 @@ _MANY = 2_000  # images that take a while
 _SAMPLE = 64  # images after which it is clear how much room all of them take
 
 
-class Keeping:
+class Keeping(ABC):
     """A `Keeper` for `check_files` that keeps pixels, and afterwards hands them out as a `PixelStore`.
 
     What cannot be kept is no error: `store` then returns None, and one line has said why.
@@ -58,9 +59,9 @@ class Keeping:
         """What the check would say of item `number`, where nothing needs to be done again."""
         return None
 
+    @abstractmethod
     def has(self, number: int) -> bool:
         """Whether the pixels of item `number` are kept."""
-        raise NotImplementedError
 
     def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
         """Item `number` has been decoded, or not: then `facts` say why."""
@@ -78,12 +79,14 @@ class Keeping:
         except (OSError, sqlite3.Error) as error:
             self._fail(error)
 
+    @abstractmethod
     def _write(self, number: int, array: np.ndarray) -> None:
-        raise NotImplementedError
+        """Keep the pixels of item `number`."""
 
-    def _written(self) -> None:
+    def _written(self) -> None:  # noqa: B027  (in memory there is nothing to do)
         """After an image was written."""
 
+    @abstractmethod
     def _make_room(self, expected: int) -> None:
         """`expected`: bytes that all new images will take."""
 
@@ -121,13 +124,13 @@ class Keeping:
         except BadImage:
             return None
 
+    @abstractmethod
     def store(
         self,
         numbers: Sequence[int],  # Of the items, in the order of the dataset
         n_in: int,  # Channels of a batch
     ) -> PixelStore | None:
         """The images with these numbers; grey where a file vanished since it was checked."""
-        raise NotImplementedError
 
     def _blank(self) -> tuple:
         return (-1, 0, 1, *self.windows, 1)
@@ -168,7 +171,7 @@ class InMemory(Keeping):
 class OnDisk(Keeping):
     """Pixels are kept in a `PixelCache`, from run to run.
 
-    Another process that is about to decode the same images waits for this one (`begin`), and finds them done.
+    A context manager: another process that enters with the same images waits for this one, and finds them done.
     """
 
     def __init__(
