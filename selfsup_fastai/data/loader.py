@@ -26,6 +26,7 @@ from selfsup_fastai.data.opening import image_size, open_image
 from selfsup_fastai.data.pixels import LUMA, is_grey
 from selfsup_fastai.data.pixelstore import PixelStore, deep_to_255
 from selfsup_fastai.errors import DataError
+from selfsup_fastai.memory import keep_freed_memory
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seeded_item
 
@@ -113,6 +114,8 @@ class IndexedDL(TfmdDL):
         self.pass_seed = self.rng.getrandbits(62) if random_pass else VALID_SEED
 
     def __iter__(self):
+        if self.is_fast and not self._pins:
+            keep_freed_memory()
         with self.fake_l.no_multiproc() if self.is_fast else nullcontext():
             yield from super().__iter__()
 
