@@ -116,7 +116,9 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 20,
     size: Annotated[int, typer.Option(min=8, help="Side of the training images in pixels.")] = 128,
-    arch: Annotated[str, typer.Option(help="Any timm architecture.")] = "resnet18",
+    arch: Annotated[
+        str | None, typer.Option(help="Any timm architecture.", show_default="resnet18, or what suits the task")
+    ] = None,
     encoder: Annotated[
         Path | None, typer.Option(help="Go on from a saved encoder instead.", show_default=False)
     ] = None,

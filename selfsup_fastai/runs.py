@@ -50,7 +50,7 @@ def pretrain(
     task: str = "rotation",
     epochs: int = 20,
     lr: float = 3e-3,
-    arch: str = "resnet18",
+    arch: str | None = None,  # None: the task's
     encoder: str | Path | None = None,  # Go on from a saved encoder
     pretrained: bool = False,
     seed: int = 42,
@@ -63,7 +63,7 @@ def pretrain(
     check_positive("lr", lr)
     check_out(out, folder, overwrite)
     task = get_task(task, **(settings or {}))  # names and settings first: checking the images may take minutes
-    source = get_encoder(arch if encoder is None else encoder)  # a new net is made again later, to suit the images
+    source = get_encoder(encoder or arch or task.arch)  # a new net is made again later, to suit the images
     set_seed(seed, reproducible=True)
     dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
@@ -109,7 +109,7 @@ def finetune(
     n_valid = table["is_valid"].sum()
     counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
     say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
-    n_in = int(table["channels"].max()) if fresh else source.in_chans
+    n_in = int(table["channels"].max()) if fresh else source.image_channels
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)

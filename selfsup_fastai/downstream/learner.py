@@ -25,6 +25,7 @@ from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_coun
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import linear_head
+from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
@@ -251,22 +252,15 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
         encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
     else:
         encoder = copied_encoder(source, n_in, pretrained)
-        _check_input(encoder)
         origin = encoder.lineage[-1].get("task") if encoder.lineage else None
         side = (encoder.size or 128) if mixed else None
-        loaders = derive_loaders(dls, n_in=encoder.in_chans, resize=side)
+        loaders = derive_loaders(dls, n_in=encoder.image_channels, resize=side)
     own_stats = encoder.mean is not None
     if not own_stats:
         encoder.mean, encoder.std = measure_stats(loaders)
     say(_adapted(encoder, origin, own_stats, side))
-    return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std))
-
-
-def _check_input(encoder: Encoder) -> None:
-    """Raise for an encoder that was trained on other pictures than grey or color ones."""
-    if encoder.input not in ("rgb", "grey", "other"):
-        fix = "Pretrain an encoder on the images themselves, such as with 'rotation'."
-        raise TaskError(f"This encoder was trained on {encoder.input} pictures, which fine-tuning does not make. {fix}")
+    eaten = [ToInput(encoder.input)] if encoder.input in CHANNELS else []
+    return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std), add=eaten)
 
 
 def _image_size(dls: DataLoaders) -> int | None:
@@ -282,7 +276,8 @@ def _adapted(encoder: Encoder, origin: str | None, own_stats: bool, side: int | 
     size = f"{encoder.size} px" if encoder.size else None
     channels = f"{encoder.in_chans} channel{'s' if encoder.in_chans > 1 else ''}"
     facts = ", ".join(str(fact) for fact in (origin, size, channels) if fact)
-    color = {1: "grey", 3: "color"}.get(encoder.in_chans, channels)
+    color = {1: "grey", 3: "color"}.get(encoder.image_channels, channels)
+    color += f" and turned into {encoder.input}" if encoder.input in CHANNELS else ""
     stats = "the encoder's" if own_stats else "their own"
     name = encoder.arch or type(encoder.body).__name__
     resized = f", resized from different sizes to {side} px" if side else ""

@@ -16,11 +16,13 @@ from torch import Tensor
 from selfsup_fastai import __version__
 from selfsup_fastai.encoders.bodies import ABOUT_WEIGHTS
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.inputs import CHANNELS
 from selfsup_fastai.errors import EncoderFileError
 
 FORMAT = 1  # Raised when an older `load_encoder` could no longer read what is written
 FIELDS = ("arch", "source", "kwargs", "in_chans", "input", "mean", "std", "size", "num_features")  # Of the encoder
 ROUND = ("task", "epochs", "images", "data")  # What a lineage tells of a round
+INPUTS = ("rgb", "grey", "other", *CHANNELS)  # What an encoder may eat
 MAX_CHANNELS, MAX_SIZE, MAX_NUMBER = 1024, 16384, 65536  # Beyond these a card is damaged or hostile
 
 
@@ -99,7 +101,7 @@ def _checks(card: dict) -> dict[str, bool]:
         "arch": isinstance(card["arch"], str),
         "kwargs": isinstance(kwargs, dict) and not kwargs.keys() & ABOUT_WEIGHTS and _modest(kwargs),
         "in_chans": _whole(channels, MAX_CHANNELS),
-        "input": isinstance(card["input"], str),
+        "input": card["input"] in INPUTS and CHANNELS.get(card["input"], channels) == channels,
         "mean": _statistics(card["mean"], channels, -math.inf),
         "std": _statistics(card["std"], channels, 0),
         "size": card["size"] is None or _whole(card["size"], MAX_SIZE),

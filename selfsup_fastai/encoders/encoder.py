@@ -7,12 +7,14 @@ are, in which layout the last map comes) is measured once on an empty image, nev
 import copy
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_fastai.encoders.bodies import Body, constructed_body, fixed_size, is_timm_name, module_body, timm_body
 from selfsup_fastai.encoders.groups import count, grouped_names, labels
-from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, pooled
+from selfsup_fastai.encoders.inputs import CHANNELS, to_input
+from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, pooled, undisturbed
 from selfsup_fastai.errors import SelfsupError, TaskError, unknown
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
@@ -28,7 +30,7 @@ class Encoder(nn.Module):
       `timm.create_model(arch, **kwargs)`
     - `in_chans`, `num_features`: channels that enter, features that come out (measured)
     - `size`: image size it was or will be trained at, in pixels; `fixed_size`: the only size the body takes, or None
-    - `input`: what the channels are: 'rgb', 'grey', 'other', or what a pretext task sets ('L', 'lab', 'sobel')
+    - `input`: what the channels are: 'rgb', 'grey', 'other', or 'L', 'ab', 'lab' (see `encoders.inputs`)
     - `mean`, `std`: of the training images, on the [0, 1] scale, one number per channel; None until measured
     - `lineage`: the rounds of pretraining so far, oldest first
     - `layer_names`: the layers that `feature_maps` can give, shallow to deep
@@ -61,6 +63,16 @@ class Encoder(nn.Module):
             raise TaskError(f"{self.arch} gives no feature maps (B, C, h, w). Take a timm network, e.g. 'resnet18'.")
         return self._last_map(self.body, self._checked(x))
 
+    def map_shape(
+        self,
+        image: tuple[int, int],  # Height and width of the images
+    ) -> tuple[int, int, int]:
+        """(C, h, w) of `feature_map` for images of this size, measured on an empty one."""
+        like = next(self.parameters())
+        x = torch.zeros(1, self.in_chans, *image, dtype=like.dtype, device=like.device)
+        with undisturbed(self.body):
+            return tuple(self.feature_map(x).shape[1:])
+
     def feature_maps(
         self,
         x: Tensor,  # Images (B, in_chans, H, W)
@@ -73,18 +85,31 @@ class Encoder(nn.Module):
                 raise unknown(f"layer of {self.arch}", name, self.layer_names)
         return maps_of(self.body, self._checked(x), self.layer_names, wanted)
 
+    @property
+    def image_channels(self) -> int:
+        """Channels that images have before they are turned into what the network eats."""
+        return 3 if self.input in CHANNELS else self.in_chans
+
+    def eat(self, kind: str) -> None:
+        """Have the network fed with 'L', 'ab' or 'lab' made of images, centered to -1..1 (Zhang et al. 2016, 2017)."""
+        if self.in_chans != CHANNELS[kind]:
+            fix = f"Make it with n_in={CHANNELS[kind]}."
+            raise TaskError(f"An encoder of {self.in_chans} channels cannot be fed with {kind}. {fix}")
+        self.input, self.mean, self.std = kind, (0.5,) * self.in_chans, (0.5,) * self.in_chans
+
     def prepare(self, x: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)`, float in [0, 1], to what the network was trained on.
 
-        Channels are matched (luma of color images, copies of gray ones), then `mean` and `std` taken out; while those
-        are not known the values stay as they are. Raises `TaskError` for other channels and for integer pixels.
+        Channels are matched (luma of color images, copies of gray ones) and, for a network that eats lightness or
+        Lab, turned into it; then `mean` and `std` are taken out; while those are not known the values stay as they
+        are. Raises `TaskError` for other channels and for integer pixels.
         """
         if x.ndim != 4 or not x.is_floating_point():
             raise TaskError(
                 f"Expected float images (B, C, H, W) in [0, 1], got {x.dtype} of shape {tuple(x.shape)}. "
                 "Divide integer pixels by their greatest value first."
             )
-        x = self._matched(x)
+        x = to_input(self._matched(x), self.input) if self.input in CHANNELS else self._matched(x)
         if self.mean is None or self.std is None:
             return x
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
@@ -123,15 +148,15 @@ class Encoder(nn.Module):
         return F.interpolate(x.float(), side, mode="bilinear", antialias=True).to(x.dtype)
 
     def _matched(self, x: Tensor) -> Tensor:
-        if x.shape[1] == self.in_chans:
+        if x.shape[1] == self.image_channels:
             return x
         if x.shape[1] == 1:
-            return x.expand(-1, self.in_chans, -1, -1)
-        if x.shape[1] == 3 and self.in_chans == 1:
+            return x.expand(-1, self.image_channels, -1, -1)
+        if x.shape[1] == 3 and self.image_channels == 1:
             return (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         raise TaskError(
-            f"Images of {x.shape[1]} channels cannot be turned into the {self.in_chans} that this encoder takes. "
-            f"Choose channels first, or make an encoder with n_in={x.shape[1]}."
+            f"Images of {x.shape[1]} channels cannot be turned into the {self.image_channels} that this encoder "
+            f"takes. Choose channels first, or make an encoder with n_in={x.shape[1]}."
         )
 
     def _measured(self) -> tuple[int, list[str], LastMap | None]:

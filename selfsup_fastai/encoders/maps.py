@@ -23,7 +23,7 @@ def measure(body: nn.Module, in_chans: int, size: int) -> tuple[int, list[str], 
     """
     like = next((p for p in body.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.zeros(1, in_chans, size, size, dtype=like.dtype, device=like.device)
-    with _undisturbed(body):
+    with undisturbed(body):
         out = body(x)
         width, layers = pooled(out).shape[1], _layer_names(body, x)
         return width, layers, _way_to_last_map(body, x, out, layers)
@@ -50,7 +50,7 @@ def maps_of(body: nn.Module, x: Tensor, layers: list[str], names: list[str]) -> 
 
 
 @contextmanager
-def _undisturbed(body: nn.Module) -> Iterator[None]:
+def undisturbed(body: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, running statistics and random state are afterwards as they were."""
     modes = {module: module.training for module in body.modules()}
     body.eval()

@@ -31,16 +31,21 @@ class PretextTask(ABC):
     name: ClassVar[str]  # Key in TASKS, word in the CLI, name of the docs page
     paper: ClassVar[str]  # Authors and year
     n_inp: ClassVar[int] = 1  # How many tensors of the new batch go to the model
+    n_targets: ClassVar[int] = 1  # How many tensors of the new batch are what it should answer
     needs: ClassVar[tuple[str, ...]] = ()  # 'index': make_batch is given each image's place in its dataset
     items: ClassVar[str] = "images"  # What the data room builds
     normalized: ClassVar[tuple[bool, ...]] = (True,)  # Per input: an image of the data's channels, for Normalize?
-    channels: ClassVar[tuple[int, ...]] = (1, 3)  # That the task can work with
+    channels: ClassVar[tuple[int, ...]] = (1, 3)  # Of images that the task can work with
+    instead: ClassVar[str] = ""  # Said to people whose images have other channels: which tasks to take
+    input: str | None = None  # What the encoder is fed with: 'L', 'ab', 'lab' (`encoders.inputs`); None: the images
+    arch: ClassVar[str] = "resnet18"  # The network when nothing is said
+    alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
     metrics: Sequence = ()
 
     def setup(self, dls: DataLoaders, encoder: Encoder) -> None:  # noqa: B027  (most tasks need none)
-        """Called once by `pretext_learner`: sizes that depend on the data."""
+        """Called once by `pretext_learner`: sizes that depend on the data. `TaskError` for an unsuitable encoder."""
 
     @abstractmethod
     def make_batch(self, x: Tensor, *, generator: torch.Generator, train: bool, idx: Tensor | None = None):
@@ -95,14 +100,15 @@ class PretextTask(ABC):
         inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx)
         self._check_made(inputs, targets, len(x))
         images = zip(inputs, self.normalized, strict=True)
-        return (*(t.as_subclass(TensorImage) if n else t for t, n in images), *targets)
+        return (*(t.as_subclass(TensorImage) if n and t.numel() else t for t, n in images), *targets)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raises `TaskError` for batches (B, C, H, W) that the task cannot work with."""
         _, channels, height, width = shape
         if channels not in self.channels:
             wanted = " or ".join(map(str, self.channels))
-            raise TaskError(f"{self.name} works on images of {wanted} channels, these have {channels}.")
+            said = f"{self.name} works on images of {wanted} channels, these have {channels}. {self.instead}"
+            raise TaskError(said.rstrip())
         if min(height, width) < self.min_side:
             raise TaskError(
                 f"{self.name} needs images of at least {self.min_side} pixels a side, these are {height} x {width}."
@@ -118,6 +124,8 @@ class PretextTask(ABC):
             raise TaskError(f"{said}, n_inp of them inputs; it returned {len(inputs)} inputs, {counts}.")
         if not targets:
             raise TaskError(f"{said}, with at least one target, or fastai takes no step; it returned none.")
+        if len(targets) != self.n_targets:
+            raise TaskError(f"{said}, n_targets ({self.n_targets}) of them targets; it returned {len(targets)}.")
         rows = [len(t) for t in (*inputs, *targets)]
         if set(rows) != {n}:
             raise TaskError(f"{said}, in which axis 0 is the image; from {n} images it made {rows} rows.")

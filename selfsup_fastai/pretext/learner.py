@@ -11,6 +11,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastcore.foundation import L
+from fasttransform import Transform
 from torch import nn
 
 from selfsup_fastai.callbacks.count import CountImages
@@ -18,6 +19,7 @@ from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pretext import TASKS, get_task
@@ -25,13 +27,11 @@ from selfsup_fastai.pretext.base import PretextLoss, PretextTask
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.seeding import preserved_rng
 
-ARCH = "resnet18"  # When nothing is said
-
 
 def pretext_learner(
     dls: DataLoaders,  # Images: UnlabeledDataLoaders, or any fastai image loaders (labels are not used)
     task: str | PretextTask | None = None,  # A name in TASKS, or a task; None: the PretextTransform of `dls`
-    arch: str | Callable | nn.Module = ARCH,  # timm name, torchvision constructor, or a module
+    arch: str | Callable | nn.Module | None = None,  # timm name, torchvision constructor, or a module; None: the task's
     *,
     encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
     pretrained: bool = False,  # Start from timm's weights for `arch`
@@ -58,8 +58,9 @@ def pretext_learner(
     if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
         say("The labels are not used for pretraining.")
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
-    encoder, plain, measured = _prepare(plain, _source(arch, encoder), n_in, pretrained, task)
-    pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=[PretextTransform(task)])
+    encoder, plain, measured = _prepare(plain, _source(arch, encoder, task), n_in, pretrained, task)
+    asked = [PretextTransform(task)] if task.input or encoder.input not in CHANNELS else _eaten(encoder, task)
+    pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     task.setup(pretext, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
     fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
@@ -75,10 +76,10 @@ def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
     raise TaskError(f"Which task? pretext_learner(dls, 'rotation'), for one. There are: {', '.join(TASKS)}.")
 
 
-def _source(arch: object, encoder: object) -> object:
+def _source(arch: object, encoder: object, task: PretextTask) -> object:
     if encoder is None:
-        return arch
-    if arch != ARCH:
+        return task.arch if arch is None else arch
+    if arch is not None:
         given = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
         raise TaskError(f"arch={given!r} goes with a new net, but encoder= brings one. Leave one of the two out.")
     return encoder
@@ -94,15 +95,33 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     with preserved_rng():
         height, width = plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:]
     side = min(height, width)
-    encoder = kept or get_encoder(source, n_in or n_in_of(plain), side, pretrained)
-    task.check_shape((1, encoder.in_chans, height, width))  # now, not in the middle of the first epoch
-    plain = derive_loaders(plain, n_in=encoder.in_chans)
+    channels = kept.image_channels if kept else n_in or n_in_of(plain)
+    task.check_shape((1, channels, height, width))  # now, not in the middle of the first epoch
+    encoder = kept or get_encoder(source, CHANNELS.get(task.input, channels), side, pretrained)
+    if task.input:
+        _feed(encoder, task, fresh=not kept)
+    plain = derive_loaders(plain, n_in=channels)
     measured = measure_stats(plain)
     if encoder.mean is None:
         encoder.mean, encoder.std = measured
     if not (encoder.fixed_size and encoder.size):
         encoder.size = side
     return encoder, plain, measured
+
+
+def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
+    """See to it that the encoder eats what the task makes of images."""
+    if fresh:
+        encoder.eat(task.input)
+    elif encoder.input != task.input:
+        fix = "Start it with a new net (arch=), or go on from an encoder of the same kind."
+        raise TaskError(f"{task.name} feeds its encoder with {task.input}, this one eats {encoder.input}. {fix}")
+
+
+def _eaten(encoder: Encoder, task: PretextTask) -> list[Transform]:
+    """Transforms for a task about images whose encoder, from an earlier round, eats something made of them."""
+    task.check_shape((1, encoder.in_chans, task.min_side, task.min_side))
+    return [ToInput(encoder.input), PretextTransform(task)]
 
 
 def _is_kept(source: object) -> bool:
@@ -163,7 +182,7 @@ class PretextLearner(Learner):
 
     def predict(self, item, **_) -> Answer:
         """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""
-        source = TfmdLists([item], OpenImage(self.encoder.in_chans), split_idx=1, do_setup=False)
+        source = TfmdLists([item], OpenImage(self.encoder.image_channels), split_idx=1, do_setup=False)
         dl = self.dls.valid.new(Datasets(tls=L([source])), bs=1, n=1, shuffle=False, drop_last=False, num_workers=0)
         b = dl.one_batch()
         pred, _, decoded = self.get_preds(dl=[b], with_decoded=True)

@@ -26,6 +26,7 @@ class Drawn(PretextTask):
     """Which number was drawn? The question is the image itself."""
 
     name = "drawn"
+    n_targets = 2
     paper = "nobody 2000"
 
     def make_batch(self, x, *, generator, train, idx=None):

@@ -1,0 +1,197 @@
+"""Several tasks at once: one encoder, and in each training batch another task's question."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from fastai.learner import Metric
+from fastai.metrics import AvgMetric
+from fastcore.basics import listify
+from torch import Tensor, nn
+
+from selfsup_fastai.encoders.inputs import to_input
+from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.pretext.base import PretextTask, check_number
+
+
+class SeveralTasks(PretextTask):
+    """What do several tasks ask, one in each batch?
+
+    Doersch & Zisserman, Multi-task Self-Supervised Visual Learning, 2017 (arXiv 1708.07860): combining tasks helped
+    every one of them. The encoder is shared, each task has its own head; which task a training batch is for is drawn.
+    In validation every task is asked about every image.
+
+    In: the inputs of all tasks, one after the other; those of the tasks that are not asked are empty, (B, 0). Targets
+    and predictions likewise; the last prediction are the log variances, (B, number of tasks), of the balanced loss.
+    Loss: each task's own times its weight, summed over the tasks that were asked. With `weights='uncertainty'` the loss
+    of task i is exp(-s) * loss + s with a learned s for each (Kendall, Gal & Cipolla 2018, arXiv 1705.07115; the
+    factors 1/2 of theirs, which depend on the kind of loss, are left out).
+
+    Harmonized inputs (Doersch & Zisserman 2017): where a task feeds the encoder with lightness or Lab, the others get
+    their images so, too. Two tasks that feed it with different things cannot be combined.
+    """
+
+    paper = "Doersch & Zisserman 2017"
+
+    def __init__(
+        self,
+        tasks: Sequence[PretextTask],
+        weights: str | Mapping[str, float] | None = None,  # By name of the task, 1 if missing; or 'uncertainty'
+    ):
+        self.tasks, self.names = list(tasks), [task.name for task in tasks]
+        self.weights = weights
+        self._check()
+        self.name = "+".join(self.names)
+        self.n_inp = sum(task.n_inp for task in tasks)
+        self.normalized = sum((task.normalized for task in tasks), ())
+        self.needs = tuple({need for task in tasks for need in task.needs})
+        self.channels = tuple(c for c in (1, 3) if all(c in self._seen(task, c) for task in tasks))
+        self.instead = " ".join(task.instead for task in tasks if task.instead)
+        self.min_side = max(task.min_side for task in tasks)
+        self.arch = next((task.arch for task in tasks if task.arch != PretextTask.arch), PretextTask.arch)
+        self._given = [task.n_targets for task in tasks]
+
+    def _check(self) -> None:
+        if len(set(self.names)) < max(2, len(self.names)):
+            raise TaskError(f"Several tasks at once are two or more different ones; got {', '.join(self.names)}.")
+        alone = [task for task in self.tasks if task.alone]
+        if alone:
+            raise TaskError(f"{alone[0].name} cannot be combined with other tasks: {alone[0].alone}")
+        inputs = {task.input for task in self.tasks if task.input}
+        if len(inputs) > 1:
+            said = ", ".join(f"{task.name}: {task.input or 'images'}" for task in self.tasks)
+            raise TaskError(f"These tasks feed the encoder with different things ({said}) and cannot be combined.")
+        self.input = inputs.pop() if inputs else None
+        if isinstance(self.weights, str) and self.weights != "uncertainty":
+            raise TaskError(f"weights are a number for each task by name, or 'uncertainty'; got {self.weights!r}.")
+        for name, weight in self._by_hand().items():
+            if name not in self.names:
+                raise unknown("task in weights", name, self.names)
+            check_number(f"the weight of {name}", weight, above=0)
+
+    def _by_hand(self) -> dict[str, float]:
+        return dict(self.weights) if isinstance(self.weights, Mapping) else {}
+
+    @property
+    def passes(self) -> float:
+        """On average: a batch is for one task."""
+        return sum(task.passes for task in self.tasks) / len(self.tasks)
+
+    def settings(self) -> dict:
+        weights = self._by_hand() or self.weights
+        return {**{task.name: task.settings() for task in self.tasks}, "weights": weights}
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """For each task its loss and its metrics, named after it."""
+        losses = [OfTask(self, i, task.loss, "loss") for i, task in enumerate(self.tasks)]
+        own = [[OfTask(self, i, m) for m in listify(task.metrics)] for i, task in enumerate(self.tasks)]
+        return [metric for loss, metrics in zip(losses, own) for metric in (loss, *metrics)]
+
+    def setup(self, dls, encoder):
+        for task in self.tasks:
+            task.setup(dls, encoder)
+
+    def callbacks(self):
+        return [callback for task in self.tasks for callback in task.callbacks()]
+
+    def _seen(self, task: PretextTask, channels: int) -> tuple[int, ...]:
+        """`channels`, if images of so many become something that the task can work with."""
+        kind = None if task.input else self.input
+        return (channels,) if (channels if kind is None else 1 if kind == "L" else 3) in task.channels else ()
+
+    # --- one batch ----------------------------------------------------------------------------------------------------
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        n = len(self.tasks)
+        asked = torch.randint(n, (1,), generator=generator, device=x.device).item() if train else None
+        inputs, targets = (), ()
+        for i, task in enumerate(self.tasks):
+            if asked in (None, i):
+                images = x if task.input or not self.input else to_input(x, self.input)
+                made, known = task.make_batch(images, generator=generator, train=train, idx=idx)
+            else:
+                made, known = (_nothing(x),) * task.n_inp, (_nothing(x),) * task.n_targets
+            inputs, targets = inputs + made, targets + known
+        return inputs, targets
+
+    def model(self, encoder):
+        return SharedEncoder(encoder, self)
+
+    def loss(self, pred, *targets, reduction="mean"):
+        *preds, log_variances = pred
+        total = 0
+        for i, (task, own) in enumerate(zip(self.tasks, self.split(targets, self._given))):
+            if own[0].numel():
+                loss = task.loss(preds[i], *own, reduction=reduction) * self._by_hand().get(task.name, 1.0)
+                if self.weights == "uncertainty":
+                    s = log_variances[0, i]
+                    loss = (-s).exp() * loss + s
+                total = total + loss
+        return total
+
+    @staticmethod
+    def split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """A row of tensors cut into one row for each task."""
+        rest = iter(tensors)
+        return [tuple(next(rest) for _ in range(count)) for count in counts]
+
+    def activation(self, pred):
+        *preds, log_variances = pred
+        return (*(_if_asked(task.activation, p) for task, p in zip(self.tasks, preds)), log_variances)
+
+    def decode(self, pred):
+        *preds, log_variances = pred
+        return (*(_if_asked(task.decode, p) for task, p in zip(self.tasks, preds)), log_variances)
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """The picture of each task that was asked, one below the other."""
+        axes, given = [], iter(ctxs or [])
+        parts = zip(self.tasks, self.split(inputs, [t.n_inp for t in self.tasks]), self.split(targets, self._given))
+        for i, (task, own, known) in enumerate(parts):
+            if own[0].numel():
+                on = [ax for ax, _ in zip(given, range(min(max_n, len(own[0]))))] if ctxs else None
+                axes += task.show(own, known, None if pred is None else pred[i], on, max_n, figsize)
+        return axes
+
+
+class SharedEncoder(nn.Module):
+    """The models of several tasks around one encoder; empty inputs give empty predictions."""
+
+    def __init__(self, encoder: nn.Module, task: SeveralTasks):
+        super().__init__()
+        self.encoder, self.counts = encoder, [t.n_inp for t in task.tasks]
+        self.models = nn.ModuleList([t.model(encoder) for t in task.tasks])
+        self.log_variances = nn.Parameter(torch.zeros(len(task.tasks)), requires_grad=task.weights == "uncertainty")
+
+    def forward(self, *inputs: Tensor) -> tuple:
+        rows = SeveralTasks.split(inputs, self.counts)
+        preds = [model(*own) if own[0].numel() else own[0] for model, own in zip(self.models, rows)]
+        return (*preds, self.log_variances.expand(len(inputs[0]), -1))
+
+
+class OfTask(AvgMetric):
+    """A metric of one of several tasks, over the batches in which it was asked."""
+
+    def __init__(self, several: SeveralTasks, i: int, metric, name: str | None = None):
+        self.several, self.i, self.metric = several, i, metric
+        self.own_name = f"{several.names[i]}_{name or getattr(metric, 'name', None) or metric.__name__}"
+
+    def accumulate(self, learn):
+        targets = self.several.split(listify(learn.yb), self.several._given)[self.i]
+        if targets[0].numel():
+            rows = len(targets[0])
+            self.total += learn.to_detach(self.metric(learn.pred[self.i], *targets)) * rows
+            self.count += rows
+
+    @property
+    def name(self):
+        return self.own_name
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """What stands for a task that is not asked: a row for each image and nothing in it."""
+    return x.new_zeros(len(x), 0)
+
+
+def _if_asked(change, pred):
+    return change(pred) if not isinstance(pred, Tensor) or pred.numel() else pred
