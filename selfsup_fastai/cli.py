@@ -112,7 +112,9 @@ def pretrain(
     folder: Annotated[
         Path, typer.Argument(help="Folder of images, at any depth; labels are not needed.", show_default=False)
     ],
-    task: Annotated[str, typer.Option(help=f"What the network is asked: {', '.join(TASKS)}.")] = "rotation",
+    task: Annotated[
+        str, typer.Option(help=f"What the network is asked: {', '.join(TASKS)}; several: rotation+jigsaw.")
+    ] = "rotation",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 20,
     size: Annotated[int, typer.Option(min=8, help="Side of the training images in pixels.")] = 128,
@@ -130,7 +132,10 @@ def pretrain(
     valid_pct: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the images to validate with.")] = 0.1,
     n_in: Annotated[int | None, typer.Option(help="Channels: 1 or 3.", show_default="1 if all images are grey")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the task, e.g. --set turns=one.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of the task: --set turns=one; of several: rotation.turns=one.", show_default=False
+        ),
     ] = None,
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
@@ -139,9 +144,10 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
     """Pretrain an encoder on a folder of unlabeled images."""
-    if task not in TASKS:  # before the seconds that the imports take
-        raise unknown("pretext task", task, TASKS)
-    settings = dict(_setting(text) for text in set_ or [])
+    for name in task.split("+"):  # before the seconds that the imports take
+        if name not in TASKS:
+            raise unknown("pretext task", name, TASKS)
+    settings = _settings(set_ or [])
     from selfsup_fastai import runs
 
     out = out or _free(Path("runs") / task)
@@ -255,6 +261,15 @@ def _free(folder: Path) -> Path:
         n += 1
         free = folder.with_name(f"{folder.name}-{n}")
     return free
+
+
+def _settings(texts: list[str]) -> dict:
+    """'turns=one' -> {'turns': 'one'}, 'rotation.turns=one' -> {'rotation': {'turns': 'one'}}."""
+    settings: dict = {}
+    for name, value in map(_setting, texts):
+        *task, name = name.split(".", 1)
+        (settings.setdefault(task[0], {}) if task else settings)[name] = value
+    return settings
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -183,7 +183,7 @@ def _plain(dl: DataLoader) -> Iterator[DataLoader]:
     with _as_validation(dl.dataset):
         pipelines = {}
         if isinstance(dl, TfmdDL):  # `new` would share the transforms with the given loader
-            kept = [copy(f) for f in dl.after_batch.fs if not isinstance(f, Normalize)]
+            kept = [copy(f) for f in dl.after_batch.fs if not (isinstance(f, Normalize) or hasattr(f, "prepares"))]
             pipelines = {"after_batch": Pipeline(kept)}
         yield copy(dl).new(shuffle=False, drop_last=False, **pipelines)  # `new` may leave marks on what it is asked of
 

@@ -9,6 +9,7 @@ import time
 import pandas as pd
 import pytest
 
+from selfsup_fastai.cli import _settings
 from selfsup_fastai.encoders.checkpoint import read_card
 from tests.conftest import write_images
 
@@ -104,6 +105,7 @@ def test_finetune(pretrained, tmp_path):
     [
         (["pretrain", "missing"], "missing", 1),
         (["pretrain", ".", "--task", "rotaton"], "Did you mean 'rotation'", 1),
+        (["pretrain", ".", "--task", "jigsaw+rotaton"], "Did you mean 'rotation'", 1),
         (["pretrain", ".", "--size", "0"], "--size", 2),
         (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
         (["finetune", "empty", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
@@ -138,6 +140,13 @@ def test_wrong_setting_of_a_task(images, tmp_path):
     done = selfsup("pretrain", images, "--set", "trns=one", *QUICK, cwd=tmp_path)
     assert done.returncode == 1
     assert "rotation has no setting 'trns'; it has turns" in done.stderr
+
+
+def test_settings_of_one_task_and_of_several():
+    assert _settings(["turns=one", "crop=0.25"]) == {"turns": "one", "crop": 0.25}
+    several = ["weights=uncertainty", "rotation.turns=one", "rotation.flip=0", "jigsaw.gap=false"]
+    own = {"rotation": {"turns": "one", "flip": 0}, "jigsaw": {"gap": False}}
+    assert _settings(several) == {"weights": "uncertainty", **own}
 
 
 def test_closed_pipe_is_quiet(tmp_path):

@@ -74,6 +74,7 @@ def from_input(
 class ToInput(Transform):
     """A batch transform: images in [0, 1] to what an encoder of this kind eats, in [0, 1] again."""
 
+    prepares = True  # what `Encoder.prepare` does, too: where that is asked for, this one is left out
     order = 45  # after augmentation (30-40), before the question (50) and Normalize (99)
 
     def __init__(self, kind: str):

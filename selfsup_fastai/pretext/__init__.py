@@ -27,12 +27,16 @@ def task_class(name: str) -> "type[PretextTask]":
 
 
 def get_task(
-    task: "str | PretextTask | type[PretextTask]",  # A name in TASKS, or a task (class or instance) of your own
-    **settings,  # Of the task, e.g. turns='one' for rotation
+    task: "str | PretextTask | type[PretextTask] | list",  # A name in TASKS, 'rotation+jigsaw', a task, several
+    **settings,  # Of the task, e.g. turns='one'; of several: weights, and a dict for each, rotation={'turns': 'one'}
 ) -> "PretextTask":
     """The task, ready to be used. `TaskError` for a setting that the task does not have."""
     from selfsup_fastai.pretext.base import PretextTask
 
+    if isinstance(task, str) and "+" in task:
+        task = task.split("+")
+    if isinstance(task, (list, tuple)):
+        return _several(task, settings)
     if isinstance(task, PretextTask):
         if settings:
             raise TaskError(
@@ -45,6 +49,28 @@ def get_task(
     if wrong:
         raise TaskError(f"{cls.name} has no setting {wrong[0]!r}; it has {', '.join(known) or 'none'}.")
     return cls(**settings)
+
+
+def _several(tasks: list, settings: dict) -> "PretextTask":
+    from selfsup_fastai.pretext.multi import SeveralTasks
+
+    if len(tasks) == 1:
+        return get_task(tasks[0], **settings)
+    weights = {"weights": settings.pop("weights")} if "weights" in settings else {}
+    made = [get_task(task, **_own(task, settings)) for task in tasks]
+    if settings:
+        known = ", ".join(["weights", *(task.name for task in made)])
+        raise TaskError(f"Several tasks have no setting {next(iter(settings))!r}; they have {known}.")
+    return SeveralTasks(made, **weights)
+
+
+def _own(task, settings: dict) -> dict:
+    """The settings of one of several tasks, taken out of those of all."""
+    own = settings.pop(task if isinstance(task, str) else getattr(task, "name", ""), {})
+    if not isinstance(own, dict):
+        example = "rotation={'turns': 'one'}"
+        raise TaskError(f"The settings of one of several tasks are a dict, such as {example}; got {own!r}.")
+    return own
 
 
 def list_tasks() -> "DataFrame":

@@ -25,12 +25,13 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.base import PretextLoss, PretextTask
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
+from selfsup_fastai.pretext.multi import SeveralTasks
 from selfsup_fastai.seeding import preserved_rng
 
 
 def pretext_learner(
     dls: DataLoaders,  # Images: UnlabeledDataLoaders, or any fastai image loaders (labels are not used)
-    task: str | PretextTask | None = None,  # A name in TASKS, or a task; None: the PretextTransform of `dls`
+    task: str | PretextTask | list | None = None,  # A name in TASKS, a task, several; None: `dls`' PretextTransform
     arch: str | Callable | nn.Module | None = None,  # timm name, torchvision constructor, or a module; None: the task's
     *,
     encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
@@ -177,8 +178,9 @@ class PretextLearner(Learner):
         return self.task.product(self.model)
 
     def show_batch(self, **kwargs):
-        """What the network is asked."""
-        return self.dls.train.show_batch(**kwargs)
+        """What the network is asked; of several tasks, what each asks (about images of the validation set)."""
+        dl = self.dls.valid if isinstance(self.task, SeveralTasks) and len(self.dls.valid_ds) else self.dls.train
+        return dl.show_batch(**kwargs)
 
     def predict(self, item, **_) -> Answer:
         """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""

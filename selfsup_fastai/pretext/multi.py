@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.pretext.base import PretextTask, check_number
+from selfsup_fastai.seeding import VALID_SEED
 
 
 class SeveralTasks(PretextTask):
@@ -49,6 +50,7 @@ class SeveralTasks(PretextTask):
         self.min_side = max(task.min_side for task in tasks)
         self.arch = next((task.arch for task in tasks if task.arch != PretextTask.arch), PretextTask.arch)
         self._given = [task.n_targets for task in tasks]
+        self.n_targets = sum(self._given)
 
     def _check(self) -> None:
         if len(set(self.names)) < max(2, len(self.names)):
@@ -102,8 +104,9 @@ class SeveralTasks(PretextTask):
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def make_batch(self, x, *, generator, train, idx=None):
-        n = len(self.tasks)
-        asked = torch.randint(n, (1,), generator=generator, device=x.device).item() if train else None
+        asked, n = None, len(self.tasks)
+        if train and generator.initial_seed() != VALID_SEED:  # else somebody looks at training images
+            asked = torch.randint(n, (1,), generator=generator, device=x.device).item()
         inputs, targets = (), ()
         for i, task in enumerate(self.tasks):
             if asked in (None, i):

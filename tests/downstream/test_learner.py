@@ -28,7 +28,7 @@ from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_enc
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import DataError, SelfsupError, TaskError
-from selfsup_fastai.features import embedded_images
+from selfsup_fastai.features import embed, embedded_images
 
 FIVE = ["resnet18", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
 
@@ -549,7 +549,9 @@ def test_an_encoder_that_eats_lightness_is_given_it(few_classes):
     seen = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     images = embedded_images(labeled(few_classes).valid, list(range(len(seen))))
     torch.testing.assert_close(seen, 2 * to_input(torch.stack(images), "L") - 1)
-    learn.show_batch()
+    expected = embed(learn.model.encoder, labeled(few_classes).valid).x
+    torch.testing.assert_close(embed(learn.model.encoder, learn.dls.valid).x, expected)  # and not given it twice
+    learn.dls.show_batch()
     learn.fine_tune(1)
 
 
