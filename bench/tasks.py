@@ -1,0 +1,214 @@
+"""Every pretext task on the same images, with the same encoder and the same number of images through it.
+
+For each task and seed: the task's own metric beside guessing, a linear classifier on each frozen layer and 20-NN beside
+the same encoder untrained, and how fast it trained. A finished run is not done again, a killed one is: start the same
+command anew. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
+names the folder it is looked for in).
+
+    python bench/tasks.py --out bench/results                           # all tasks
+    python bench/tasks.py --tasks rotation simclr rotation+simclr --seeds 3 --docs docs/benchmarks.md
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from cifar10 import cifar10
+from fastai.torch_core import set_seed
+from measure import machine, markdown, tell
+
+from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_loaders
+from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.features import embed, knn_accuracy, linear_probe
+from selfsup_fastai.messages import quiet
+from selfsup_fastai.pretext import TASKS, get_task
+from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
+
+ARCH, RATE, NEIGHBORS, PROBED = "resnet10t", 3e-3, 20, 1024
+BEGIN, END = "<!-- tasks: written by bench/tasks.py -->", "<!-- end of tasks -->"
+
+
+class Data:
+    """Images to pretrain on, and labeled ones to probe with; tables of file and label."""
+
+    def __init__(self, args: argparse.Namespace):
+        train, test = cifar10(args.data, args.out)
+        shuffled = train.sample(frac=1, random_state=0).reset_index(drop=True)
+        self.train = shuffled.head(args.images)
+        probed = shuffled.head(args.probe_images).assign(is_valid=False)
+        self.labeled = pd.concat([probed, test.assign(is_valid=True)], ignore_index=True)
+        self.size, self.bs = args.size, args.bs
+
+    def learner(self, task: str, seed: int) -> PretextLearner:
+        """Of a task, with the common encoder; a task for another kind of net takes its own."""
+        set_seed(seed, reproducible=True)
+        made = get_task(task)
+        dls = UnlabeledDataLoaders.from_files(self.train["file"], size=self.size, bs=self.bs)
+        return pretext_learner(dls, made, ARCH if made.arch.startswith("resnet") else made.arch)
+
+    def probe(self, encoder: Encoder) -> dict:
+        """Accuracies on the test images: a linear classifier a layer, and nearest neighbors."""
+        dls = labeled_loaders(self.labeled, encoder.image_channels, self.size, 128)
+        layers = linear_probe(encoder, dls.train, dls.valid, max_dim=PROBED).set_index("layer")["accuracy"]
+        neighbors = knn_accuracy(embed(encoder, dls.train), embed(encoder, dls.valid), NEIGHBORS)
+        return {"layers": layers.round(4).to_dict(), "knn": round(neighbors, 4)}
+
+
+def result(task: str, seed: int, data: Data, args: argparse.Namespace) -> dict:
+    """What a task came to; read from its file if an earlier run got so far."""
+    file = args.out / "tasks" / f"{task}-{args.size}-{args.images}-{args.budget}-{seed}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    tell(f"{task}, seed {seed}")
+    with quiet():
+        learn = data.learner(task, seed)
+        untrained = untrained_result(learn.encoder, seed, data, args)
+        found = trained(learn, args.budget)
+        learn.save_encoder(file.with_suffix(""))
+        found |= {"task": task, "seed": seed, "random": untrained, **data.probe(learn.encoder)}
+    write(file, found)
+    return found
+
+
+def trained(learn: PretextLearner, budget: int) -> dict:
+    """Train for a number of images through the encoder; the task's own numbers, and the time it took."""
+    an_epoch = len(learn.dls.train) * learn.dls.train.bs * learn.task.passes
+    epochs = max(1, round(budget / an_epoch))
+    start = time.perf_counter()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, RATE)
+    seconds = time.perf_counter() - start
+    values = {k: v for k, v in learn.last_values.items() if v is not None}
+    own = next((name for name in values if name not in ("train_loss", "valid_loss")), "valid_loss")
+    facts = {"epochs": epochs, "passes": learn.task.passes, "images": round(learn.images_seen), "seconds": seconds}
+    return {**facts, "arch": learn.encoder.arch, "metric": own, "value": values[own], "chance": learn.task.chance()}
+
+
+def untrained_result(encoder: Encoder, seed: int, data: Data, args: argparse.Namespace) -> dict:
+    """The probes of an encoder of this kind with random weights, once for each kind."""
+    kind = f"random-{encoder.arch}-{encoder.input}-{args.size}-{args.probe_images}-{seed}"
+    file = args.out / "tasks" / f"{kind}.json"
+    if not file.exists():
+        write(file, data.probe(encoder))
+    return json.loads(file.read_text())
+
+
+def write(file: Path, found: dict) -> None:
+    """A file that is either there with everything in it or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    os.replace(part, file)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """The mean; of several seeds with their standard deviation."""
+    values = torch.tensor([v for v in values if v is not None], dtype=torch.double)
+    if not len(values):
+        return ""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
+def row(runs: list[dict]) -> dict:
+    """A line of the first table: the runs of one task."""
+    best = [max(run["layers"], key=run["layers"].get) for run in runs]
+    random = [max(run["random"]["layers"].values()) for run in runs]
+    gains = [run["layers"][layer] - most for run, layer, most in zip(runs, best, random)]
+    first = runs[0]
+    return {
+        "task": first["task"],
+        "its own metric": f"{first['metric'].replace('_', ' ')} {spread([run['value'] for run in runs])}",
+        "guessing": spread([run["chance"] for run in runs]),
+        "best layer": f"{best[0]} {spread([max(run['layers'].values()) for run in runs])}",
+        "best layer, untrained": spread(random),
+        "gain": f"{sum(gains) / len(gains):+.3f}",
+        "20-NN": spread([run["knn"] for run in runs]),
+        "20-NN, untrained": spread([run["random"]["knn"] for run in runs]),
+        "epochs": str(first["epochs"]),
+        "images/s through the encoder": f"{sum(r['images'] for r in runs) / sum(r['seconds'] for r in runs):,.0f}",
+    }
+
+
+def layer_tables(by_task: dict[str, list[dict]]) -> str:
+    """The accuracy on each layer, a table for each kind of network."""
+    tables: dict[tuple, list[dict]] = {}
+    for task, runs in by_task.items():
+        names = tuple(runs[0]["layers"])
+        shown = {"untrained": [run["random"] for run in runs], task: runs}
+        for name, found in shown.items():
+            accuracies = {layer: spread([run["layers"][layer] for run in found]) for layer in names}
+            line = {"task": name, **accuracies}
+            if line not in tables.setdefault(names, []):
+                tables[names].append(line)
+    return "\n\n".join(markdown(pd.DataFrame(lines).set_index("task"), "task") for lines in tables.values())
+
+
+def report(by_task: dict[str, list[dict]], args: argparse.Namespace) -> str:
+    """Both tables and what they are of."""
+    table = pd.DataFrame([row(runs) for runs in by_task.values()]).set_index("task")
+    command = "python bench/tasks.py " + shlex.join(shown_arguments())
+    about = (
+        f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; about {args.budget:,} "
+        f"images through the encoder for each task, one cycle with a peak rate of {RATE}; {ARCH}, or the task's own kind of "
+        f"net.\nLinear classifiers (a layer's features averaged to at most {PROBED} numbers) and {NEIGHBORS}-NN have the "
+        f"labels of {args.probe_images:,} training images and are scored on the test images; the best layer is chosen "
+        f"there, too, also for the untrained net.\nSeeds of everything: {args.seeds}; ± is the standard deviation over "
+        "them."
+    )
+    return f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{layer_tables(by_task)}\n\n{machine()}"
+
+
+def shown_arguments() -> list[str]:
+    """This run's arguments without the folders of this machine."""
+    words, shown = iter(sys.argv[1:]), []
+    for word in words:
+        if word in ("--data", "--out", "--docs"):
+            next(words, None)
+        else:
+            shown.append(word)
+    return shown
+
+
+def into(page: Path, text: str) -> None:
+    """Put the report between the two marks of a page."""
+    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"{page.name} has no place for the tables: put {BEGIN} and {END} where they belong.")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for what is found")
+    parser.add_argument("--docs", type=Path, help="page to put the tables in")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names; several at once: rotation+jigsaw")
+    parser.add_argument("--budget", type=int, default=100_000, help="images through the encoder")
+    parser.add_argument("--images", type=int, default=10_000, help="to pretrain on")
+    parser.add_argument("--probe-images", type=int, default=3_000, help="with labels, for the probes")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--bs", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = Data(args)
+    by_task = {task: [result(task, seed, data, args) for seed in range(args.seeds)] for task in args.tasks}
+    text = report(by_task, args)
+    print(text)
+    if args.docs:
+        into(args.docs, text)
+
+
+if __name__ == "__main__":
+    main()
