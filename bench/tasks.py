@@ -157,14 +157,14 @@ def report(by_task: dict[str, list[dict]], args: argparse.Namespace) -> str:
     """Both tables and what they are of."""
     table = pd.DataFrame([row(runs) for runs in by_task.values()]).set_index("task")
     command = "python bench/tasks.py " + shlex.join(shown_arguments())
-    about = (
-        f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; about {args.budget:,} "
-        f"images through the encoder for each task, one cycle with a peak rate of {RATE}; {ARCH}, or the task's own kind of "
-        f"net.\nLinear classifiers (a layer's features averaged to at most {PROBED} numbers) and {NEIGHBORS}-NN have the "
-        f"labels of {args.probe_images:,} training images and are scored on the test images; the best layer is chosen "
-        f"there, too, also for the untrained net.\nSeeds of everything: {args.seeds}; ± is the standard deviation over "
-        "them."
-    )
+    about = [
+        f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; about {args.budget:,} images",
+        f"through the encoder for each task, one cycle, highest rate {RATE}; {ARCH}, or the task's own kind of net.",
+        f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels of",
+        f"{args.probe_images:,} training images and are scored on the test images; the best layer is chosen there, too,",
+        f"also that of the untrained net. Seeds of everything: {args.seeds}; ± is the standard deviation over them.",
+    ]
+    about = "\n".join(about)
     return f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{layer_tables(by_task)}\n\n{machine()}"
 
 
