@@ -158,11 +158,11 @@ def report(by_task: dict[str, list[dict]], args: argparse.Namespace) -> str:
     table = pd.DataFrame([row(runs) for runs in by_task.values()]).set_index("task")
     command = "python bench/tasks.py " + shlex.join(shown_arguments())
     about = [
-        f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; about {args.budget:,} images",
-        f"through the encoder for each task, one cycle, highest rate {RATE}; {ARCH}, or the task's own kind of net.",
-        f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels of",
-        f"{args.probe_images:,} training images and are scored on the test images; the best layer is chosen there, too,",
-        f"also that of the untrained net. Seeds of everything: {args.seeds}; ± is the standard deviation over them.",
+        f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
+        f"{args.budget:,} images through the encoder, one cycle, highest rate {RATE}; {ARCH}, or the task's kind of net.",
+        f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels",
+        f"of {args.probe_images:,} training images and are scored on the test images; the best layer is chosen there,",
+        f"too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is the standard deviation over them.",
     ]
     about = "\n".join(about)
     return f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{layer_tables(by_task)}\n\n{machine()}"
