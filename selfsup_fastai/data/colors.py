@@ -139,12 +139,12 @@ def scale_components(
     of: Tensor,  # (B, C, H, W): the pixels of which these are the components
 ) -> Tensor:  # (B, C, h, w)
     """Pixels moved from the mean color, or towards it, along the principal components of an image's own colors."""
-    pixels = of.flatten(2)
-    mean = pixels.mean(2, keepdim=True)
-    rest = pixels - mean
-    axes = torch.linalg.eigh(rest @ rest.mT)[1]
-    change = axes @ (factors[:, :, None] * axes.mT)
-    return (change @ (x.flatten(2) - mean) + mean).view_as(x)
+    of = of.contiguous()  # the order of summation: where two components are nearly equal it shows
+    mean = of.mean((2, 3), keepdim=True)
+    rest = (of - mean).flatten(2)
+    axes = torch.linalg.eigh((rest[:, :, None] * rest[:, None]).sum(3))[1]
+    change = (axes[:, :, None] * factors[:, None, None] * axes[:, None]).sum(3)[..., None, None]  # (B, C, C, 1, 1)
+    return (change * (x - mean)[:, None]).sum(2) + mean
 
 
 def grey(x: Tensor) -> Tensor:
