@@ -90,7 +90,7 @@ class IndexedDL(TfmdDL):
         return super().new(dataset, cls, **kwargs)
 
     def over(self, source: "IndexedDL", places: Iterable[int], **kwargs) -> "IndexedDL":
-        """This loader, its transforms and its split, over the images at `places` of the dataset of another (or its own).
+        """This loader, its transforms and its split, over the images at `places` of the dataset of another or its own.
 
         `kwargs`: what else is to be new. Raises `DataError` for datasets other than fastai's: their items are hidden.
         """

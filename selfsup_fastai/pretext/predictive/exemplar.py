@@ -143,7 +143,9 @@ class Exemplar(PretextTask):
         """Everything that is random in `n` variants; powers and factors uniform in their logarithm."""
         u = torch.rand(n, 14, generator=generator, device=generator.device) * 2 - 1
         bend = u.new_tensor([self.power, self.factor])
-        saturation, value = (torch.cat([bend ** u[:, i : i + 2], self.offset * u[:, i + 2 : i + 3]], 1) for i in (7, 10))
+        saturation, value = (
+            torch.cat([bend ** u[:, i : i + 2], self.offset * u[:, i + 2 : i + 3]], 1) for i in (7, 10)
+        )
         return Variants(
             shift=self.shift * u[:, 0:2],
             scale=self.scale ** u[:, 2],
