@@ -124,7 +124,8 @@ def bend_saturation_value(
     """
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     span = high - low
-    above = torch.where(span > 0, (x - low) / span.clamp(min=torch.finfo(x.dtype).tiny), 1)  # 1: the largest channel
+    hued = span > 1e-4  # what is less is rounding, which a power below 1 would make a color of
+    above = torch.where(hued, (x - low) / span.clamp(min=1e-4), 1)  # 1: the largest channel
     saturation = _bent(span / high.clamp(min=torch.finfo(x.dtype).tiny), *saturation)
     return _bent(high, *value) * (1 - saturation * (1 - above))
 

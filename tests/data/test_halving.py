@@ -50,4 +50,4 @@ def test_each_image_has_its_own_kernel_and_stays_in_range():
     assert len({tuple(only(name)[0, 0, 5].tolist()) for name in KERNELS}) == 5
     steps = (torch.arange(32).view(-1, 1) % 16 >= 8).float().expand(1, 1, 32, 32)
     for name in KERNELS:
-        assert 0 <= only(name, steps).min() and only(name, steps).max() <= 1
+        assert only(name, steps).min() >= 0 and only(name, steps).max() <= 1

@@ -57,9 +57,7 @@ def test_the_fifth_part_is_the_whole_at_half_its_size(name, mode):
 def test_kernels_are_drawn_for_each_image_all_five_alike():
     x = noise(500, 1, 16, 16)
     parts, _ = asked(x)
-    alike = torch.stack(
-        [(parts[:, 4] - halved(x, torch.full((500,), k))).flatten(1).abs().amax(1) for k in range(5)]
-    )
+    alike = torch.stack([(parts[:, 4] - halved(x, torch.full((500,), k))).flatten(1).abs().amax(1) for k in range(5)])
     assert (alike.amin(0) < 1e-6).all()
     counts = alike.argmin(0).bincount(minlength=len(KERNELS))
     assert (counts - 100).abs().max() < 4 * math.sqrt(500 * 0.2 * 0.8)
@@ -172,12 +170,12 @@ def test_network_sees_each_part_alone_and_never_counts_below_zero():
 
 
 def test_settings_out_of_range():
-    with pytest.raises(TaskError, match="kernels is 'all' or one of nearest, .*lanczos; got 'cubic'"):
+    with pytest.raises(TaskError, match=r"kernels is 'all' or one of nearest, .*lanczos; got 'cubic'"):
         get_task("counting", kernels="cubic")
     for name in ("margin", "counts", "hidden"):
         with pytest.raises(TaskError, match=f"{name} is a .*got 0"):
             get_task("counting", **{name: 0})
-    with pytest.raises(TaskError, match="grey is a number, at least 0 and at most 1; got 1.5"):
+    with pytest.raises(TaskError, match=r"grey is a number, at least 0 and at most 1; got 1\.5"):
         get_task("counting", grey=1.5)
 
 

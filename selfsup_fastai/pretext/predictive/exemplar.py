@@ -123,7 +123,7 @@ class Exemplar(PretextTask):
         """Row and column of the seed patch of each image, (B, 2) int64: a function of the image and its number."""
         weights = _mean_squared_gradient(x, size)  # (B, rows, columns)
         shares = weights.flatten(1).cumsum(1)
-        number = (idx * 2_654_435_761 + self.seed * 40_503) % 2**32 / 2**32  # Knuth's hash: spread evenly over 0..1
+        number = ((idx + 1) * 2_654_435_761 + self.seed * 2_246_822_519) % 2**32 / 2**32  # Knuth's hash: even over 0..1
         place = torch.searchsorted(shares, number.unsqueeze(1) * shares[:, -1:], right=True)[:, 0]
         place = place.clamp(max=shares.shape[1] - 1)
         return torch.stack([place // weights.shape[2], place % weights.shape[2]], 1)
