@@ -143,7 +143,8 @@ def scale_components(
     of = of.contiguous()  # the order of summation: where two components are nearly equal it shows
     mean = of.mean((2, 3), keepdim=True)
     rest = (of - mean).flatten(2)
-    axes = torch.linalg.eigh((rest[:, :, None] * rest[:, None]).sum(3))[1]
+    products = torch.stack([(rest * rest[:, k : k + 1]).sum(2) for k in range(rest.shape[1])], 1)  # (B, C, C)
+    axes = torch.linalg.eigh(products)[1]
     change = (axes[:, :, None] * factors[:, None, None] * axes[:, None]).sum(3)[..., None, None]  # (B, C, C, 1, 1)
     return (change * (x - mean)[:, None]).sum(2) + mean
 

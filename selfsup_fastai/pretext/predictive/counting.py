@@ -104,7 +104,7 @@ class Counting(PretextTask):
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The four quarters and the whole at half its size; after training with the counts, which should add up."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1.8)
+        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1.4)  # leaves room for two lines
         for i, ax in enumerate(axes):
             title = "quarters | whole, halved"
             if pred is not None:
