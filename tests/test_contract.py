@@ -33,6 +33,8 @@ from selfsup_fastai.seeding import VALID_SEED
 
 SMALL = {
     "jigsaw": {"n_permutations": 8},
+    "counting": {"counts": 32, "hidden": 64},
+    "exemplar": {"contrast": 1.2, "power": 1.2, "factor": 1.1, "offset": 0.02},
     "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {}  # of tasks for which `tiny` will not do

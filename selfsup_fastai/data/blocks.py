@@ -126,12 +126,13 @@ class Cover(RandTransform):
     def __init__(
         self,
         size: tuple[int, int],  # Height and width
+        still: bool = False,  # The center in training, too
     ):
         super().__init__()
-        self.size = size
+        self.size, self.still = size, still
 
     def before_call(self, b, split_idx):
-        self.random = not split_idx
+        self.random = not (split_idx or self.still)
 
     def encodes(self, image: PILBase):
         image = type(image)(cover(image, self.size))

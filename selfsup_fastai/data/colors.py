@@ -113,6 +113,42 @@ def _wheel(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Te
     return tuple(torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in values)
 
 
+def bend_saturation_value(
+    x: Tensor,  # (B, C, H, W) in [0, 1], C = 1 or 3
+    saturation: tuple[Tensor, Tensor, Tensor],  # (B,) each: power, factor, offset
+    value: tuple[Tensor, Tensor, Tensor],  # The same
+) -> Tensor:  # (B, C, H, W) in [0, 1]
+    """HSV's saturation and value to a power, times a factor, plus an offset, cut to [0, 1]; the hue is kept.
+
+    Pixels without a hue stay grey; one channel is a value.
+    """
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    span = high - low
+    hued = span > 1e-4  # what is less is rounding, which a power below 1 would make a color of
+    above = torch.where(hued, (x - low) / span.clamp(min=1e-4), 1)  # 1: the largest channel
+    saturation = _bent(span / high.clamp(min=torch.finfo(x.dtype).tiny), *saturation)
+    return _bent(high, *value) * (1 - saturation * (1 - above))
+
+
+def _bent(x: Tensor, power: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    return (x ** column(power) * column(factor) + column(offset)).clamp(0, 1)
+
+
+def scale_components(
+    x: Tensor,  # (B, C, h, w)
+    factors: Tensor,  # (B, C): for each principal component, that of the smallest variance first
+    of: Tensor,  # (B, C, H, W): the pixels of which these are the components
+) -> Tensor:  # (B, C, h, w)
+    """Pixels moved from the mean color, or towards it, along the principal components of an image's own colors."""
+    of = of.contiguous()  # the order of summation: where two components are nearly equal it shows
+    mean = of.mean((2, 3), keepdim=True)
+    rest = (of - mean).flatten(2)
+    products = torch.stack([(rest * rest[:, k : k + 1]).sum(2) for k in range(rest.shape[1])], 1)  # (B, C, C)
+    axes = torch.linalg.eigh(products)[1]
+    change = (axes[:, :, None] * factors[:, None, None] * axes[:, None]).sum(3)[..., None, None]  # (B, C, C, 1, 1)
+    return (change * (x - mean)[:, None]).sum(2) + mean
+
+
 def grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)"""
     r, g, b = x.split(1, dim=1)

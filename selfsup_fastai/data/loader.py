@@ -89,6 +89,21 @@ class IndexedDL(TfmdDL):
             kwargs |= {"store": self._store_for(dataset), "rows": self.rows}
         return super().new(dataset, cls, **kwargs)
 
+    def over(self, source: "IndexedDL", places: Iterable[int], **kwargs) -> "IndexedDL":
+        """This loader, its transforms and its split, over the images at `places` of the dataset of another or its own.
+
+        `kwargs`: what else is to be new. Raises `DataError` for datasets other than fastai's: their items are hidden.
+        """
+        images = source.dataset
+        if not isinstance(images, (Datasets, TfmdLists)):
+            raise DataError(f"Images can be chosen from fastai's Datasets only, not from {type(images).__name__}.")
+        places, split = list(places), getattr(self.dataset, "split_idx", None)
+        parts = images.tls if isinstance(images, Datasets) else [images]
+        parts = [part._new([part.items[i] for i in places], split_idx=split) for part in parts]
+        chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]
+        rows = None if source.rows is None else source.rows[places]
+        return self.new(chosen, store=source.store, rows=rows, **kwargs)
+
     def _has_items_of(self, dataset) -> bool:
         if self.store is None or dataset is None or dataset is self.dataset:
             return self.store is not None
@@ -164,8 +179,10 @@ class IndexedDL(TfmdDL):
     def _corners(self, samps: list[int], rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """(B, 2) top and left of the windows: those that `Cover` would draw."""
         left_over = self.store.shapes(rows) - size
-        corners = left_over // 2 if getattr(self.dataset, "split_idx", None) else np.zeros_like(left_over)
-        if not getattr(self.dataset, "split_idx", None):
+        still = any(t.still for t in [*self.after_item.fs, *self.before_batch.fs] if isinstance(t, Cover))
+        centered = still or getattr(self.dataset, "split_idx", None)
+        corners = left_over // 2 if centered else np.zeros_like(left_over)
+        if not centered:
             rng = random.Random()
             for i in np.flatnonzero(left_over.any(axis=1)):
                 rng.seed(item_seed(self.pass_seed, samps[i]))

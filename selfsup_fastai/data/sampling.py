@@ -98,6 +98,26 @@ def _inside(at: Tensor, length: Tensor, straight: Tensor) -> Tensor:
     return at.maximum(-limit).minimum(limit)
 
 
+def sample_squares(
+    x: Tensor,  # (B, C, H, W) float
+    centers: Tensor,  # (B, 2): row and column in pixels; 0, 0 is the corner of the first pixel
+    sides: Tensor,  # (B,) pixels
+    turns: Tensor,  # (B,) degrees clockwise, by which the content turns
+    size: int,  # Side of what comes out
+) -> Tensor:  # (B, C, size, size)
+    """One square of each image, at any place, of any size and turned about its center; beyond the border reflected.
+
+    Without antialiasing: a square should not be much larger than `size`.
+    """
+    steps = ((torch.arange(size, device=x.device) + 0.5) / size - 0.5) * sides[:, None]
+    down, across = steps[:, :, None], steps[:, None, :]
+    angle = torch.deg2rad(turns)[:, None, None]
+    rows = centers[:, 0, None, None] + angle.cos() * down - angle.sin() * across
+    columns = centers[:, 1, None, None] + angle.sin() * down + angle.cos() * across
+    grid = torch.stack([columns * (2 / x.shape[3]) - 1, rows * (2 / x.shape[2]) - 1], -1).to(x.dtype)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
 def outlines(views: Views) -> Tensor:  # (B, 4, 2) float64 on the CPU: x then y
     """Corners of the crops in pixels of the images (0, 0 is the corner of the first), clockwise while not mirrored."""
     views = views.to("cpu")  # some accelerators know no float64

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "counting": "predictive.counting:Counting",
+    "exemplar": "predictive.exemplar:Exemplar",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

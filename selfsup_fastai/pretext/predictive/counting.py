@@ -1,0 +1,141 @@
+"""Learning to count."""
+
+import torch
+from torch import Tensor, nn
+
+from selfsup_fastai.data.halving import KERNELS, halved
+from selfsup_fastai.data.loader import luma
+from selfsup_fastai.encoders.heads import mlp
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
+
+
+def counts_match(pred, other):
+    """Share of images whose tiles add up to a count nearer to their own image's than to the other image's.
+
+    An image alone in its batch counts as half: there was nothing to compare with.
+    """
+    own, foreign = _distances(pred, other)
+    return torch.where(_has_other(other), (own < foreign).float(), 0.5).mean()
+
+
+class Counting(PretextTask):
+    """How many of each thing are in the image, if its four quarters together must hold as many?
+
+    Noroozi, Pirsiavash & Favaro, Representation Learning by Learning to Count, 2017 (arXiv 1708.06734). Nobody says
+    what is counted: the network finds things that a quarter holds or does not hold and that survive shrinking.
+
+    In: the four quarters of each image and the whole at half its size, so that all five are of one size: one input
+    (B, 5, C, H/2, W/2); of odd sizes the last row or column is cut off. Target: the row of another image of the batch,
+    (B,): the next one. Prediction: counts phi of each of the five, (B, 5, counts), none below 0. Loss of an image x
+    with the other image y, with D for the image at half its size and T for its quarters:
+    |phi(Dx) - sum phi(Tx)|^2 + max(0, margin - |phi(Dy) - sum phi(Tx)|^2), summed over the counts. The code we
+    read adds the same with x and y exchanged: as every image is an x and a y here, twice the value on average.
+    `get_preds` decodes to the sum of the counts of each of the five; guessing gives `counts_match` of 50 %.
+
+    Guards: counts of 0 for everything would add up, too; the second term makes them cost `margin`. That an image was
+    shrunk must not show, so the kernel is drawn for each image (nearest, area, bilinear, bicubic, Lanczos), and two
+    thirds of the color images are made grey, all five parts alike, against chromatic aberration. The hidden layer is
+    narrower than the paper's 4096, for thousands of images rather than a million.
+
+    Suits photographs and scans with many things or parts in them (cells, nuclei). Does not suit images of one
+    centered thing that no quarter shows, nor batches of one. The loss wants a batch of images that differ. An encoder
+    of fixed input size (ViT) sees every part enlarged to that size: five passes for each image.
+    """
+
+    name = "counting"
+    paper = "Noroozi et al. 2017"
+    min_side = 16  # quarters of 8 pixels
+    metrics = (counts_match,)
+
+    def __init__(
+        self,
+        margin: float = 10.0,  # How far, squared, the counts of two images should at least be apart
+        counts: int = 1000,  # How many things are counted
+        hidden: int = 1024,  # Width of the layer before
+        grey: float = 2 / 3,  # Share of color images made grey; 0 turns the guard off
+        kernels: str = "all",  # 'all': drawn for each image; or one of nearest, area, bilinear, bicubic, lanczos
+    ):
+        check_number("margin", margin, above=0)
+        check_number("counts", counts, 1, whole=True)
+        check_number("hidden", hidden, 1, whole=True)
+        check_number("grey", grey, 0, 1)
+        if kernels not in ("all", *KERNELS):
+            raise TaskError(f"kernels is 'all' or one of {', '.join(KERNELS)}; got {kernels!r}.")
+        self.margin, self.counts, self.hidden = margin, counts, hidden
+        self.grey, self.kernels = grey, kernels
+        self.passes = 5 / 4
+
+    def setup(self, dls, encoder):
+        if dls.train.bs is not None and dls.train.bs < 2:
+            raise TaskError("counting compares images of a batch: it needs a batch size of 2 or more, not 1.")
+        self.passes = 5 if encoder.fixed_size else 5 / 4
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        b, c, h, w = x.shape
+        x = x[..., : h // 2 * 2, : w // 2 * 2]
+        if c == 3 and self.grey:
+            drop = torch.rand(b, 1, 1, 1, generator=generator, device=x.device) < self.grey
+            x = torch.where(drop, luma(x).expand_as(x), x)
+        kernel = torch.randint(len(KERNELS), (b,), generator=generator, device=x.device)
+        if self.kernels != "all":
+            kernel = torch.full_like(kernel, list(KERNELS).index(self.kernels))
+        other = (torch.arange(b, device=x.device) + 1) % b
+        return (torch.cat([_quarters(x), halved(x, kernel).unsqueeze(1)], 1),), (other,)
+
+    def model(self, encoder):
+        return PerView(encoder, nn.Sequential(mlp(encoder.num_features, self.hidden, self.counts), nn.ReLU()))
+
+    def loss(self, pred, other, reduction="mean"):
+        own, foreign = _distances(pred, other)
+        too_near = (self.margin - foreign).clamp(min=0)
+        return per_image(own + torch.where(_has_other(other), too_near, 0), reduction)
+
+    def activation(self, pred):
+        return pred
+
+    def decode(self, pred):
+        """How much was counted in each of the five, (B, 5)."""
+        return pred.sum(-1)
+
+    def chance(self):
+        return 0.5
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """The four quarters and the whole at half its size; after training with the counts, which should add up."""
+        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1.4)  # leaves room for two lines
+        for i, ax in enumerate(axes):
+            title = "quarters | whole, halved"
+            if pred is not None:
+                *parts, whole = pred[i].tolist()
+                title = f"{' + '.join(f'{p:.1f}' for p in parts)}\n= {sum(parts):.1f} | counted in whole: {whole:.1f}"
+            draw(ax, _picture(inputs[0][i]), title)
+        return axes
+
+
+def _quarters(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 4, C, H/2, W/2), row by row."""
+    return torch.stack([quarter for half in x.chunk(2, -2) for quarter in half.chunk(2, -1)], 1)
+
+
+def _distances(pred: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of the quarters' sum from the count of the image itself and of the other one, (B,) each."""
+    pred = pred.to(torch.promote_types(pred.dtype, torch.float32))  # sums of squares are too much for half precision
+    total, whole = pred[:, :4].sum(1), pred[:, 4]
+    return (whole - total).square().sum(-1), (whole[other] - total).square().sum(-1)
+
+
+def _has_other(other: Tensor) -> Tensor:
+    """(B,) bool: all, or none of a batch of one."""
+    return other != torch.arange(len(other), device=other.device)
+
+
+def _picture(parts: Tensor) -> Tensor:
+    """Five parts (5, C, h, w) as the quarters in their places with white gaps, and the whole beside them."""
+    top, bottom = side_by_side(parts[:2]), side_by_side(parts[2:4])
+    quarters = torch.cat([top, torch.ones_like(top[:, :2]), bottom], 1)
+    whole = torch.ones(len(quarters), quarters.shape[1], parts.shape[-1] + 4)
+    start = (quarters.shape[1] - parts.shape[-2]) // 2
+    whole[:, start : start + parts.shape[-2], 4:] = parts[4].cpu()
+    return torch.cat([quarters, whole], 2)
