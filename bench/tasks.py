@@ -159,10 +159,10 @@ def report(by_task: dict[str, list[dict]], args: argparse.Namespace) -> str:
     command = "python bench/tasks.py " + shlex.join(shown_arguments())
     about = [
         f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
-        f"{args.budget:,} images through the encoder, one cycle, highest rate {RATE}; {ARCH}, or the task's kind of net.",
+        f"{args.budget:,} images through the encoder, one cycle up to a rate of {RATE}; {ARCH}, or the task's net.",
         f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels",
         f"of {args.probe_images:,} training images and are scored on the test images; the best layer is chosen there,",
-        f"too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is the standard deviation over them.",
+        f"too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is their standard deviation.",
     ]
     about = "\n".join(about)
     return f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{layer_tables(by_task)}\n\n{machine()}"
