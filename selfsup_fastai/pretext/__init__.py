@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "relative_position": "predictive.relative_position:RelativePosition",
+    "aet": "predictive.aet:AET",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
