@@ -172,7 +172,7 @@ class AETNet(nn.Module):
         self.last = nn.Tanh() if bounded else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.head(self.encoder(x.flatten(0, 1)).view(len(x), -1)))
+        return self.last(self.head(self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1)))
 
 
 def projective_maps(n: int, generator: torch.Generator) -> Tensor:

@@ -158,18 +158,23 @@ class RelativePosition(PretextTask):
                 draw(ax, self._placed(pair, truth), NAMES[truth])
             else:
                 named = int(pred[i, at])
-                both = side_by_side(torch.stack([self._placed(pair, truth), self._placed(pair, named)]), gap=4)
-                draw(ax, both, f"{NAMES[truth]}, named {NAMES[named]}", named == truth)
+                boards = torch.stack([self._placed(pair, truth), self._placed(pair, named)])
+                draw(
+                    ax,
+                    side_by_side(boards, gap=pair.shape[-1]),
+                    f"{NAMES[truth]}, named {NAMES[named]}",
+                    named == truth,
+                )
         return axes
 
     def _placed(self, pair: Tensor, answer: int) -> Tensor:
-        """Two patches (2, C, p, p), each stretched to [0, 1], on a gray board (C, S, S): the first in the middle."""
+        """A pair (2, C, p, p), stretched to [0, 1], on a board (C, S, S) of 3 x 3 places, the first in its middle."""
         low, high = pair.amin((1, 2, 3), keepdim=True), pair.amax((1, 2, 3), keepdim=True)
         pair = (pair - low) / (high - low).clamp(min=1e-6)
         _, c, size, _ = pair.shape
         step = size + max(1, round(self.gap * size))
-        board = torch.full((c, 2 * step + size, 2 * step + size), 0.85)
-        for patch, (down, right) in zip(pair, ((0, 0), STEPS[answer])):
+        board = torch.ones(c, 2 * step + size, 2 * step + size)
+        for patch, (down, right) in (*((0.88, place) for place in STEPS), (pair[0], (0, 0)), (pair[1], STEPS[answer])):
             top, left = (1 + down) * step, (1 + right) * step
             board[:, top : top + size, left : left + size] = patch
         return board
