@@ -233,8 +233,6 @@ def test_pictures_show_the_second_patch_where_it_lay_and_where_it_is_put():
     (patches,), targets = task.make_batch(x, generator=seeded(), train=True)
     low, high = patches.amin((2, 3, 4), True), patches.amax((2, 3, 4), True)
     stretched = (patches - low) / (high - low)
-        patches.amax((2, 3, 4), True) - patches.amin((2, 3, 4), True)
-    )
 
     def at(picture: np.ndarray, place: tuple[int, int]) -> Tensor:
         top, left = (21 * (1 + p) for p in place)
