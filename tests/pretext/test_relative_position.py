@@ -149,7 +149,11 @@ def test_projection_takes_the_axis_from_green_to_magenta_away():
 
 
 def test_patches_are_standardized():
-    x = noise(20) * torch.tensor([0.2, 1.0, 0.5]).view(3, 1, 1) * torch.rand(20, 1, 1, 1, generator=seeded())
+    x = (
+        noise(20)
+        * torch.tensor([0.2, 1.0, 0.5]).view(3, 1, 1)
+        * (0.3 + 0.7 * torch.rand(20, 1, 1, 1, generator=seeded()))
+    )
     x[0] = 0.3  # flat
     patches = asked(x, **{**GRID, "standardize": True})
     assert patches[1:].mean((-2, -1)).abs().max() < 1e-5
