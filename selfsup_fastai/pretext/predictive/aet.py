@@ -154,11 +154,11 @@ class AET(PretextTask):
             image, copy = inputs[0][i]
             turn, size = _turn_and_size(truth[i])
             if pred is None:
-                draw(ax, side_by_side(torch.stack([image, copy])), f"turned {turn:.0f}°, size {size:.2f}")
+                draw(ax, side_by_side(torch.stack([image, copy])), f"turned {round(turn)}°, size {size:.2f}")
             else:
                 named, named_size = _turn_and_size(pred[i])
                 back = warp(copy[None], inverse(pred[i : i + 1].float()))[0]
-                title = f"turned {turn:.0f}°, size {size:.2f}; named {named:.0f}°, {named_size:.2f}"
+                title = f"turned {round(turn)}°, size {size:.2f}; named {round(named)}°, {named_size:.2f}"
                 draw(ax, side_by_side(torch.stack([image, copy, back])), title)
         return axes
 
