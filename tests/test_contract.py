@@ -35,6 +35,8 @@ SMALL = {
     "jigsaw": {"n_permutations": 8},
     "counting": {"counts": 32, "hidden": 64},
     "exemplar": {"contrast": 1.2, "power": 1.2, "factor": 1.1, "offset": 0.02},
+    "relative_position": {"color": "keep", "shrink": 0, "patch_features": 32, "hidden": 32},
+    "aet": {"turn": 20},
     "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {}  # of tasks for which `tiny` will not do

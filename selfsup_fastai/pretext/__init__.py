@@ -16,6 +16,8 @@ TASKS = {
     "jigsaw": "predictive.jigsaw:Jigsaw",
     "counting": "predictive.counting:Counting",
     "exemplar": "predictive.exemplar:Exemplar",
+    "relative_position": "predictive.relative_position:RelativePosition",
+    "aet": "predictive.aet:AET",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

@@ -17,6 +17,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.predictive.jigsaw import distant_permutations
+from tests.pretext.shortcuts import cheat, textures
 
 NO_GUARDS = {"gap": False, "standardize": False, "shift": False, "grey": 0}
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
@@ -227,6 +228,14 @@ def test_gaps_take_the_continuing_edges_away():
     guards = {"standardize": False, "shift": False, "grey": 0}
     assert solved_by_edges(x, gap=False, **guards) > 0.99
     assert solved_by_edges(x, gap=True, **guards) < 0.5
+
+
+@pytest.mark.slow
+def test_a_net_that_sees_nine_pixels_solves_puzzles_without_the_guards_but_not_with_them():
+    x = textures(200, 54, fringe=0)  # the guards take only a part of wide color fringes away
+    small = {"n_permutations": 8, "tile_features": 16, "hidden": 64, "dropout": 0}
+    assert cheat(get_task("jigsaw", **small, **NO_GUARDS), x, epochs=8) > 0.9
+    assert cheat(get_task("jigsaw", **small), x, epochs=8) < 0.125 + 4 * math.sqrt(0.125 * 0.875 / 50)
 
 
 # --- network, loss, pictures ------------------------------------------------------------------------------------------
