@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "colorization": "generative.colorization:Colorization",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
