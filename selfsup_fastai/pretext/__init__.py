@@ -15,6 +15,7 @@ TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
     "colorization": "generative.colorization:Colorization",
+    "split_brain": "generative.split_brain:SplitBrain",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

@@ -1,4 +1,4 @@
-"""Bins, soft targets, weights and loss against plain transcriptions; why regression goes grey; pictures as predicted."""
+"""Bins, soft targets, weights and loss against plain transcriptions; why regression goes grey; what is drawn."""
 
 import json
 import math
