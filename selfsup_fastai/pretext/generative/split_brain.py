@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.data.loader import training_images
-from selfsup_fastai.data.views import center_square, random_shift_flip
+from selfsup_fastai.data.views import random_shift_flip
 from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import MapDecoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
@@ -109,11 +109,11 @@ class SplitBrain(PretextTask):
 
     def square(self, x: Tensor) -> Tensor:
         """The center square, its side a multiple of the number of cells: no cell then lies on both triangles."""
-        x = center_square(x)
-        cells = self.sides(x.shape[-2:])[0]
-        side = x.shape[-1] // cells * cells
-        start = (x.shape[-1] - side) // 2
-        return x[..., start : start + side, start : start + side]
+        height, width = x.shape[-2:]
+        cells = min(self.sides((height, width)))
+        side = min(height, width) // cells * cells
+        top, left = (height - side) // 2, (width - side) // 2
+        return x[..., top : top + side, left : left + side]
 
     def sides(self, size: tuple[int, int]) -> tuple[int, int]:
         """Cells down and across for images of this size."""
