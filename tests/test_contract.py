@@ -174,7 +174,14 @@ def assert_question(b, inputs, targets, learn) -> None:
         torch.testing.assert_close(got.as_subclass(Tensor), expected, atol=2e-6, rtol=0)
     for got, target in zip(b[n_inp:], targets):
         assert not isinstance(got, TensorImage)
-        assert torch.equal(got.as_subclass(Tensor), target)
+        assert same(got.as_subclass(Tensor), target)
+
+
+def same(got: Tensor, target: Tensor) -> bool:
+    """Equal; computed numbers may differ in the last bits, which depend on where in the memory an image lies."""
+    if not target.is_floating_point():
+        return torch.equal(got, target)
+    return got.shape == target.shape and torch.allclose(got, target, atol=1e-5 * max(1, target.abs().max()), rtol=0)
 
 
 def flat(learn) -> Tensor:
@@ -248,7 +255,7 @@ def test_get_preds_gives_one_row_an_image_in_order(task, ds_idx):
         images = as_fed(images, learn)
         for got, image in zip(inputs, images, strict=True):
             torch.testing.assert_close(got[rows].as_subclass(Tensor), image, atol=2e-6, rtol=0)
-        assert all(torch.equal(got[rows], target) for got, target in zip(targets, expected, strict=True))
+        assert all(same(got[rows], target) for got, target in zip(targets, expected, strict=True))
         with torch.no_grad():
             raw = learn.model.eval()(*images)
             torch.testing.assert_close(preds[rows], learn.task.activation(raw), atol=1e-5, rtol=1e-4)
@@ -369,10 +376,10 @@ def test_gradient_reaches_every_parameter_of_the_encoder(task):
     learn = learner(task)
     b = learn.dls.train.one_batch()
     learn.loss_func(learn.model(*b[: learn.dls.n_inp]), *b[learn.dls.n_inp :]).backward()
-    biases_before_norm = {"body.0.bias", "body.3.bias"}  # which the norm takes away again
+    biases_before_norm = (".0.bias", ".3.bias")  # which the norm takes away again
     for name, p in learn.encoder.named_parameters():
         assert p.requires_grad and p.grad is not None
-        assert name in biases_before_norm or (p.grad != 0).any(), name
+        assert name.endswith(biases_before_norm) or (p.grad != 0).any(), name
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -423,7 +430,7 @@ def test_predict_asks_about_one_image_as_validation_does(task, color_folder):
         answer = learn.predict(item)
         for got, image in zip(answer.inputs, images, strict=True):
             torch.testing.assert_close(got, image, atol=1e-5, rtol=0)
-        assert all(torch.equal(got, target) for got, target in zip(answer.targets, expected, strict=True))
+        assert all(same(got, target) for got, target in zip(answer.targets, expected, strict=True))
         torch.testing.assert_close(answer.pred, pred, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(answer.decoded, learn.task.decode(pred), atol=1e-5, rtol=1e-4)
     (ax,) = answer.show()
@@ -467,7 +474,7 @@ def test_saved_encoder_gives_equal_features_and_tells_its_story(task, tmp_path):
     last = learn.final_record
     learn.show_results()  # the numbers of what comes after the last epoch are not the card's
     file = learn.save_encoder(tmp_path / "encoder")
-    encoder, x = load_encoder(file, module=tiny()), torch.rand(3, 3, 40, 40)
+    encoder, x = load_encoder(file, module=tiny()), torch.rand(3, learn.encoder.in_chans, 40, 40)
     with torch.no_grad():
         assert torch.equal(encoder.eval()(x), learn.encoder.eval()(x))
     card = read_card(file)
@@ -644,7 +651,11 @@ def test_the_users_augmentation_stays_and_normalize_is_replaced(task, color_fold
         ((inputs, targets),) = ask(learn, x.flip(-1) if flipped else x, dl.pass_seed, 8, train=flipped)
         for got, want in zip(dl.question(b)[0], inputs):
             assert (got - want).abs().mean() < 2e-3  # fastai flips by interpolation
-        assert all(torch.equal(got, want) for got, want in zip(b[1:], targets))
+        for got, want in zip(b[learn.dls.n_inp :], targets):
+            if want.is_floating_point():
+                assert (got - want).abs().mean() < 2e-3 * max(1, want.abs().max())
+            else:
+                assert torch.equal(got, want)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

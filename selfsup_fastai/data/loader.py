@@ -442,22 +442,36 @@ def measure_stats(dls: DataLoaders, n: int = 1024) -> tuple[tuple[float, ...], t
     One batch is not enough: its mean strays. The images are those that training sees, with the user's transforms,
     before any `Normalize`.
     """
-    total, total_sq, count, images = 0.0, 0.0, 0, 0
-    plain = Pipeline(without(dls.train.after_batch.fs, Normalize))
+    total, total_sq, count = 0.0, 0.0, 0
+    for x in training_images(dls, n):
+        x = x.cpu().transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W); MPS has no float64
+        total, total_sq, count = total + x.sum(1), total_sq + (x**2).sum(1), count + x.shape[1]
+    mean = total / count
+    std = (total_sq / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a folder of one flat color has std 0
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def training_images(
+    dls: DataLoaders,
+    n: int = 1024,  # At least so many images (all, if there are fewer)
+    drop: tuple[type, ...] = (),  # Batch transforms to leave out, beside Normalize
+) -> Iterator[torch.Tensor]:  # (B, C, H, W) in [0, 1]
+    """Batches of training images as training sees them, with the user's transforms; always the same ones.
+
+    The global random generators are afterwards as they were.
+    """
+    images = 0
+    plain = Pipeline(without(dls.train.after_batch.fs, Normalize, *drop))
     with preserved_rng():
-        dl = _new_loader(dls.train, dls.train_ds, None, shuffle=True, drop_last=False, after_batch=plain)
+        dl = _new_loader(dls.train, dls.train_ds, IndexedDL, shuffle=True, drop_last=False, after_batch=plain)
         dl.rng.seed(VALID_SEED)
         for b in dl:
             x = _batch_images(b)
             float_images(x)
+            yield x
             images += len(x)
-            x = x.cpu().transpose(0, 1).flatten(1).double()  # (B, C, H, W) -> (C, B*H*W); MPS has no float64
-            total, total_sq, count = total + x.sum(1), total_sq + (x**2).sum(1), count + x.shape[1]
             if images >= n:
                 break
-    mean = total / count
-    std = (total_sq / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)  # a folder of one flat color has std 0
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def float_images(x: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ import torch
 import torchvision.models
 from torch import nn
 
+from selfsup_fastai.encoders.split import CHANNELS as HALVES
+from selfsup_fastai.encoders.split import SplitBody
 from selfsup_fastai.errors import SelfsupError, unknown
 from selfsup_fastai.messages import say
 
@@ -25,7 +27,7 @@ class Body(NamedTuple):
 
     net: nn.Module
     arch: str  # Its name
-    source: str  # Where the name counts: 'timm', 'torchvision' or 'module'
+    source: str  # Where the name counts: 'timm', 'torchvision' or 'module'; 'split timm' and so on for two halves
     kwargs: dict  # Arguments that rebuild it
     in_chans: int  # Channels it takes
     stats: tuple | None = None  # (mean, std) of the images behind its published weights
@@ -78,6 +80,48 @@ def module_body(
     return Body(net, type(net).__name__, "module", {}, bare_module(net, n_in, trained))
 
 
+def split_body(lightness: Body, color: Body) -> Body:
+    """Two networks of one make, for 1 and for 2 channels, as one."""
+    kwargs = {name: value for name, value in lightness.kwargs.items() if name != "in_chans"}
+    net = SplitBody(lightness.net, color.net)
+    return Body(net, lightness.arch, f"split {lightness.source}", kwargs, sum(HALVES))
+
+
+def half_width(arch: str, kwargs: dict) -> dict:
+    """Arguments with which timm builds this network half as wide, {} where there are none.
+
+    Which arguments a network has is tried on the meta device, which computes shapes only. The first convolution of
+    plain ResNets is always of 64 channels.
+    """
+    full = _on_paper(arch, kwargs)
+    for widths in _halved(full) if full else []:
+        half = _on_paper(arch, {**kwargs, **widths})
+        if half and 2 * half.num_features == full.num_features:
+            return widths
+    return {}
+
+
+def _on_paper(arch: str, kwargs: dict) -> nn.Module | None:
+    """The network without its numbers; None where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(arch, **{**kwargs, "num_classes": 0})
+    except (RuntimeError, ValueError, AssertionError, TypeError):
+        return None
+
+
+def _halved(net: nn.Module) -> list[dict]:
+    """How the constructors of timm's ResNets, ConvNeXts, ViTs and Swins would be told half the width of `net`."""
+    found = [(info["num_chs"], net.get_submodule(info["module"])) for info in getattr(net, "feature_info", [])]
+    if not found:
+        return []
+    first = found[0][0]
+    stages = [(n, part[-1]) for n, part in found if isinstance(part, nn.Sequential)]
+    channels = [n // getattr(block, "expansion", 1) // 2 for n, block in stages]
+    resnet = {"channels": channels, "stem_width": first // 4}  # a stem's last layer has twice the width it is told
+    return [resnet, {"dims": [n // 2 for n, _ in found]}, {"embed_dim": first // 2}]
+
+
 def bare_module(
     net: nn.Module,  # Changed in place
     n_in: int | None,  # Channels it shall take; None: as it is
@@ -99,6 +143,8 @@ def bare_module(
 
 def fixed_size(net: nn.Module, kwargs: dict) -> int | None:
     """The one image size that a network takes, in pixels, or None."""
+    if isinstance(net, SplitBody):
+        return fixed_size(net.lightness, kwargs)
     cfg = getattr(net, "pretrained_cfg", None)
     if not isinstance(cfg, dict):
         size = getattr(net, "image_size", None)  # torchvision's ViT

@@ -22,6 +22,7 @@ from selfsup_fastai.errors import EncoderFileError
 FORMAT = 1  # Raised when an older `load_encoder` could no longer read what is written
 FIELDS = ("arch", "source", "kwargs", "in_chans", "input", "mean", "std", "size", "num_features")  # Of the encoder
 ROUND = ("task", "epochs", "images", "data")  # What a lineage tells of a round
+SOURCES = ("timm", "torchvision", "module", "split timm", "split torchvision", "split module")
 INPUTS = ("rgb", "grey", "other", *CHANNELS)  # What an encoder may eat
 MAX_CHANNELS, MAX_SIZE, MAX_NUMBER = 1024, 16384, 65536  # Beyond these a card is damaged or hostile
 
@@ -97,10 +98,10 @@ def _unusable(card: dict) -> list[str]:
 def _checks(card: dict) -> dict[str, bool]:
     channels, kwargs, lineage = card["in_chans"], card["kwargs"], card["lineage"]
     return {
-        "source": card["source"] in ("timm", "torchvision", "module"),
+        "source": card["source"] in SOURCES,
         "arch": isinstance(card["arch"], str),
         "kwargs": isinstance(kwargs, dict) and not kwargs.keys() & ABOUT_WEIGHTS and _modest(kwargs),
-        "in_chans": _whole(channels, MAX_CHANNELS),
+        "in_chans": _whole(channels, MAX_CHANNELS) and (channels == 3 or not str(card["source"]).startswith("split ")),
         "input": card["input"] in INPUTS and CHANNELS.get(card["input"], channels) == channels,
         "mean": _statistics(card["mean"], channels, -math.inf),
         "std": _statistics(card["std"], channels, 0),

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.bodies import bare_module, is_timm_name, torchvision_names
 from selfsup_fastai.encoders.card import damaged, make_card, parse_card
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
+from selfsup_fastai.encoders.split import CHANNELS as HALVES
+from selfsup_fastai.encoders.split import SplitBody
 from selfsup_fastai.errors import EncoderFileError, SelfsupError, TaskError, UnknownNameError
 
 KEY = "selfsup_fastai"  # Where the card stands in the safetensors metadata
@@ -95,6 +97,7 @@ def get_encoder(
     n_in: int | None = None,  # Channels of a fresh network; a saved or given encoder keeps its own
     size: int | None = None,  # Training image size of a fresh network, in pixels
     pretrained: bool = False,  # Published weights for a fresh network
+    split: bool = False,  # A fresh network in two halves, as `create_encoder` makes it
     **kwargs,  # For the constructor of a fresh network
 ) -> Encoder:
     """An encoder from whatever stands for one. Encoders and learners give their own, not a copy."""
@@ -111,7 +114,7 @@ def get_encoder(
             f"{type(source).__name__}" + (" whose model has no encoder." if _is_learner(source) else ".")
         )
     try:
-        return create_encoder(source, n_in, pretrained, size, **kwargs)
+        return create_encoder(source, n_in, pretrained, size, split, **kwargs)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error} And there is no saved encoder {source!r} here.") from None
 
@@ -260,7 +263,7 @@ def _not_safetensors(path: Path) -> EncoderFileError:
 
 def _body(card: dict, module: nn.Module | None, path: Path) -> nn.Module:
     """The bare network that a card describes, with fresh weights."""
-    arch, source, kwargs, n_in = (card[k] for k in ("arch", "source", "kwargs", "in_chans"))
+    arch, n_in, source = card["arch"], card["in_chans"], card["source"].removeprefix("split ")
     if source == "module" and not isinstance(module, nn.Module):
         raise EncoderFileError(
             f"{path.name} holds a network of your own ({arch}). Give it: load_encoder(file, module={arch}(...))."
@@ -269,12 +272,19 @@ def _body(card: dict, module: nn.Module | None, path: Path) -> nn.Module:
     if not known[source]:
         raise EncoderFileError(f"{path.name} holds {arch!r:.80}, unknown to the installed {source}. Upgrade {source}.")
     with _as_card_says(card, path):
-        if source == "timm":
-            return timm.create_model(arch, **kwargs)
-        make = torchvision.models.get_model
-        body = copy.deepcopy(module) if source == "module" else make(arch, weights=None, **kwargs)
-        bare_module(body, n_in, trained=True, quiet=True)
-        return body
+        if source != card["source"]:
+            own = [{"in_chans": n} if source == "timm" else {} for n in HALVES]
+            return SplitBody(*(_net(arch, source, {**card["kwargs"], **k}, n, module) for n, k in zip(HALVES, own)))
+        return _net(arch, source, card["kwargs"], n_in, module)
+
+
+def _net(arch: str, source: str, kwargs: dict, n_in: int, module: nn.Module | None) -> nn.Module:
+    if source == "timm":
+        return timm.create_model(arch, **kwargs)
+    make = torchvision.models.get_model
+    body = copy.deepcopy(module) if source == "module" else make(arch, weights=None, **kwargs)
+    bare_module(body, n_in, trained=True, quiet=True)
+    return body
 
 
 @contextmanager

@@ -11,11 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfsup_fastai.encoders.bodies import Body, constructed_body, fixed_size, is_timm_name, module_body, timm_body
+from selfsup_fastai.encoders.bodies import (
+    Body,
+    constructed_body,
+    fixed_size,
+    half_width,
+    is_timm_name,
+    module_body,
+    split_body,
+    timm_body,
+)
 from selfsup_fastai.encoders.groups import count, grouped_names, labels
 from selfsup_fastai.encoders.inputs import CHANNELS, to_input
-from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, pooled, undisturbed
+from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, undisturbed
+from selfsup_fastai.encoders.split import CHANNELS as HALVES
+from selfsup_fastai.encoders.split import SplitBody, pooled
 from selfsup_fastai.errors import SelfsupError, TaskError, unknown
+from selfsup_fastai.messages import say
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
 
@@ -27,7 +39,7 @@ class Encoder(nn.Module):
     `body` is the bare network; its state_dict keys are timm's. Made by `create_encoder` and `load_encoder`.
 
     - `arch`, `source` ('timm', 'torchvision', 'module'), `kwargs`: what rebuilds the body:
-      `timm.create_model(arch, **kwargs)`
+      `timm.create_model(arch, **kwargs)`; with 'split timm' and so on, each half of a `SplitBody`
     - `in_chans`, `num_features`: channels that enter, features that come out (measured)
     - `size`: image size it was or will be trained at, in pixels; `fixed_size`: the only size the body takes, or None
     - `input`: what the channels are: 'rgb', 'grey', 'other', or 'L', 'ab', 'lab' (see `encoders.inputs`)
@@ -40,7 +52,7 @@ class Encoder(nn.Module):
         self,
         body: nn.Module,  # The network, its head off
         arch: str | None = None,  # Its name
-        source: str = "module",  # Where the name counts: 'timm', 'torchvision' or 'module'
+        source: str = "module",  # Where the name counts: 'timm', 'torchvision' or 'module'; 'split timm' and so on
         kwargs: dict | None = None,  # Arguments that rebuild it
         in_chans: int = 3,  # Channels it takes
         size: int | None = None,  # Image size it is trained at
@@ -86,6 +98,11 @@ class Encoder(nn.Module):
         return maps_of(self.body, self._checked(x), self.layer_names, wanted)
 
     @property
+    def split(self) -> bool:
+        """Whether it is two networks, one for lightness and one for color."""
+        return isinstance(self.body, SplitBody)
+
+    @property
     def image_channels(self) -> int:
         """Channels that images have before they are turned into what the network eats."""
         return 3 if self.input in CHANNELS else self.in_chans
@@ -122,7 +139,7 @@ class Encoder(nn.Module):
 
     def group_names(self) -> list[str]:
         """A readable name for each of `param_groups`: 'conv1–layer1', 'layer2', 'blocks.0–2'."""
-        return labels(grouped_names(self.body))
+        return labels(self.body)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters (as in `named_parameters()`) that the network wants free of weight decay."""
@@ -177,7 +194,7 @@ class Encoder(nn.Module):
         if self.fixed_size:
             return (self.fixed_size,)
         if self.size:  # To timm and torchvision any size is as good as 224, and it is cheaper than 1024
-            return (self.size if self.source == "module" else min(self.size, 224),)
+            return (self.size if self.source.endswith("module") else min(self.size, 224),)
         return 96, 224, 32
 
 
@@ -186,12 +203,15 @@ def create_encoder(
     n_in: int | None = None,  # Channels of the images; None: 3, or what the first convolution of a module takes
     pretrained: bool = False,  # Start from published weights (downloaded at first use)
     size: int | None = None,  # Training image size in pixels; networks of fixed input size are built for it
+    split: bool = False,  # Two networks of half the width, for channel 0 and for channels 1 and 2
     **kwargs,  # For the network's constructor (drop_path_rate=0.1, ...)
 ) -> Encoder:
     """A fresh encoder. A module given ready-made is copied, so yours stays as it is.
 
     The classification head is taken off. Where `n_in` differs from the channels the network was made for, the first
     convolution is changed: fresh weights, or (pretrained) the sum over the old channels spread over the new ones.
+    With `split` each half is as wide as half of `arch` where timm can build it so (ResNet, ConvNeXt, ViT, Swin and
+    others); else both have the full width, which one line says.
     Raises `UnknownNameError` for a name timm does not have, `TaskError` for a network that does not run,
     `SelfsupError` for arguments that cannot be used.
     """
@@ -199,7 +219,7 @@ def create_encoder(
     _check_number("size", size)
     if getattr(arch, "__module__", "").startswith("timm.") and is_timm_name(getattr(arch, "__name__", "")):
         arch = arch.__name__
-    made = _made(arch, n_in, pretrained, size, kwargs)
+    made = (_made_split if split else _made)(arch, n_in, pretrained, size, kwargs)
     encoder = Encoder(made.net, made.arch, made.source, made.kwargs, made.in_chans, size)
     encoder.mean, encoder.std = made.stats or (None, None)
     return encoder
@@ -218,6 +238,17 @@ def _made(arch: object, n_in: int | None, pretrained: bool, size: int | None, kw
     raise SelfsupError(
         f"Expected the name of a timm network, a constructor or an nn.Module, got {type(arch).__name__}: {arch!r:.80}."
     )
+
+
+def _made_split(arch: object, n_in: int | None, pretrained: bool, size: int | None, kwargs: dict) -> Body:
+    if n_in not in (None, sum(HALVES)) or pretrained:
+        given = "published weights" if pretrained else f"n_in={n_in}"
+        raise SelfsupError(f"A split network takes 3 channels and starts with fresh weights; {given} cannot be had.")
+    widths = half_width(arch, kwargs) if is_timm_name(arch) else {}
+    if not widths:
+        name = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
+        say(f"Encoder: {name} cannot be built at half its width, so each of the two halves has all of it.")
+    return split_body(*(_made(arch, n, False, size, {**kwargs, **widths}) for n in HALVES))
 
 
 def _check_number(name: str, value: object) -> None:

@@ -3,6 +3,8 @@
 from timm.models import group_parameters
 from torch import nn
 
+from selfsup_fastai.encoders.split import SplitBody
+
 TINY = 0.01  # Groups with a smaller share of the parameters are not worth a learning rate of their own
 
 
@@ -23,6 +25,9 @@ def parts(body: nn.Module) -> dict[str, nn.Module]:
 
 def grouped_names(body: nn.Module) -> list[list[str]]:
     """Parameter names in groups, stem first, each name once; the tiny groups are merged into a neighbor."""
+    if isinstance(body, SplitBody):
+        groups = grouped_names(body.lightness)  # the halves are of one make
+        return [[f"{half}.{name}" for half in ("lightness", "color") for name in names] for names in groups]
     sizes = {name: p.numel() for name, p in body.named_parameters()}
     tiny = TINY * sum(sizes.values())
     merged, pending = [], []
@@ -35,8 +40,9 @@ def grouped_names(body: nn.Module) -> list[list[str]]:
     return merged
 
 
-def labels(groups: list[list[str]]) -> list[str]:
+def labels(body: nn.Module) -> list[str]:
     """A name for each group of `grouped_names`: 'layer2'; 'blocks.0–2' or 'conv1–layer1' for several parts in one."""
+    groups = grouped_names(body.lightness if isinstance(body, SplitBody) else body)
     tops = [top for names in groups for top in {name.split(".")[0] for name in names}]
     divided = {top for top in tops if tops.count(top) > 1}  # Spread over several groups, so their number counts too
     return [_label(_unit(names[0], divided), _unit(names[-1], divided)) for names in groups]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_fastai.encoders.groups import parts
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.encoders.split import CHANNELS, SplitBody, pooled
 
 LastMap = Callable[[nn.Module, Tensor], Tensor]  # (body, images) to the map before the pooling
 
@@ -21,6 +21,10 @@ def measure(body: nn.Module, in_chans: int, size: int) -> tuple[int, list[str], 
 
     The body is afterwards as it was. Raises what the body raises, and `TaskError` where it gives no features.
     """
+    if isinstance(body, SplitBody):
+        halves = [measure(half, n, size) for half, n in zip((body.lightness, body.color), CHANNELS)]
+        widths, layers, ways = zip(*halves)
+        return sum(widths), layers[0], partial(_both_halves, ways=ways) if None not in ways else None
     like = next((p for p in body.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.zeros(1, in_chans, size, size, dtype=like.dtype, device=like.device)
     with undisturbed(body):
@@ -29,18 +33,11 @@ def measure(body: nn.Module, in_chans: int, size: int) -> tuple[int, list[str], 
         return width, layers, _way_to_last_map(body, x, out, layers)
 
 
-def pooled(out: object) -> Tensor:
-    """What a body gave as `(B, C)`: maps are averaged over their places."""
-    if isinstance(out, Tensor) and out.ndim == 2:
-        return out
-    if isinstance(out, Tensor) and out.ndim == 4:
-        return out.mean((2, 3))
-    got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"{type(out).__name__}"
-    raise TaskError(f"An encoder must give features (B, C) or maps (B, C, h, w); this network gave {got}.")
-
-
 def maps_of(body: nn.Module, x: Tensor, layers: list[str], names: list[str]) -> dict[str, Tensor]:
     """The maps of those of all `layers` that are in `names`, shallow to deep, channels second."""
+    if isinstance(body, SplitBody):
+        first, second = (maps_of(half, part, layers, names) for half, part in body.shares(x))
+        return {name: torch.cat([first[name], second[name]], 1) for name in first}
     names = [name for name in layers if name in names]
     if hasattr(body, "forward_intermediates"):
         indices = [layers.index(name) for name in names]
@@ -136,3 +133,7 @@ def _output(body: nn.Module, x: Tensor) -> Tensor:
 
 def _hooked(body: nn.Module, x: Tensor, layer: str) -> Tensor:
     return _outputs({layer: parts(body)[layer]}, body, x)[layer]
+
+
+def _both_halves(body: SplitBody, x: Tensor, ways: tuple[LastMap, LastMap]) -> Tensor:
+    return torch.cat([way(half, part) for way, (half, part) in zip(ways, body.shares(x))], 1)

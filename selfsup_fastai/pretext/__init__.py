@@ -18,6 +18,8 @@ TASKS = {
     "exemplar": "predictive.exemplar:Exemplar",
     "relative_position": "predictive.relative_position:RelativePosition",
     "aet": "predictive.aet:AET",
+    "colorization": "generative.colorization:Colorization",
+    "split_brain": "generative.split_brain:SplitBrain",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

@@ -38,6 +38,7 @@ class PretextTask(ABC):
     channels: ClassVar[tuple[int, ...]] = (1, 3)  # Of images that the task can work with
     instead: ClassVar[str] = ""  # Said to people whose images have other channels: which tasks to take
     input: str | None = None  # What the encoder is fed with: 'L', 'ab', 'lab' (`encoders.inputs`); None: the images
+    split: bool = False  # Whether the encoder is two nets of half the width, for lightness and for color
     arch: ClassVar[str] = "resnet18"  # The network when nothing is said
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels

@@ -98,7 +98,7 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     side = min(height, width)
     channels = kept.image_channels if kept else n_in or n_in_of(plain)
     task.check_shape((1, channels, height, width))  # now, not in the middle of the first epoch
-    encoder = kept or get_encoder(source, CHANNELS.get(task.input, channels), side, pretrained)
+    encoder = kept or get_encoder(source, CHANNELS.get(task.input, channels), side, pretrained, task.split)
     if task.input:
         _feed(encoder, task, fresh=not kept)
     plain = derive_loaders(plain, n_in=channels)
@@ -114,6 +114,9 @@ def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
     """See to it that the encoder eats what the task makes of images."""
     if fresh:
         encoder.eat(task.input)
+    elif task.split and not encoder.split:
+        fix = "Start it with a new net (arch=), or go on from an encoder that it has trained before."
+        raise TaskError(f"{task.name} needs an encoder of two halves, this one ({encoder.arch}) is one net. {fix}")
     elif encoder.input != task.input:
         fix = "Start it with a new net (arch=), or go on from an encoder of the same kind."
         raise TaskError(f"{task.name} feeds its encoder with {task.input}, this one eats {encoder.input}. {fix}")

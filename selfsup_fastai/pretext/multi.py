@@ -63,6 +63,7 @@ class SeveralTasks(PretextTask):
             said = ", ".join(f"{task.name}: {task.input or 'images'}" for task in self.tasks)
             raise TaskError(f"These tasks feed the encoder with different things ({said}) and cannot be combined.")
         self.input = inputs.pop() if inputs else None
+        self.split = any(task.split for task in self.tasks)
         if isinstance(self.weights, str) and self.weights != "uncertainty":
             raise TaskError(f"weights are a number for each task by name, or 'uncertainty'; got {self.weights!r}.")
         for name, weight in self._by_hand().items():

@@ -1,0 +1,283 @@
+"""Split-brain autoencoders."""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfsup_fastai.data.loader import training_images
+from selfsup_fastai.data.views import random_shift_flip
+from selfsup_fastai.encoders import ab_bins
+from selfsup_fastai.encoders.decoders import MapDecoder
+from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.loader import PretextTransform
+
+ASKED = {"both": ("color", "lightness"), "L_to_ab": ("color",), "ab_to_L": ("lightness",)}
+EATEN = {"both": "lab", "L_to_ab": "L", "ab_to_L": "ab"}
+
+
+class SplitBrain(PretextTask):
+    """What is in the other half of the image: which color has this lightness, which lightness these colors?
+
+    Zhang, Isola & Efros, Split-Brain Autoencoders: Unsupervised Learning by Cross-Channel Prediction, 2017 (arXiv
+    1611.09842). Two networks of half the width, side by side: one sees lightness and predicts color, the other sees
+    color and predicts lightness. Together they are one encoder that sees the whole image, and whose features are those
+    of both.
+
+    In: each image as L, a and b of CIE Lab, one input (B, 3, H, W). Target: the mean L, a and b in each of 12 x 12
+    cells, (B, 3, 12, 12); half as many cells as pixels at most. Prediction: logits of 313 colors and of `l_bins` shades
+    for each cell, (B, 313 + l_bins, 12, 12). Loss: the cross-entropies of the two, summed, with the nearest bin; mean
+    over the cells. `get_preds` gives the means over the predicted bins, (B, 3, 12, 12) in units of Lab. The number of
+    shades, 100, is ours, and so are the decoders (bilinear doublings, 3x3 convolutions), the shift and the mirror
+    images. ResNet, ConvNeXt, ViT and Swin of timm are built at half their width; of other networks each half is a whole
+    one.
+
+    `direction='L_to_ab'` or `'ab_to_L'` is one of the two with an ordinary encoder that eats L, (B, 1, H, W), or ab,
+    (B, 2, H, W): input, target and prediction have the channels concerned.
+
+    `halves='diagonal'` is ours, for grey images, too: the center square with the triangle above the diagonal hidden and
+    with the one below, each filled with the mean color of what is left, (B, 2, C, S, S), for an ordinary encoder.
+    Target and prediction are the mean colors of the cells, (B, C, 12, 12) and (B, 2, C, 12, 12); the squared error
+    counts in cells that are hidden altogether. S is a multiple of the number of cells. The metric is the share of the
+    variance around the mean color of the other cells that is explained.
+
+    Suits color photographs; the diagonal suits whatever has large structures. Does not suit grey images otherwise, nor
+    stains and other false colors.
+    """
+
+    name = "split_brain"
+    paper = "Zhang et al. 2017"
+    input = "lab"
+    channels = (3,)
+    instead = "Grey images have no color: take split_brain with halves='diagonal', rotation or jigsaw."
+    split = True
+    min_side = 16
+
+    def __init__(
+        self,
+        direction: str = "both",  # 'both': two half networks; 'L_to_ab' or 'ab_to_L': one ordinary network
+        halves: str = "channels",  # 'channels': lightness and color; 'diagonal': the triangles of the center square
+        grid: int = 12,  # Cells a side that are predicted
+        l_bins: int = 100,  # Shades of lightness
+        shift: float = 0.125,  # In training, a shift by up to this share of the side; 0: none
+        flip: float = 0.5,  # Probability of a mirror image in training
+    ):
+        if direction not in ASKED:
+            raise TaskError(f"direction is 'both', 'L_to_ab' or 'ab_to_L', got {direction!r}.")
+        if halves not in ("channels", "diagonal"):
+            raise TaskError(f"halves is 'channels' or 'diagonal', got {halves!r}.")
+        if halves == "diagonal" and direction != "both":
+            raise TaskError(f"direction={direction!r} goes with halves='channels'; the diagonal is asked both ways.")
+        check_number("grid", grid, 2, 256, whole=True)
+        check_number("l_bins", l_bins, 2, 1000, whole=True)
+        check_number("shift", shift, 0, 0.5)
+        check_number("flip", flip, 0, 1)
+        self.direction, self.halves, self.grid, self.l_bins = direction, halves, grid, l_bins
+        self.shift, self.flip = shift, flip
+        self.asked = ASKED[direction]
+        self.split = direction == "both" and halves == "channels"
+        self.input = EATEN[direction]
+        self._guess = None
+        if halves == "diagonal":
+            self.input, self.channels, self.passes = None, (1, 3), 2
+
+    def setup(self, dls, encoder):
+        """How often the commonest color, or shade, occurs in training images: what naming it always would score."""
+        if self.halves == "diagonal":
+            return
+        kind = self.asked[0]
+        counts = sum(
+            self.bins(kind, self.cells(x)).flatten().bincount(minlength=self.n_bins(kind)).cpu()
+            for x in training_images(dls, drop=(PretextTransform,))
+        )
+        self._guess = (counts.max() / counts.sum()).item()
+
+    def chance(self):
+        return 0.0 if self.halves == "diagonal" else self._guess
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        if train:
+            x = random_shift_flip(x, generator, pad=round(self.shift * min(x.shape[-2:])), flip=self.flip)
+        if self.halves == "diagonal":
+            x = self.square(x)
+            return (hide_triangles(x),), (F.adaptive_avg_pool2d(x, self.sides(x.shape[-2:])),)
+        return (to_input(x, self.input),), (self.cells(x)[:, self.asked_channels()],)
+
+    def square(self, x: Tensor) -> Tensor:
+        """The center square, its side a multiple of the number of cells: no cell then lies on both triangles."""
+        height, width = x.shape[-2:]
+        cells = min(self.sides((height, width)))
+        side = min(height, width) // cells * cells
+        top, left = (height - side) // 2, (width - side) // 2
+        return x[..., top : top + side, left : left + side]
+
+    def sides(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Cells down and across for images of this size."""
+        return min(self.grid, size[0] // 2), min(self.grid, size[1] // 2)
+
+    def cells(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> mean L, a and b of each cell, (B, 3, g, g)."""
+        return F.adaptive_avg_pool2d(rgb_to_lab(x), self.sides(x.shape[-2:]))
+
+    def asked_channels(self) -> slice:
+        """Which of L, a and b are predicted."""
+        return slice(0 if "lightness" in self.asked else 1, 3 if "color" in self.asked else 1)
+
+    def n_bins(self, kind: str) -> int:
+        return ab_bins.N_BINS if kind == "color" else self.l_bins
+
+    def bins(self, kind: str, cells: Tensor) -> Tensor:
+        """Cells (B, 1..3, g, g) that hold L first or a and b last -> the bin of each, (B, g, g)."""
+        if kind == "color":
+            return ab_bins.nearest_bins(cells[:, -2:])
+        return (cells[:, 0] / 100 * self.l_bins).long().clamp(0, self.l_bins - 1)
+
+    def logits(self, pred: Tensor) -> dict[str, Tensor]:
+        """The parts of a prediction by what they predict."""
+        return dict(zip(self.asked, pred.split([self.n_bins(kind) for kind in self.asked], 1)))
+
+    def model(self, encoder):
+        if self.halves == "diagonal":
+            return TriangleNet(encoder, self.sides)
+        return CrossNet(encoder, [self.n_bins(kind) for kind in self.asked], self.sides)
+
+    def loss(self, pred, target, reduction="mean"):
+        if self.halves == "diagonal":
+            hidden = hidden_cells(pred)
+            losses = ((pred - target.unsqueeze(1)).square() * hidden).flatten(1).sum(1)
+            return per_image(losses / (hidden.sum() * pred.shape[2]), reduction)
+        losses = [F.cross_entropy(p, self.bins(k, target), reduction="none") for k, p in self.logits(pred).items()]
+        return per_image(sum(losses), reduction)
+
+    @property
+    def metrics(self):
+        if self.halves == "diagonal":
+            return (explained,)
+        return tuple({"color": self.color_accuracy, "lightness": self.lightness_accuracy}[kind] for kind in self.asked)
+
+    def color_accuracy(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The share of cells whose nearest of the 313 colors is named."""
+        return (self.logits(pred)["color"].argmax(1) == self.bins("color", target)).float().mean()
+
+    def lightness_accuracy(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The share of cells whose shade is named."""
+        return (self.logits(pred)["lightness"].argmax(1) == self.bins("lightness", target)).float().mean()
+
+    def activation(self, pred):
+        """Mean of the predicted bins: (B, 3, 2 or 1, g, g) in units of Lab; of the diagonal the colors as they are."""
+        if self.halves == "diagonal":
+            return pred
+        probabilities = {kind: logits.float().softmax(1) for kind, logits in self.logits(pred).items()}
+        shades = (torch.arange(self.l_bins, device=pred.device) + 0.5) * 100 / self.l_bins
+        parts = {
+            "lightness": lambda p: (p * shades.view(1, -1, 1, 1)).sum(1, keepdim=True),
+            "color": ab_bins.mean_color,
+        }
+        return torch.cat([parts[kind](probabilities[kind]) for kind in parts if kind in self.asked], 1)
+
+    def decode(self, pred):
+        return pred
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """What is seen; after training what the network adds to it; then the truth."""
+        draws = self._triangles if self.halves == "diagonal" else self._channels
+        rows = [draws(i, inputs[0], targets[0], pred) for i in range(min(max_n, len(inputs[0])))]
+        axes = grid_axes(len(rows), ctxs, figsize, aspect=len(rows[0]))
+        for ax, row in zip(axes, rows):
+            draw(ax, side_by_side(torch.stack([picture.float() for _, picture in row])), " | ".join(n for n, _ in row))
+        return axes
+
+    def _channels(self, i: int, x: Tensor, target: Tensor, pred: Tensor | None) -> list[tuple[str, Tensor]]:
+        """The pictures about image i by name: each question, with what the network made of it, and the truth."""
+        seen = x[i : i + 1]
+        asked, answer = target[i : i + 1], None if pred is None else pred[i : i + 1]
+        pictures = []
+        for kind in self.asked:
+            known = "L" if kind == "color" else "ab"
+            part = seen if self.input == known else seen[:, :1] if known == "L" else seen[:, 1:]
+            pictures.append((known, from_input(part, known).expand(-1, 3, -1, -1)))
+            if pred is not None:
+                pictures.append((f"network's {kind}", completed(part, answer, kind)))
+        truth = from_input(seen, "lab") if self.input == "lab" else completed(seen, asked, self.asked[0])
+        return [(name, picture[0]) for name, picture in chain(pictures, [("truth", truth)])]
+
+    def _triangles(self, i: int, x: Tensor, target: Tensor, pred: Tensor | None) -> list[tuple[str, Tensor]]:
+        """The two questions in turn: image i with one triangle hidden, the hidden cells painted, and all cells."""
+        at = i % 2
+        cells = F.interpolate(target[i : i + 1], x.shape[-2:], mode="nearest")[0]
+        if pred is None:
+            return [("hidden", x[i, at]), ("cells", cells)]
+        hidden = F.interpolate(hidden_cells(pred)[:1, at], x.shape[-2:], mode="nearest")[0]
+        guess = F.interpolate(pred[i : i + 1, at], x.shape[-2:], mode="nearest")[0]
+        return [("hidden", x[i, at]), ("network", torch.where(hidden > 0, guess, x[i, at])), ("cells", cells)]
+
+
+class CrossNet(nn.Module):
+    """An encoder's map to logits (B, sum of bins, g, g); of a split encoder each half predicts what the other sees."""
+
+    def __init__(self, encoder: nn.Module, n_bins: list[int], sides):
+        super().__init__()
+        image = (encoder.size or 64,) * 2
+        channels, *at = encoder.map_shape(image)
+        self.encoder, self.sides = encoder, sides
+        decoders = [MapDecoder(channels // len(n_bins), tuple(at), n, sides(image), least=64) for n in n_bins]
+        self.decoders = nn.ModuleList(decoders)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.encoder.feature_map(x).chunk(len(self.decoders), 1)  # lightness first
+        return torch.cat([_fit(d(part), self.sides(x.shape[-2:])) for d, part in zip(self.decoders, parts)], 1)
+
+
+class TriangleNet(nn.Module):
+    """Encoder and decoder on images with one triangle hidden: (B, 2, C, S, S) -> cells (B, 2, C, g, g)."""
+
+    def __init__(self, encoder: nn.Module, sides):
+        super().__init__()
+        image = (encoder.size or 64,) * 2
+        channels, *at = encoder.map_shape(image)
+        self.encoder, self.sides = encoder, sides
+        self.decoder = MapDecoder(channels, tuple(at), encoder.in_chans, sides(image))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.decoder(self.encoder.feature_map(x.flatten(0, 1)))
+        return _fit(out, self.sides(x.shape[-2:])).unflatten(0, x.shape[:2])
+
+
+def hide_triangles(x: Tensor) -> Tensor:
+    """(B, C, S, S) -> (B, 2, C, S, S): above the diagonal, then below it, the mean color of what is left."""
+    above = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    questions = []
+    for hidden in (above, above.T):
+        fill = (x * ~hidden).sum((-2, -1), keepdim=True) / (~hidden).sum()
+        questions.append(torch.where(hidden, fill, x))
+    return torch.stack(questions, 1)
+
+
+def hidden_cells(pred: Tensor) -> Tensor:
+    """(1, 2, 1, g, g): 1 for the cells that each of the two questions hides altogether."""
+    above = torch.ones(pred.shape[-2:], dtype=pred.dtype, device=pred.device).triu(1)
+    return torch.stack([above, above.T])[None, :, None]
+
+
+def explained(pred: Tensor, target: Tensor) -> Tensor:
+    """The share of the variance of hidden cells, around the mean color of the others, that predictions explain."""
+    hidden, truth = hidden_cells(pred), target.unsqueeze(1)
+    mean = (truth * (1 - hidden)).sum((-2, -1), keepdim=True) / (1 - hidden).sum((-2, -1), keepdim=True)
+    left, whole = (((guess - truth).square() * hidden).sum() for guess in (pred, mean))
+    return 1 - left / whole.clamp(min=1e-6)
+
+
+def completed(seen: Tensor, cells: Tensor, kind: str) -> Tensor:
+    """What is seen, L or ab (1, 1 or 2, H, W) in [0, 1], and `kind`, 'color' or 'lightness', of cells: (1, 3, H, W)."""
+    cells = F.interpolate(cells.float(), seen.shape[-2:], mode="bilinear", align_corners=False)
+    if kind == "color":
+        return lab_to_rgb(torch.cat([100 * seen, cells[:, -2:]], 1))
+    return from_input(torch.cat([cells[:, :1] / 100, seen], 1), "lab")
+
+
+def _fit(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
