@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "mae": "generative.mae:MAE",
+    "simmim": "generative.simmim:SimMIM",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

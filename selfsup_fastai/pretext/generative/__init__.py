@@ -1,0 +1,1 @@
+"""Tasks that paint: what was hidden, spoiled or left out of the image."""
