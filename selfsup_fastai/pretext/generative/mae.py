@@ -196,7 +196,7 @@ class MAENet(nn.Module):
             part.apply(_xavier)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        keep = hidden.to(torch.uint8).argsort(1, stable=True)[:, : self.n_visible]
+        keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.n_visible]
         seen = self.embed(visible_tokens(self.encoder.body, x, keep))
         prefix, seen = seen.split([seen.shape[1] - self.n_visible, self.n_visible], 1)
         patches = self.mask_token.to(seen.dtype).expand(*hidden.shape, -1)
