@@ -28,9 +28,9 @@ class SimMIM(PretextTask):
     network, and one linear layer on its last map paints the pixels.
 
     In: a view of each image, (B, C, S, S): crop of 67-100 % of the area and flip in training, in validation the center
-    square; and the pixels that are hidden, (B, 1, S, S), True where hidden. Targets: the normalized image, (B, C, S, S),
-    and again what is hidden. Prediction: an image (B, C, S, S), likewise normalized; `get_preds` decodes it to [0, 1].
-    Loss: the mean absolute error on hidden pixels; the metric is the share of their variance that is explained.
+    square; and the pixels that are hidden, (B, 1, S, S), True where hidden. Targets: the normalized image, (B, C, S,
+    S), and again what is hidden. Prediction: an image (B, C, S, S), likewise normalized; `get_preds` decodes it to
+    [0, 1]. Loss: the mean absolute error on hidden pixels; the metric is the share of their variance that is explained.
 
     The squares are a sixth of the image's side, as the paper's 32 of 192 pixels, or the nearest number that divides the
     side; where none near does, the image is cut by a few pixels. With a plain vision transformer they are whole
