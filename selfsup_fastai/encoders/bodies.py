@@ -157,16 +157,13 @@ def _chosen_weights(name: str, weights: object) -> torchvision.models.WeightsEnu
 def _fitting_size(arch: str, size: int, kwargs: dict) -> dict:
     """The smallest image size from `size` up that this network can be built for; {}: its own.
 
-    Tried on the meta device, which computes shapes only: windows and patches divide some sizes and not others. A net
-    that runs but whose patches leave a rim of the image out is not taken.
+    Tried on the meta device, which computes shapes only: windows and patches divide some sizes and not others.
     """
-    for candidate in sorted({math.ceil(size / step) * step for step in (1, 14, 16, 32, 64, 128)}):
+    for candidate in dict.fromkeys(math.ceil(size / step) * step for step in (1, 16, 32, 64, 128)):
         try:
             with torch.device("meta"), torch.no_grad():
                 net = timm.create_model(arch, **kwargs, img_size=candidate).eval()
                 net(torch.empty(1, kwargs["in_chans"], candidate, candidate))
-            if any(candidate % side for side in getattr(getattr(net, "patch_embed", None), "patch_size", ())):
-                continue
             return {"img_size": candidate}
         except (RuntimeError, ValueError, AssertionError, TypeError):
             continue
