@@ -34,6 +34,16 @@ def nt_xent(
     return terms.mean() if reduction == "mean" else terms
 
 
+def share_explained(
+    pred: Tensor,  # What was answered, of any shape
+    target: Tensor,  # The truth, of the same shape, with mean 0
+    where: Tensor,  # What counts, True or False; it is broadcast
+) -> Tensor:  # scalar: 1 for the truth itself, 0 for answering 0 everywhere
+    """One minus the squared error by the square of the truth: the share of its variance that the answer explains."""
+    error = ((pred.float() - target).square() * where).sum()
+    return 1 - error / (target.square() * where).sum().clamp(min=1e-6)
+
+
 def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise TaskError(

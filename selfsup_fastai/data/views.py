@@ -132,6 +132,20 @@ def random_view(
     return apply_views(x, draw_views(recipe, tuple(x.shape), generator, size))
 
 
+def square_view(
+    x: Tensor,  # (B, C, H, W) float in [0, 1], C = 1 or 3
+    side: int,  # Of the view, in pixels
+    recipe: Recipe | None,  # None: no random view but the center square, at this size
+    generator: torch.Generator,
+) -> Tensor:  # (B, C, side, side) in [0, 1]
+    """What a task paints again: a random view in training, always the same in validation."""
+    if recipe is not None:
+        return random_view(x, recipe, generator, side)
+    x = center_square(x)
+    same = x.shape[-1] == side
+    return x if same else F.interpolate(x, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+
+
 def multi_crop(
     x: Tensor,  # (B, C, H, W) float in [0, 1], C = 1 or 3
     recipes: Sequence[Recipe],  # One for each view: [DINO_GLOBAL_1, DINO_GLOBAL_2, *[DINO_LOCAL] * 6]

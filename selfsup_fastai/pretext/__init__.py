@@ -20,6 +20,8 @@ TASKS = {
     "aet": "predictive.aet:AET",
     "colorization": "generative.colorization:Colorization",
     "split_brain": "generative.split_brain:SplitBrain",
+    "mae": "generative.mae:MAE",
+    "simmim": "generative.simmim:SimMIM",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

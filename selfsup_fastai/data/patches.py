@@ -1,0 +1,46 @@
+"""Images as grids of square patches, and which of them are hidden."""
+
+import torch
+from torch import Tensor
+
+
+def to_patches(
+    x: Tensor,  # (B, C, H, W), H and W multiples of `size`
+    size: int,  # Pixels a side
+) -> Tensor:  # (B, N, size * size * C): row by row; in a patch pixel by pixel, the channels of a pixel together
+    """An image as a row of patches."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // size, size, w // size, size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def from_patches(
+    patches: Tensor,  # (B, N, size * size * C) as `to_patches` makes them
+    size: int,  # Pixels a side
+    image: tuple[int, int],  # Height and width of the image
+) -> Tensor:  # (B, C, H, W)
+    """The image that `to_patches` cut up."""
+    b, (h, w) = len(patches), image
+    x = patches.reshape(b, h // size, w // size, size, size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h, w)
+
+
+def enlarged(
+    cells: Tensor,  # (B, h * w), one value for each cell of a grid
+    grid: tuple[int, int],  # h and w
+    size: int,  # Pixels a side of a cell
+) -> Tensor:  # (B, 1, h * size, w * size)
+    """The value of each cell at each of its pixels."""
+    cells = cells.unflatten(1, grid).unsqueeze(1)
+    return cells.repeat_interleave(size, 2).repeat_interleave(size, 3)
+
+
+def random_cells(
+    b: int,  # Images
+    n: int,  # Cells of each
+    hidden: int,  # How many of them to hide
+    generator: torch.Generator,
+) -> Tensor:  # (B, n) bool, True where hidden
+    """Exactly `hidden` random cells of every image: those in which uniform noise is highest."""
+    noise = torch.rand(b, n, generator=generator, device=generator.device)
+    return noise.argsort(1).argsort(1) >= n - hidden
