@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "spot_artifacts": "predictive.spot_artifacts:SpotArtifacts",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
