@@ -646,7 +646,7 @@ def test_the_users_augmentation_stays_and_normalize_is_replaced(task, color_fold
         ((inputs, targets),) = ask(learn, x.flip(-1) if flipped else x, dl.pass_seed, 8, train=flipped)
         for got, want in zip(dl.question(b)[0], inputs):
             assert (got - want).abs().mean() < 2e-3  # fastai flips by interpolation
-        assert all(torch.equal(got, want) for got, want in zip(b[1:], targets))
+        assert all(torch.equal(got, want) for got, want in zip(b[learn.dls.n_inp :], targets))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

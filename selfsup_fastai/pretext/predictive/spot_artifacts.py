@@ -16,10 +16,10 @@ from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 CELL = 16  # Pixels a side of what one place of the autoencoder's code stands for: four convolutions of stride 2
 LEAK = 0.1  # Slope of the leaky ReLUs below 0, as in the authors' code
-REAL, KEPT, RIVAL = -3, -2, -1  # Planes of a prediction behind its pixels
+ERROR, REAL, KEPT, RIVAL = -4, -3, -2, -1  # Planes of a prediction behind its pixels
 
 
-def spotted(pred, kept, photo):
+def spotted(pred, kept):
     """Share of the pictures (a decoded and a repaired one of each image) that are rightly called real or repaired."""
     return ((pred[:, :, REAL, 0, 0] > 0) == pred.new_tensor([True, False], dtype=torch.bool)).float().mean()
 
@@ -36,10 +36,10 @@ class SpotArtifacts(PretextTask):
     In: the center square of each image, brought to a multiple of 16 pixels (in training a crop of a third to all of
     the image, mirrored, brightness and saturation changed), (B, C, S, S) in [0, 1]; and the cells that are kept,
     (B, 1, S/16, S/16). Neither is touched by Normalize: the encoder's mean and deviation are taken out of what it is
-    shown, in the model. Targets: the cells that are genuine in each of the two pictures, all of the decoded one,
-    (B, 2, S/16, S/16); and the photo. Prediction: for the decoded and the repaired picture of each image
-    (B, 2, C + 3, S, S): pixels in [0, 1], then as planes whether it is real, where cells were kept, and whether it is
-    real as the rival sees it: logits, from `get_preds` probabilities. Chance is 50 %.
+    shown, in the model. Target: the cells that are genuine in each of the two pictures, all of the decoded one,
+    (B, 2, S/16, S/16). Prediction: the decoded and the repaired picture of each image, (B, 2, C + 4, S, S): pixels in
+    [0, 1], then as planes their squared distance to the photo, whether the picture is real, where cells were kept, and
+    whether it is real as the rival sees it: logits, from `get_preds` probabilities. Chance is 50 %.
 
     Loss: the sum of what both players pay. Discriminator: cross-entropy of real or repaired + 0.1 * cross-entropy of
     the cells. Repair layers: cross-entropy with the labels swapped + 30 * squared error to the photo, with pixels in
@@ -69,7 +69,6 @@ class SpotArtifacts(PretextTask):
     name = "spot_artifacts"
     paper = "Jenni & Favaro 2018"
     n_inp = 2
-    n_targets = 2
     normalized = (False, False)
     alone = "it trains an autoencoder first, and then two networks against each other."
     min_side = CELL + 1  # two cells
@@ -103,7 +102,7 @@ class SpotArtifacts(PretextTask):
         cells = math.ceil(min(x.shape[-2:]) / CELL)
         x = random_view(x, self.recipe, generator, cells * CELL) if train else _resized(center_square(x), cells * CELL)
         kept = (torch.rand(len(x), 1, cells, cells, generator=generator, device=x.device) < self.keep).to(x.dtype)
-        return (x, kept), (torch.cat([torch.ones_like(kept), kept], 1), x)
+        return (x, kept), (torch.cat([torch.ones_like(kept), kept], 1),)
 
     @property
     def recipe(self) -> Recipe:
@@ -118,15 +117,14 @@ class SpotArtifacts(PretextTask):
     def model(self, encoder):
         return SpotNet(encoder, self.width)
 
-    def loss(self, pred, kept, photo, reduction="mean"):
+    def loss(self, pred, kept, reduction="mean"):
         pred, is_real = pred.float(), pred.new_tensor([1.0, 0.0], dtype=torch.float32).expand(len(pred), 2)
         verdict = _cross_entropy(pred[:, :, REAL, 0, 0], is_real).mean(1)
         everywhere = F.interpolate(kept, scale_factor=CELL)  # (B, 2, S, S)
         where = _cross_entropy(pred[:, :, KEPT], everywhere).mean((1, 2, 3))
         fooled = _cross_entropy(pred[:, :, RIVAL, 0, 0], 1 - is_real).mean(1)
-        error = (2 * (pred[:, 1, :REAL] - photo)) ** 2  # of the repaired picture, with pixels in -1..1
-        weights = everywhere[:, 1:].expand_as(error)
-        error = (error * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)).clamp(min=1)
+        at = everywhere[:, 1]  # in the repaired picture
+        error = (pred[:, 1, ERROR] * at).sum((1, 2)) / at.sum((1, 2)).clamp(min=1)
         return per_image(verdict + self.mask_weight * where + fooled + self.kept_weight * error, reduction)
 
     def activation(self, pred):
@@ -148,7 +146,7 @@ class SpotArtifacts(PretextTask):
             if pred is None:
                 draw(ax, side_by_side(torch.stack([photo, faded])), f"{kept.mean():.0%} kept")
                 continue
-            decoded, repaired = pred[i, :, :REAL]
+            decoded, repaired = pred[i, :, :ERROR]
             found = _faded(repaired, pred[i, 1, KEPT])
             real = pred[i, :, REAL, 0, 0].tolist()
             title = f"decoded {real[0]:.0%} real, repaired {real[1]:.0%} real"
@@ -157,7 +155,7 @@ class SpotArtifacts(PretextTask):
 
 
 class SpotNet(nn.Module):
-    """The autoencoder, the repair layers and the judge: (B, C, S, S) and cells -> (B, 2, C + 3, S, S)."""
+    """The autoencoder, the repair layers and the judge: (B, C, S, S) and cells -> (B, 2, C + 4, S, S)."""
 
     def __init__(self, encoder: Encoder, width: int):
         super().__init__()
@@ -174,7 +172,8 @@ class SpotNet(nn.Module):
         pictures = torch.stack([self.autoencoder.decode(code), self.repaired(code, kept)], 1)  # (B, 2, C, S, S)
         real, where = self.judge(pictures.detach())
         rival = as_it_stands(self.judge, pictures)[0] if torch.is_grad_enabled() else real
-        planes = torch.stack([real.expand_as(where), where, rival.expand_as(where)], 2)
+        error = (2 * (pictures - x.unsqueeze(1))).square().mean(2)  # with pixels in -1..1
+        planes = torch.stack([error, real.expand_as(where), where, rival.expand_as(where)], 2)
         return torch.cat([pictures, planes], 2)
 
     def repaired(self, code: Tensor, kept: Tensor) -> Tensor:
