@@ -33,7 +33,7 @@ from selfsup_fastai.seeding import VALID_SEED
 
 SMALL = {
     "jigsaw": {"n_permutations": 8},
-    "spot_artifacts": {"autoencoder_epochs": 2, "width": 4},
+    "spot_artifacts": {"autoencoder_epochs": 2, "width": 4, "keep": 0.6, "mask_weight": 10, "kept_weight": 3},
     "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {}  # of tasks for which `tiny` will not do
