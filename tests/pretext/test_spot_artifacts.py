@@ -378,11 +378,12 @@ def test_it_stays_in_evaluation_mode_and_out_of_the_optimizer():
 
 
 def test_the_first_stage_learns_to_decode():
-    learn = learner(autoencoder_epochs=10, width=8, crop=1, color=0)
+    learn = learner(autoencoder_epochs=12, crop=1, color=0)
+    learn.train_first.step_size = 1e-2  # for a short test; the task's own is the paper's
     part, x = learn.model.autoencoder, smooth(8)
     before = part.own_loss(x, None).item()
     learn.fit(1)
-    assert part.own_loss(x, None).item() < 0.9 * before
+    assert part.own_loss(x, None).item() < 0.85 * before
 
 
 def test_the_first_stage_leaves_the_draws_of_the_second_as_they_are():
