@@ -22,6 +22,7 @@ TASKS = {
     "split_brain": "generative.split_brain:SplitBrain",
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
+    "spot_artifacts": "predictive.spot_artifacts:SpotArtifacts",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
