@@ -33,6 +33,7 @@ from selfsup_fastai.seeding import VALID_SEED
 
 SMALL = {
     "jigsaw": {"n_permutations": 8},
+    "autoencoder": {"error": "squared"},
     "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {}  # of tasks for which `tiny` will not do
@@ -378,7 +379,7 @@ def test_twenty_steps_lower_the_loss(task):
     before = learn.validate(dl=same_question)[0]
     learn.fit(20, 1e-2)
     assert len(learn.recorder.losses) == 20
-    assert learn.validate(dl=same_question)[0] < before - 0.05
+    assert learn.validate(dl=same_question)[0] < before - min(0.05, before / 5)  # squared errors start below 0.05
 
 
 @pytest.mark.parametrize("channels, size", [(1, (40, 40)), (3, (40, 40)), (1, (47, 61)), (3, (61, 47))])
@@ -638,9 +639,8 @@ def test_the_users_augmentation_stays_and_normalize_is_replaced(task, color_fold
         b = dl.one_batch()
         x = plain(np.stack([np.asarray(Image.open(f)) for f in dl.dataset.items[:8]]))
         ((inputs, targets),) = ask(learn, x.flip(-1) if flipped else x, dl.pass_seed, 8, train=flipped)
-        for got, want in zip(dl.question(b)[0], inputs):
-            assert (got - want).abs().mean() < 2e-3  # fastai flips by interpolation
-        assert all(torch.equal(got, want) for got, want in zip(b[1:], targets))
+        for got, want in zip((*dl.question(b)[0], *b[learn.dls.n_inp :]), (*inputs, *targets), strict=True):
+            assert (got - want).abs().float().mean() < 2e-3  # fastai flips by interpolation
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

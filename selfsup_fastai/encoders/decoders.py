@@ -10,12 +10,17 @@ from selfsup_fastai.encoders.encoder import Encoder
 
 
 class Up(nn.Module):
-    """A map at twice its size: bilinear, so that no checkerboard is learned, then two 3x3 convolutions."""
+    """A map at twice its size: bilinear, so that no checkerboard is learned, then two 3x3 convolutions.
+
+    Group norms, not batch norms: after some dozen steps validation would still run on outdated averages, and paint far
+    worse than training does.
+    """
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
-        layers = [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
-        layers += [nn.Conv2d(n_out, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+        layers, groups = [], math.gcd(n_out, max(1, n_out // 8))
+        for width in (n_in, n_out):
+            layers += [nn.Conv2d(width, n_out, 3, padding=1, bias=False), nn.GroupNorm(groups, n_out), nn.ReLU()]
         self.convs = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,9 +50,13 @@ class MapDecoder(nn.Module):
         self.ups = nn.Sequential(*(Up(*pair) for pair in pairwise(widths)))
         self.out = nn.Conv2d(widths[-1], n_out, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.out(self.ups(self.entry(x)))
-        return x if x.shape[-2:] == self.size else F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+    def forward(
+        self,
+        x: Tensor,  # (B, C, h, w)
+        size: tuple[int, int] | None = None,  # Height and width of what comes out; None: as it was made for
+    ) -> Tensor:
+        x, size = self.out(self.ups(self.entry(x))), tuple(size or self.size)
+        return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def map_decoder(
@@ -60,3 +69,19 @@ def map_decoder(
     """A decoder for the last map of this encoder, whose shape is measured. Raises `TaskError` where it has none."""
     channels, *sides = encoder.map_shape(image)
     return MapDecoder(channels, tuple(sides), n_out, size or image, **kwargs)
+
+
+class PerPixel(nn.Module):
+    """An encoder and a decoder of its last map: images (B, C, H, W) of any size to (B, n_out, H, W), raw."""
+
+    def __init__(
+        self,
+        encoder: Encoder,  # With feature maps
+        n_out: int,  # Numbers for each pixel
+    ):
+        super().__init__()
+        side = encoder.fixed_size or encoder.size or 64
+        self.encoder, self.decoder = encoder, map_decoder(encoder, n_out, (side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder.feature_map(x), x.shape[-2:])

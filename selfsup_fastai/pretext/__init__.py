@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
+    "autoencoder": "generative.autoencoder:Autoencoder",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
