@@ -15,6 +15,7 @@ TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
     "autoencoder": "generative.autoencoder:Autoencoder",
+    "models_genesis": "generative.models_genesis:ModelsGenesis",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 
