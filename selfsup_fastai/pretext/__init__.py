@@ -15,6 +15,7 @@ TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
     "autoencoder": "generative.autoencoder:Autoencoder",
+    "inpainting": "generative.inpainting:Inpainting",
     "models_genesis": "generative.models_genesis:ModelsGenesis",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
