@@ -54,6 +54,26 @@ def side_by_side(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
     return canvas
 
 
+def draw_restored(
+    asked: torch.Tensor,  # (B, C, H, W) in [0, 1], as the network was given them
+    true: torch.Tensor,  # (B, C, H, W), what it should have made of them
+    answers: torch.Tensor | None = None,  # (B, C, H, W), what it made of them
+    ctxs: list[Axes] | None = None,
+    max_n: int = 9,
+    figsize: tuple[float, float] | None = None,
+) -> list[Axes]:
+    """Of each image what was asked, (what was answered, titled with its mean error,) and the truth, side by side."""
+    panels = (asked, true) if answers is None else (asked, answers, true)
+    aspect = len(panels) * true.shape[-1] / true.shape[-2]
+    axes = grid_axes(min(max_n, len(true)), ctxs, figsize, aspect=aspect)
+    for i, ax in enumerate(axes):
+        title = "asked | true"
+        if answers is not None:
+            title = f"asked | answered | true, off by {(answers[i].float() - true[i]).abs().mean():.3f}"
+        draw(ax, side_by_side(torch.stack([panel[i].float() for panel in panels])), title)
+    return axes
+
+
 def plot_history(history, chance: float | None = None) -> None:
     """Curves of a run, a point an epoch: losses on the left, the first metric on the right with the level of guessing.
 

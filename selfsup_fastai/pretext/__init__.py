@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 TASKS = {
     "rotation": "predictive.rotation:Rotation",
     "jigsaw": "predictive.jigsaw:Jigsaw",
-    "counting": "predictive.counting:Counting",
-    "exemplar": "predictive.exemplar:Exemplar",
     "relative_position": "predictive.relative_position:RelativePosition",
     "aet": "predictive.aet:AET",
+    "spot_artifacts": "predictive.spot_artifacts:SpotArtifacts",
+    "counting": "predictive.counting:Counting",
+    "exemplar": "predictive.exemplar:Exemplar",
+    "autoencoder": "generative.autoencoder:Autoencoder",
+    "inpainting": "generative.inpainting:Inpainting",
     "colorization": "generative.colorization:Colorization",
     "split_brain": "generative.split_brain:SplitBrain",
+    "models_genesis": "generative.models_genesis:ModelsGenesis",
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
-    "spot_artifacts": "predictive.spot_artifacts:SpotArtifacts",
     "simclr": "joint_embedding.simclr:SimCLR",
 }
 

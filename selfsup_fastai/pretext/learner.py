@@ -12,7 +12,7 @@ from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastcore.foundation import L
 from fasttransform import Transform
-from torch import nn
+from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.blocks import OpenImage
@@ -150,12 +150,17 @@ class Answer(NamedTuple):
     decoded: Any  # As a person reads it
 
     def __repr__(self) -> str:
-        asked, named = self.targets[0].tolist(), self.decoded.tolist()
+        asked, named = _said(self.targets[0]), _said(self.decoded)
         return f"Answer({self.task.name}: asked {asked}, answered {named}; show() draws it)"
 
     def show(self, **kwargs):
         """Question and answer as a picture."""
         return self.task.show(self.inputs, self.targets, pred=self.decoded, **kwargs)
+
+
+def _said(values: Tensor) -> str:
+    """A few numbers as they are, of a picture its shape."""
+    return str(values.tolist()) if values.numel() <= 64 else f"an array of shape {tuple(values.shape)}"
 
 
 class PretextLearner(Learner):

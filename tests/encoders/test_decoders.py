@@ -25,7 +25,7 @@ def test_it_learns_to_paint_one_image():
     x = torch.rand(1, 3, 4, 4)
     x = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear").repeat(2, 1, 1, 1)
     opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 3e-3)
-    for _ in range(60):
+    for _ in range(100):
         loss = (decoder(encoder.feature_map(x)) - x).square().mean()
         opt.zero_grad()
         loss.backward()
