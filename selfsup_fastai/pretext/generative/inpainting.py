@@ -145,7 +145,7 @@ class Inpainting(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """Each image with its hole, (with the hole as the network fills it,) and whole."""
         image, hole = targets
-        filled = None if pred is None else torch.where(hole > 0, pred.float(), image)
+        filled = None if pred is None else torch.where(hole > 0, pred[: len(image)].float(), image)
         return draw_restored(inputs[0], image, filled, ctxs, max_n, figsize)
 
 
