@@ -57,8 +57,8 @@ class SpotArtifacts(PretextTask):
     a factor.
 
     Cost: the discriminator sees four pictures for each image, because the rival needs it a second time without training
-    it. Decoders and repair layers come on top, at the paper's width about 2.3 G multiplications for 96 pixels, as much
-    as one image of 224 costs ResNet-18; `width=16` costs a quarter. All of it is thrown away in the end.
+    it. Decoders and repair layers come on top, at the paper's width about 2.3 G multiplications for 96 pixels, more
+    than ResNet-18 takes for 224; `width=16` costs a quarter. All of it is thrown away in the end.
 
     Suits photographs of single things, of 64 pixels or more, by the thousand. Does not suit textures, where a repair
     is as good as what it replaces, nor images of less than 48 pixels: they have hardly any cells. An encoder with a
