@@ -169,7 +169,8 @@ def photos(side: int = 160) -> Tensor:
 def draw_picture(name: str, file: Path) -> None:
     """What the task asks about the six squares, as a PNG of 256 colors."""
     task = task_class(name)()
-    batch = task.batch(photos(), generator=torch.Generator().manual_seed(0), train=True)
+    index = torch.arange(6) if "index" in task.needs else None
+    batch = task.batch(photos(), generator=torch.Generator().manual_seed(0), train=True, idx=index)
     batch = [t.as_subclass(Tensor) for t in batch]
     task.show(batch[: task.n_inp], batch[task.n_inp :], max_n=6)
     buffer = io.BytesIO()
