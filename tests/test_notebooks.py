@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from selfsup_fastai.pretext import TASKS
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
-QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
+QUICKSTART, TOUR = NOTEBOOKS / "01_quickstart.ipynb", NOTEBOOKS / "04_tasks_tour.ipynb"
 
 
 TRACES = r"Traceback|Warning|(?<![\w<.])/\w[\w.-]*/\w"  # Of the machine that a notebook was executed on
@@ -35,23 +37,22 @@ def results(notebook) -> dict:
     return json.loads(lines[-1])
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The quick start with few epochs, in a kernel of its own."""
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+def executed(file: Path, folder: Path):
+    """A notebook with few epochs, in a kernel of its own."""
+    notebook = nbformat.read(file, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     environment = {**os.environ, **inline, "QUICK": "1", "OMP_NUM_THREADS": "1"}
-    folder = {"metadata": {"path": tmp_path_factory.mktemp("notebook")}}
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
+    where = {"metadata": {"path": folder}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
     client.execute(env=environment)
     return notebook
 
 
 @pytest.mark.slow
-def test_quickstart_runs(executed):
-    found = results(executed)
+def test_quickstart_runs(tmp_path):
+    found = results(executed(QUICKSTART, tmp_path))
     assert found["left_out"] == ["not_an_image", "truncated"]
     assert found["images"] == found["confusion"] + 797 == 1297
     assert found["card_epochs"] == 1 and found["card_images"] == 2 * 128 * (1167 // 128)
@@ -62,6 +63,19 @@ def test_quickstart_runs(executed):
     assert found["tuned_epochs"] == 2
     assert set(found["accuracy"]) == {"scratch", "simclr"}
     assert all(0 <= value <= 1 for value in [found["fifty_labels"], *found["accuracy"].values()])
+
+
+@pytest.mark.slow
+def test_tour_asks_every_task(tmp_path):
+    notebook = executed(TOUR, tmp_path)
+    asked = [re.match(r"ask\('(\w+)'", cell.source) for cell in code_cells(notebook)]
+    shown = {
+        match[1]
+        for match, cell in zip(asked, code_cells(notebook))
+        if match and any("image/png" in out.get("data", {}) for out in cell.outputs)
+    }
+    assert shown == set(TASKS)
+    assert "[('rotation+relative_position', 1), ('simclr', 1)]" in texts(code_cells(notebook)[-1].outputs)[-1]
 
 
 def test_committed_run_is_a_real_one():

@@ -124,7 +124,7 @@ class SeveralTasks(PretextTask):
     def loss(self, pred, *targets, reduction="mean"):
         *preds, log_variances = pred
         total = 0
-        for i, (task, own) in enumerate(zip(self.tasks, self.split(targets, self._given))):
+        for i, (task, own) in enumerate(zip(self.tasks, self.apart(targets, self._given))):
             if own[0].numel():
                 loss = task.loss(preds[i], *own, reduction=reduction) * self._by_hand().get(task.name, 1.0)
                 if self.weights == "uncertainty":
@@ -134,7 +134,7 @@ class SeveralTasks(PretextTask):
         return total
 
     @staticmethod
-    def split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    def apart(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """A row of tensors cut into one row for each task."""
         rest = iter(tensors)
         return [tuple(next(rest) for _ in range(count)) for count in counts]
@@ -150,7 +150,7 @@ class SeveralTasks(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The picture of each task that was asked, one below the other."""
         axes, given = [], iter(ctxs or [])
-        parts = zip(self.tasks, self.split(inputs, [t.n_inp for t in self.tasks]), self.split(targets, self._given))
+        parts = zip(self.tasks, self.apart(inputs, [t.n_inp for t in self.tasks]), self.apart(targets, self._given))
         for i, (task, own, known) in enumerate(parts):
             if own[0].numel():
                 on = [ax for ax, _ in zip(given, range(min(max_n, len(own[0]))))] if ctxs else None
@@ -168,7 +168,7 @@ class SharedEncoder(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(len(task.tasks)), requires_grad=task.weights == "uncertainty")
 
     def forward(self, *inputs: Tensor) -> tuple:
-        rows = SeveralTasks.split(inputs, self.counts)
+        rows = SeveralTasks.apart(inputs, self.counts)
         preds = [model(*own) if own[0].numel() else own[0] for model, own in zip(self.models, rows)]
         return (*preds, self.log_variances.expand(len(inputs[0]), -1))
 
@@ -181,7 +181,7 @@ class OfTask(AvgMetric):
         self.own_name = f"{several.names[i]}_{name or getattr(metric, 'name', None) or metric.__name__}"
 
     def accumulate(self, learn):
-        targets = self.several.split(listify(learn.yb), self.several._given)[self.i]
+        targets = self.several.apart(listify(learn.yb), self.several._given)[self.i]
         if targets[0].numel():
             rows = len(targets[0])
             self.total += learn.to_detach(self.metric(learn.pred[self.i], *targets)) * rows

@@ -24,7 +24,7 @@ def learner(tasks=BOTH, n: int = 32, **kwargs):
 
 def asked(b, task) -> list[bool]:
     """Of each task, whether a batch holds its question."""
-    return [own[0].numel() > 0 for own in task.split(b, [t.n_inp for t in task.tasks])]
+    return [own[0].numel() > 0 for own in task.apart(b, [t.n_inp for t in task.tasks])]
 
 
 def test_validation_asks_every_task_about_every_image():
