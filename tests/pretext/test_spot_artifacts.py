@@ -434,7 +434,7 @@ def test_pictures_show_what_is_dropped_and_what_the_network_makes_of_it():
         assert shown.shape == (3, 48, 98) and torch.equal(shown[:, :, :48], image)
         mask = F.interpolate(cells[None], (48, 48))[0].bool().expand(3, 48, 48)
         assert torch.equal(shown[:, :, 50:][mask], image[mask])
-        torch.testing.assert_close(shown[:, :, 50:][~mask], 0.2 * image[~mask] + 0.4)
+        torch.testing.assert_close(shown[:, :, 50:][~mask], 0.3 * image[~mask] + 0.35)
         assert ax.get_title() == f"{cells.mean():.0%} kept"
     answers = learn.get_preds(dl=[b], with_decoded=True)[2]
     answers[0, :, 4], answers[1, :, 4] = torch.tensor([0.9, 0.2]).view(2, 1, 1), torch.tensor([0.9, 0.6]).view(2, 1, 1)

@@ -269,5 +269,5 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _faded(picture: Tensor, kept: Tensor) -> Tensor:
-    """A picture (C, H, W) that is nearly grey where `kept` (1 or (H, W)) is 0."""
-    return torch.lerp(picture, torch.full_like(picture, 0.5), 0.8 * (1 - kept.expand_as(picture)))
+    """A picture (C, H, W), faded where `kept` (1 or (H, W)) is 0."""
+    return torch.lerp(picture, torch.full_like(picture, 0.5), 0.7 * (1 - kept.expand_as(picture)))
