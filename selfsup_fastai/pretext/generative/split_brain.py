@@ -224,7 +224,7 @@ class CrossNet(nn.Module):
         image = (encoder.size or 64,) * 2
         channels, *at = encoder.map_shape(image)
         self.encoder, self.sides = encoder, sides
-        decoders = [MapDecoder(channels // len(n_bins), tuple(at), n, sides(image), least=64) for n in n_bins]
+        decoders = [MapDecoder(channels // len(n_bins), tuple(at), n, sides(image)) for n in n_bins]
         self.decoders = nn.ModuleList(decoders)
 
     def forward(self, x: Tensor) -> Tensor:
