@@ -209,7 +209,7 @@ def test_the_diagonal_learns_on_grey_and_color_images(channels):
     answer = learn.predict(array[0])
     assert answer.pred.shape == (1, 2, channels, 12, 12)
     (ax,) = answer.show()
-    assert ax.get_title() == "hidden | network | cells"
+    assert ax.get_title() == "seen | network | cells"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -210,10 +210,10 @@ class SplitBrain(PretextTask):
         at = i % 2
         cells = F.interpolate(target[i : i + 1], x.shape[-2:], mode="nearest")[0]
         if pred is None:
-            return [("hidden", x[i, at]), ("cells", cells)]
+            return [("seen", x[i, at]), ("cells", cells)]
         hidden = F.interpolate(hidden_cells(pred)[:1, at], x.shape[-2:], mode="nearest")[0]
         guess = F.interpolate(pred[i : i + 1, at], x.shape[-2:], mode="nearest")[0]
-        return [("hidden", x[i, at]), ("network", torch.where(hidden > 0, guess, x[i, at])), ("cells", cells)]
+        return [("seen", x[i, at]), ("network", torch.where(hidden > 0, guess, x[i, at])), ("cells", cells)]
 
 
 class CrossNet(nn.Module):
@@ -224,7 +224,7 @@ class CrossNet(nn.Module):
         image = (encoder.size or 64,) * 2
         channels, *at = encoder.map_shape(image)
         self.encoder, self.sides = encoder, sides
-        decoders = [MapDecoder(channels // len(n_bins), tuple(at), n, sides(image), least=64) for n in n_bins]
+        decoders = [MapDecoder(channels // len(n_bins), tuple(at), n, sides(image)) for n in n_bins]
         self.decoders = nn.ModuleList(decoders)
 
     def forward(self, x: Tensor) -> Tensor:
