@@ -44,7 +44,8 @@ class MAE(PretextTask):
     bicubic), in validation the center square; and which of its N patches are hidden, (B, N), True where hidden.
     Targets: the pixels of the patches, (B, N, p * p * C), each patch with mean 0 and deviation 1, and again what is
     hidden. Prediction: likewise (B, N, p * p * C); loss: the mean squared error on hidden patches, 1 for naming the
-    mean of each; the metric is the share of the variance explained. Hidden patches never enter the encoder.
+    mean of each (0 where a patch is flat); the metric is the share of the variance that is explained. It stays near 0
+    for the first hundreds of steps. Hidden patches never enter the encoder.
 
     The positions are fixed sines and cosines in both nets: the encoder's own are overwritten and frozen while it is
     pretrained here, and are kept under timm's name; a net from an earlier round keeps its positions, frozen. The
