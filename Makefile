@@ -22,10 +22,10 @@ demo: setup  ## pretrain on digits, fine-tune on 50 labels, read the table: a fe
 	$(BIN)/selfsup demo --out demo
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --durations=10
 
 test-slow: setup  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=auto --durations=10
 
 check: setup  ## style and import walls
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m pytest -q tests/test_imports.py

@@ -41,7 +41,8 @@ class Jigsaw(PretextTask):
 
     Guards against answers without understanding: random gaps (edges that continue), each tile standardized by channel
     (brightness gradients), the whole image grey for 30 % (color), each color channel shifted by up to 1/32 of the tile
-    (chromatic aberration; about the paper's 2 of 64 pixels). No mirror images, as in the authors' data.
+    (chromatic aberration, of which a wide one is not hidden altogether; about the paper's 2 of 64 pixels). No mirror
+    images, as in the authors' data.
     The released set has 100 permutations, the paper's best run 1000; 64 is ours, for thousands of images rather than a
     million, and so are the narrower layers after the encoder (the paper's: 1024 a tile, then 4096).
 
