@@ -109,7 +109,8 @@ def paragraphs(cls: type[PretextTask]) -> list[str]:
 
 
 def linked(text: str) -> str:
-    """arXiv numbers become links."""
+    """arXiv numbers and DOIs become links."""
+    text = re.sub(r"doi (10\.\d+/[\w.]*\w)", r"[doi \1](https://doi.org/\1)", text)
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 

@@ -74,6 +74,19 @@ def draw_restored(
     return axes
 
 
+def see_through(
+    images: torch.Tensor,  # (B, C, H, W)
+    hidden: torch.Tensor,  # (B, 1, H, W) bool
+) -> torch.Tensor:
+    """What is hidden becomes a checkerboard of two greys, as image editors show what is not there.
+
+    One grey would not be told from the background of many scans.
+    """
+    rows, columns = (torch.arange(n, device=images.device) // 2 for n in images.shape[-2:])
+    board = 0.5 + 0.2 * ((rows[:, None] + columns) % 2)
+    return torch.where(hidden, board.to(images.dtype), images)
+
+
 def plot_history(history, chance: float | None = None) -> None:
     """Curves of a run, a point an epoch: losses on the left, the first metric on the right with the level of guessing.
 

@@ -68,8 +68,8 @@ def pretrain(
     dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
     learn = pretext_learner(dls, task, arch, pretrained=pretrained, **given)
-    args = dict(task=learn.task.name, **learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained, seed=seed)
-    out = _run_folder(out, learn, dls.report, {**args, **data})
+    args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
+    out = _run_folder(out, learn, dls.report, {**args, "seed": seed, **data})
     learn.show_batch()
     save_picture(out / "batch.png")
     with _finished(learn, out, learn.task.chance()):

@@ -168,7 +168,7 @@ def test_get_task_takes_a_name_a_class_or_a_task():
         get_task(Doubled, size=3)
     with pytest.raises(UnknownNameError, match="'jigsaw'"):
         task_class("jigsaws")
-    for wrong in (None, 3, ["rotation"], dict):
+    for wrong in (None, 3, [3], dict):
         with pytest.raises(UnknownNameError, match="no pretext task called"):
             get_task(wrong)
 

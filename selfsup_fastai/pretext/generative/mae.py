@@ -22,7 +22,7 @@ from selfsup_fastai.encoders.masked_vit import (
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import share_explained
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw, grid_axes, see_through, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 EPS = 1e-6  # Added to the variance of a patch, and in the decoder's layer norms
@@ -167,7 +167,7 @@ class MAE(PretextTask):
         """What the network sees | what it paints | the image."""
         n = min(max_n, len(inputs[0]))
         x, hidden = inputs[0][:n], inputs[1][:n]
-        panels = [torch.where(_pixels(hidden, x), 0.5, x), x]
+        panels = [see_through(x, _pixels(hidden, x)), x]
         titles = ["seen | whole"] * n
         if pred is not None:
             panels.insert(1, self.painted(x, hidden, pred[:n]))

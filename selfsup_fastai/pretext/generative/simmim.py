@@ -11,7 +11,7 @@ from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.masked_vit import covered_tokens, patch_size, patched_side, takes_some_patches
 from selfsup_fastai.losses import share_explained
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw, grid_axes, see_through, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 
@@ -109,7 +109,7 @@ class SimMIM(PretextTask):
         """What the network sees | what it paints | the image."""
         n = min(max_n, len(inputs[0]))
         x, hidden = inputs[0][:n], inputs[1][:n]
-        panels = [torch.where(hidden, 0.5, x), x]
+        panels = [see_through(x, hidden), x]
         titles = ["seen | whole"] * n
         if pred is not None:
             panels.insert(1, torch.where(hidden, pred[:n], x))
