@@ -210,7 +210,9 @@ def _fitting_size(arch: str, size: int, kwargs: dict) -> dict:
             with torch.device("meta"), torch.no_grad():
                 net = timm.create_model(arch, **kwargs, img_size=candidate).eval()
                 net(torch.empty(1, kwargs["in_chans"], candidate, candidate))
-            return {"img_size": candidate}
+            patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1,))
+            if candidate % patch[0] == 0:  # else pixels at the rim go unseen
+                return {"img_size": candidate}
         except (RuntimeError, ValueError, AssertionError, TypeError):
             continue
     return {}

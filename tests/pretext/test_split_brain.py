@@ -203,7 +203,7 @@ def test_the_diagonal_learns_on_grey_and_color_images(channels):
     assert learn.encoder.in_chans == channels and not learn.encoder.split
     before = learn.validate()[0]
     with learn.no_bar(), learn.no_logging():
-        learn.fit(20, 1e-2)
+        learn.fit(40, 1e-2)
     assert learn.validate()[0] < 0.5 * before and learn.validate()[1] > 0.2
     assert len(learn.show_batch(max_n=2)) == 2
     answer = learn.predict(array[0])

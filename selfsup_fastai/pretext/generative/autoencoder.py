@@ -22,8 +22,8 @@ class Autoencoder(PretextTask):
     """What was the image before a share of its pixels went black, told from the few numbers of the encoder's last map?
 
     Vincent, Larochelle, Bengio & Manzagol, Extracting and Composing Robust Features with Denoising Autoencoders, 2008
-    (no arXiv number; the authors' code was not looked at). The encoder must press the image into a small map, from
-    which a decoder, thrown away afterwards, paints it again.
+    (doi 10.1145/1390156.1390294; the authors' code was not looked at). The encoder must press the image into a small
+    map, from which a decoder, thrown away afterwards, paints it again.
 
     In: the image, (B, C, H, W) in [0, 1], in which exactly a share `denoise` of the pixels, drawn anew at each visit,
     is set to 0 (masking noise). Target: the image without the noise, (B, C, H, W). Prediction: images (B, C, H, W),
