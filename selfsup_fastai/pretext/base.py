@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pictures import draw, grid_axes
+from selfsup_fastai.losses import explained
+from selfsup_fastai.pictures import draw, draw_restored, grid_axes
 
 
 class PretextTask(ABC):
@@ -152,6 +153,31 @@ class PretextTask(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+
+def explained_variance(pred, target):
+    """Share of the images' variance that the answer explains; 0: painting their mean color, 1: perfect."""
+    return explained(pred.sigmoid(), target)
+
+
+class RestoringTask(PretextTask):
+    """A task whose one input is a spoiled image and whose answer is the whole one, raw until it is made 0..1."""
+
+    metrics = (explained_variance,)
+
+    def activation(self, pred):
+        return pred.sigmoid()
+
+    def decode(self, pred):
+        """The image itself."""
+        return pred
+
+    def chance(self):
+        return 0.0
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """Each image as it was spoiled, (as the network restores it,) and as it was."""
+        return draw_restored(inputs[0], targets[0], pred, ctxs, max_n, figsize)
 
 
 class PretextLoss:

@@ -6,19 +6,12 @@ from torch.nn import functional as F
 
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.errors import TaskError, unknown
-from selfsup_fastai.losses import explained
-from selfsup_fastai.pictures import draw_restored
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, check_number, per_image
 
 ERRORS = ("cross_entropy", "squared")
 
 
-def explained_variance(pred, target):
-    """Share of the images' variance that the answer explains; 0: no better than one color, 1: perfect."""
-    return explained(pred.sigmoid(), target)
-
-
-class Autoencoder(PretextTask):
+class Autoencoder(RestoringTask):
     """What was the image before a share of its pixels went black, told from the few numbers of the encoder's last map?
 
     Vincent, Larochelle, Bengio & Manzagol, Extracting and Composing Robust Features with Denoising Autoencoders, 2008
@@ -46,7 +39,6 @@ class Autoencoder(PretextTask):
 
     name = "autoencoder"
     paper = "Vincent et al. 2008"
-    metrics = (explained_variance,)
 
     def __init__(
         self,
@@ -68,20 +60,6 @@ class Autoencoder(PretextTask):
         if self.error == "cross_entropy":
             return per_image(F.binary_cross_entropy_with_logits(pred, target, reduction="none"), reduction)
         return per_image((pred.sigmoid() - target).square(), reduction)
-
-    def activation(self, pred):
-        return pred.sigmoid()
-
-    def decode(self, pred):
-        """The image itself."""
-        return pred
-
-    def chance(self):
-        return 0.0
-
-    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """Each image with its noise, (as the network paints it,) and without noise."""
-        return draw_restored(inputs[0], targets[0], pred, ctxs, max_n, figsize)
 
 
 def masked(x: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -6,9 +6,7 @@ from torch import Tensor
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.losses import explained
-from selfsup_fastai.pictures import draw_restored
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, check_number, per_image
 
 CURVE_POINTS = 1000
 ENTRIES = 4_000_000  # numbers of one part of `shuffled`: about 100 MB
@@ -16,12 +14,7 @@ FLIPS, BOXES = 3, 5
 NEXT_FLIP, NEXT_BOX = 0.4, 0.95
 
 
-def explained_variance(pred, target):
-    """Share of the images' variance that the answer explains; 0: no better than one color, 1: perfect."""
-    return explained(pred.sigmoid(), target)
-
-
-class ModelsGenesis(PretextTask):
+class ModelsGenesis(RestoringTask):
     """What was the image before its pixels were shuffled, its intensities bent and parts of it painted over with noise?
 
     Zhou, Sodha, Rahman Siddiquee, Feng, Tajbakhsh, Gotway & Liang, Models Genesis: Generic Autodidactic Models for 3D
@@ -50,7 +43,6 @@ class ModelsGenesis(PretextTask):
     name = "models_genesis"
     paper = "Zhou et al. 2019"
     min_side = 20  # windows of two pixels
-    metrics = (explained_variance,)
 
     def __init__(
         self,
@@ -82,20 +74,6 @@ class ModelsGenesis(PretextTask):
 
     def loss(self, pred, target, reduction="mean"):
         return per_image((pred.sigmoid() - target).square(), reduction)
-
-    def activation(self, pred):
-        return pred.sigmoid()
-
-    def decode(self, pred):
-        """The image itself."""
-        return pred
-
-    def chance(self):
-        return 0.0
-
-    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """Each image distorted, (as the network restores it,) and as it was."""
-        return draw_restored(inputs[0], targets[0], pred, ctxs, max_n, figsize)
 
 
 def flipped(x: Tensor, draw: Draw) -> Tensor:
