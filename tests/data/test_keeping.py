@@ -309,9 +309,11 @@ def start(images, tmp_path, name, first=0, last=99, height=16, wait=True):
     command = [sys.executable, "-c", SCRIPT, str(images[0].parent), str(first), str(last), str(height)]
     pipe = subprocess.PIPE
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(tmp_path / f"{name}.mark"), go], stdout=pipe, stderr=pipe, text=True, env=env
-    )
+    heard = {}
+    if sys.platform != "win32":  # a shell's background jobs ignore Ctrl-C, and so would their children
+        heard["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command += [str(tmp_path / f"{name}.mark"), go]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **heard)
 
 
 def until(happened, seconds=60):

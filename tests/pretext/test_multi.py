@@ -7,6 +7,7 @@ from fastai.torch_core import TensorImage, set_seed
 from torch import Tensor
 
 from selfsup_fastai.encoders.checkpoint import read_card
+from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, UnknownNameError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
@@ -140,11 +141,29 @@ def test_batches_of_two_with_grey_images_of_odd_size():
     assert torch.isfinite(flat(learn)).all()
 
 
+@pytest.mark.parametrize("tasks, kind", [(["rotation", "colorization"], "L"), (["split_brain", "rotation"], "lab")])
+def test_a_task_that_feeds_lightness_has_the_others_fed_so_too(tasks, kind):
+    learn = learner(tasks)
+    assert learn.encoder.input == kind and learn.encoder.split == ("split_brain" in tasks)
+    at = tasks.index("rotation")
+    b, x = learn.dls.valid.one_batch(), plain(items(learn.dls.valid))[:4]
+    torch.testing.assert_close(b[at][:, 0].as_subclass(Tensor), 2 * to_input(x, kind) - 1, atol=1e-5, rtol=0)
+    own = 1 - at  # the question of the task that sees color
+    fed = to_input(x, "L") if kind == "L" else to_input(x, "lab")
+    torch.testing.assert_close(b[own].as_subclass(Tensor), 2 * fed - 1, atol=1e-5, rtol=0)
+    learn.fit(1)
+    assert torch.isfinite(flat(learn)).all()
+
+
 def test_what_cannot_be_combined_is_said():
     with pytest.raises(TaskError, match="two or more different ones; got rotation, rotation"):
         get_task(["rotation", "rotation"])
     with pytest.raises(UnknownNameError, match="rotaton"):
         get_task(["rotaton", "jigsaw"])
+    with pytest.raises(TaskError, match="exemplar cannot be combined with other tasks: it leaves out images"):
+        get_task(["rotation", "exemplar"])
+    with pytest.raises(TaskError, match=r"different things \(colorization: L, split_brain: lab\)"):
+        get_task(["colorization", "split_brain"])
     with pytest.raises(TaskError, match="no setting 'turns'; they have weights, rotation, jigsaw"):
         get_task(BOTH, turns="one")
     with pytest.raises(TaskError, match="are a dict, such as"):
