@@ -99,7 +99,7 @@ def _is_bare(p: inspect.Parameter) -> bool:
 def test_task_says_what_it_is(name):
     cls = task_class(name)
     assert issubclass(cls, PretextTask) and cls.name == name
-    assert cls.__bases__ == (PretextTask,)  # a task inherits nothing but the contract
+    assert [base.__module__ for base in cls.__bases__] == [PretextTask.__module__]  # nothing but the contract
     assert re.search(r"\b(19|20)\d\d\b", cls.paper)
     assert inspect.getdoc(cls).splitlines()[0].endswith("?")
     year = cls.paper.split()[-1]
