@@ -8,13 +8,15 @@ import time
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
 
-PACKAGES = "torch", "torchvision", "fastai", "lightly", "kornia", "pillow", "numpy"
+PACKAGES = "torch", "torchvision", "fastai", "timm", "lightly", "kornia", "pillow", "numpy"
+_MODULES = {"pillow": "PIL"}  # where the name of the module is another
 
 
 class Absent(Exception):
@@ -107,6 +109,6 @@ def machine() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if default_device().type == "cuda" else default_device().type
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(_MODULES.get(name, name)))
     cpus = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     return f"{cpus}; device: {device}; Python {platform.python_version()}, {versions}"
