@@ -12,6 +12,7 @@ from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import MapDecoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.losses import share_explained
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
@@ -267,8 +268,7 @@ def explained(pred: Tensor, target: Tensor) -> Tensor:
     """The share of the variance of hidden cells, around the mean color of the others, that predictions explain."""
     hidden, truth = hidden_cells(pred), target.unsqueeze(1)
     mean = (truth * (1 - hidden)).sum((-2, -1), keepdim=True) / (1 - hidden).sum((-2, -1), keepdim=True)
-    left, whole = (((guess - truth).square() * hidden).sum() for guess in (pred, mean))
-    return 1 - left / whole.clamp(min=1e-6)
+    return share_explained(pred - mean, truth - mean, hidden)
 
 
 def completed(seen: Tensor, cells: Tensor, kind: str) -> Tensor:
