@@ -55,7 +55,7 @@ class Data:
         set_seed(seed, reproducible=True)
         made = get_task(task)
         dls = UnlabeledDataLoaders.from_files(self.train["file"], size=self.size, bs=self.bs)
-        return pretext_learner(dls, made, ARCH if made.arch.startswith("resnet") else made.arch)
+        return pretext_learner(dls, made, ARCH if made.arch.startswith("resnet") else None)
 
     def probe(self, encoder: Encoder) -> dict:
         """Accuracies on the test images: a linear classifier a layer, and nearest neighbors."""

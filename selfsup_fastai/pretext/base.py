@@ -46,6 +46,10 @@ class PretextTask(ABC):
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
     metrics: Sequence = ()
 
+    def arch_settings(self, side: int) -> dict:
+        """What the constructor of `arch` is told, beside the rest, for images of this side in pixels."""
+        return {}
+
     def setup(self, dls: DataLoaders, encoder: Encoder) -> None:  # noqa: B027  (most tasks need none)
         """Called once by `pretext_learner`: sizes that depend on the data. `TaskError` for an unsuitable encoder."""
 

@@ -59,7 +59,8 @@ def pretext_learner(
     if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
         say("The labels are not used for pretraining.")
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
-    encoder, plain, measured = _prepare(plain, _source(arch, encoder, task), n_in, pretrained, task)
+    own = task.arch_settings if arch is None and encoder is None and not pretrained else lambda side: {}
+    encoder, plain, measured = _prepare(plain, _source(arch, encoder, task), n_in, pretrained, task, own)
     asked = [PretextTransform(task)] if task.input or encoder.input not in CHANNELS else _eaten(encoder, task)
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     task.setup(pretext, encoder)
@@ -86,8 +87,13 @@ def _source(arch: object, encoder: object, task: PretextTask) -> object:
     return encoder
 
 
-def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask):
-    """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images."""
+def _prepare(
+    plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask, own: Callable
+):
+    """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images.
+
+    `own` gives arguments for a fresh network's constructor, from the side of the images in pixels.
+    """
     kept = copied_encoder(source, n_in, pretrained) if _is_kept(source) else None
     if needs_resize(plain):
         resize = (kept.size if kept else None) or 128
@@ -98,7 +104,8 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     side = min(height, width)
     channels = kept.image_channels if kept else n_in or n_in_of(plain)
     task.check_shape((1, channels, height, width))  # now, not in the middle of the first epoch
-    encoder = kept or get_encoder(source, CHANNELS.get(task.input, channels), side, pretrained, task.split)
+    n_net = CHANNELS.get(task.input, channels)
+    encoder = kept or get_encoder(source, n_net, side, pretrained, task.split, **own(side))
     if task.input:
         _feed(encoder, task, fresh=not kept)
     plain = derive_loaders(plain, n_in=channels)

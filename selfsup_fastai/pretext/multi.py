@@ -90,6 +90,9 @@ class SeveralTasks(PretextTask):
         own = [[OfTask(self, i, m) for m in listify(task.metrics)] for i, task in enumerate(self.tasks)]
         return [metric for loss, metrics in zip(losses, own) for metric in (loss, *metrics)]
 
+    def arch_settings(self, side):
+        return next(task for task in self.tasks if task.arch == self.arch).arch_settings(side)
+
     def setup(self, dls, encoder):
         for task in self.tasks:
             task.setup(dls, encoder)

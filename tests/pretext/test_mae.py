@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.encoders.masked_vit import sincos_positions
+from selfsup_fastai.encoders.masked_vit import patch_size, sincos_positions
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
@@ -242,6 +242,15 @@ def test_too_few_patches_are_named_with_a_net_of_smaller_ones(capsys):
     assert "arch=create_encoder('test_vit', size=48, patch_size=6)" in said
     learn = learner(encoder=create_encoder("test_vit", size=48, patch_size=6))  # as it says
     assert "few" not in capsys.readouterr().err and learn.dls.one_batch()[1].shape == (4, 64)
+
+
+@pytest.mark.parametrize("size, patch", [(40, 4), (48, 8), (128, 16)])
+def test_small_images_get_smaller_patches_unless_a_net_is_named(size, patch, capsys):
+    dls = UnlabeledDataLoaders.from_array(images(size=(size, size)), size=None, bs=4, num_workers=0, valid_pct=0.34)
+    assert patch_size(pretext_learner(dls, "mae", **DECODER).encoder.body) == patch
+    assert patch_size(pretext_learner(dls, ["rotation", "mae"], mae=DECODER).encoder.body) == patch
+    assert "few" not in capsys.readouterr().err
+    assert patch_size(pretext_learner(dls, "mae", "test_vit", **DECODER).encoder.body) == 16
 
 
 def test_other_nets_are_refused():

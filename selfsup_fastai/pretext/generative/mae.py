@@ -52,10 +52,13 @@ class MAE(PretextTask):
     encoder starts from timm's weights rather than the authors' (Xavier), and the decoder is scaled to small nets: 4
     blocks of width 128; the authors' has 8 of width 512 with 16 heads, for encoders of width 768 and more.
 
+    The net that is taken when none is given is a tiny vision transformer with patches of 16 pixels from images of 128
+    on, of 8 from 48 on, of 4 below (ours): two of 3 x 3 patches would be little to guess from. Of a net that is named
+    the patches stay as they are; `arch=create_encoder('vit_small_patch16_224', size=64, patch_size=8)` makes others.
+
     Suits images with large structure and a vision transformer that is fine-tuned afterwards; frozen, its features are
-    weaker than those of joint embedding. It takes long runs (the paper's: 800 epochs and more) and 16 patches or more:
-    `arch=create_encoder('vit_tiny_patch16_224', size=64, patch_size=8)` makes 64 of an image of 64 pixels. Does not
-    suit convnets: take simmim.
+    weaker than those of joint embedding. It takes long runs (the paper's: 800 epochs and more). Does not suit convnets:
+    take simmim.
     """
 
     name = "mae"
@@ -90,6 +93,9 @@ class MAE(PretextTask):
         self.min_area, self.flip = min_area, flip
         self.passes = 1 - mask_ratio
         self.side = self.patch = self.mean = self.std = None  # the encoder's, known after `setup`
+
+    def arch_settings(self, side):
+        return {"patch_size": 16 if side >= 128 else 8 if side >= 48 else 4}
 
     def setup(self, dls, encoder):
         check_takes_some_patches(encoder, self.name)
