@@ -1,6 +1,7 @@
 """The one place that draws: axes in a grid, and an image with a title on one of them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from matplotlib import pyplot as plt
@@ -54,6 +55,21 @@ def side_by_side(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
     return canvas
 
 
+def draw_rows(
+    rows: Sequence[Sequence[torch.Tensor]],  # Of each question the pictures, all (C, H, W), values in [0, 1]
+    titles: Sequence[str],  # One for each question
+    ctxs: list[Axes] | None = None,
+    figsize: tuple[float, float] | None = None,
+    right: Sequence[bool | None] | None = None,  # As in `draw`, one for each question
+) -> list[Axes]:
+    """Each question's pictures side by side on one axis."""
+    height, width = rows[0][0].shape[-2:]
+    axes = grid_axes(len(rows), ctxs, figsize, aspect=len(rows[0]) * width / height)
+    for ax, row, title, known in zip(axes, rows, titles, right or [None] * len(rows)):
+        draw(ax, side_by_side(torch.stack([picture.float() for picture in row])), title, known)
+    return axes
+
+
 def draw_restored(
     asked: torch.Tensor,  # (B, C, H, W) in [0, 1], as the network was given them
     true: torch.Tensor,  # (B, C, H, W), what it should have made of them
@@ -63,15 +79,12 @@ def draw_restored(
     figsize: tuple[float, float] | None = None,
 ) -> list[Axes]:
     """Of each image what was asked, (what was answered, titled with its mean error,) and the truth, side by side."""
-    panels = (asked, true) if answers is None else (asked, answers, true)
-    aspect = len(panels) * true.shape[-1] / true.shape[-2]
-    axes = grid_axes(min(max_n, len(true)), ctxs, figsize, aspect=aspect)
-    for i, ax in enumerate(axes):
-        title = "asked | true"
-        if answers is not None:
-            title = f"asked | answered | true, off by {(answers[i].float() - true[i]).abs().mean():.3f}"
-        draw(ax, side_by_side(torch.stack([panel[i].float() for panel in panels])), title)
-    return axes
+    n = min(max_n, len(true))
+    if answers is None:
+        return draw_rows(list(zip(asked[:n], true)), ["asked | true"] * n, ctxs, figsize)
+    off = [(answer.float() - whole).abs().mean() for answer, whole in zip(answers[:n], true)]
+    titles = [f"asked | answered | true, off by {error:.3f}" for error in off]
+    return draw_rows(list(zip(asked[:n], answers, true)), titles, ctxs, figsize)
 
 
 def see_through(

@@ -22,7 +22,7 @@ from selfsup_fastai.encoders.bodies import (
     timm_body,
 )
 from selfsup_fastai.encoders.groups import count, grouped_names, labels
-from selfsup_fastai.encoders.inputs import CHANNELS, to_input
+from selfsup_fastai.encoders.inputs import CHANNELS, standardized, to_input
 from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, undisturbed
 from selfsup_fastai.encoders.split import CHANNELS as HALVES
 from selfsup_fastai.encoders.split import SplitBody, pooled
@@ -127,10 +127,7 @@ class Encoder(nn.Module):
                 "Divide integer pixels by their greatest value first."
             )
         x = to_input(self._matched(x), self.input) if self.input in CHANNELS else self._matched(x)
-        if self.mean is None or self.std is None:
-            return x
-        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return standardized(x, self.mean, self.std)
 
     def param_groups(self) -> list[list[nn.Parameter]]:
         """The parameters in groups, stem first, each exactly once; groups under 1 % are merged into a neighbor."""

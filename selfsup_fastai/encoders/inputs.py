@@ -71,6 +71,24 @@ def from_input(
     return lab_to_rgb(torch.cat([100 * lightness, (colors - 0.5) * 2 * AB_REACH], 1))
 
 
+def standardized(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    """Images (B, C, H, W) with mean and deviation of each channel taken out; as they are while these are not known."""
+    if mean is None or std is None:
+        return x
+    return (x - _per_channel(mean, x)) / _per_channel(std, x)
+
+
+def from_standardized(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    """The other way around."""
+    if mean is None or std is None:
+        return x
+    return x * _per_channel(std, x) + _per_channel(mean, x)
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(-1, 1, 1)
+
+
 class ToInput(Transform):
     """A batch transform: images in [0, 1] to what an encoder of this kind eats, in [0, 1] again."""
 

@@ -87,9 +87,7 @@ def _source(arch: object, encoder: object, task: PretextTask) -> object:
     return encoder
 
 
-def _prepare(
-    plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask, own: Callable
-):
+def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: bool, task: PretextTask, own: Callable):
     """An encoder of the learner's own, loaders that suit it, and the statistics (mean, std) of their images.
 
     `own` gives arguments for a fresh network's constructor, from the side of the images in pixels.

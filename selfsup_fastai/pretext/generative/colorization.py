@@ -10,7 +10,7 @@ from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import map_decoder
 from selfsup_fastai.encoders.inputs import AB_REACH, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
@@ -133,12 +133,10 @@ class Colorization(PretextTask):
         """Grey picture and true colors; after training, the network's colors between the two."""
         colors = [targets[0]] if pred is None else [pred, targets[0]]
         title = "grey | true colors" if pred is None else "grey | network | true"
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1 + len(colors))
-        for i, ax in enumerate(axes):
-            lightness = inputs[0][i : i + 1]
-            pictures = [lightness.expand(-1, 3, -1, -1), *(painted(lightness, ab[i : i + 1]) for ab in colors)]
-            draw(ax, side_by_side(torch.cat(pictures)), title)
-        return axes
+        lightness = inputs[0][:max_n]
+        n = len(lightness)
+        pictures = [lightness.expand(-1, 3, -1, -1), *(painted(lightness, ab[:n]) for ab in colors)]
+        return draw_rows(list(zip(*pictures)), [title] * n, ctxs, figsize)
 
 
 class Rarity(nn.Module):
@@ -185,8 +183,7 @@ class ColorNet(nn.Module):
         self.decoder = map_decoder(encoder, n_out, image, _smaller(image), least=64)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, size = self.decoder(self.encoder.feature_map(x)), _smaller(x.shape[-2:])
-        return out if out.shape[-2:] == size else F.interpolate(out, size, mode="bilinear", align_corners=False)
+        return self.decoder(self.encoder.feature_map(x), _smaller(x.shape[-2:]))
 
 
 def annealed_mean(logits: Tensor, temperature: float) -> Tensor:

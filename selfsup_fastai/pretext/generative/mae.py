@@ -11,6 +11,7 @@ from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import (
     check_takes_some_patches,
     patch_size,
@@ -22,7 +23,7 @@ from selfsup_fastai.encoders.masked_vit import (
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import share_explained
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw, grid_axes, see_through, side_by_side
+from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 EPS = 1e-6  # Added to the variance of a patch, and in the decoder's layer norms
@@ -124,15 +125,11 @@ class MAE(PretextTask):
 
     def target(self, x: Tensor, patch: int) -> Tensor:
         """What is to be painted, (B, N, patch * patch * C)."""
-        patches = to_patches(self.standardized(x), patch)
+        patches = to_patches(standardized(x, self.mean, self.std), patch)
         if not self.normalize_patches:
             return patches
         mean, std = _mean_and_std(patches)
         return (patches - mean) / std
-
-    def standardized(self, x: Tensor) -> Tensor:
-        """Images as the encoder sees them."""
-        return x if self.mean is None else (x - _channels(self.mean, x)) / _channels(self.std, x)
 
     def model(self, encoder):
         if self.fixed_positions:
@@ -163,10 +160,9 @@ class MAE(PretextTask):
         """
         patch, side = x.shape[-1] // math.isqrt(hidden.shape[1]), x.shape[-2:]
         if self.normalize_patches:
-            mean, std = _mean_and_std(to_patches(self.standardized(x), patch))
+            mean, std = _mean_and_std(to_patches(standardized(x, self.mean, self.std), patch))
             pred = pred * std + mean
-        answer = from_patches(pred, patch, side)
-        answer = answer if self.mean is None else answer * _channels(self.std, x) + _channels(self.mean, x)
+        answer = from_standardized(from_patches(pred, patch, side), self.mean, self.std)
         return torch.where(_pixels(hidden, x), answer, x)
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
@@ -179,10 +175,7 @@ class MAE(PretextTask):
             panels.insert(1, self.painted(x, hidden, pred[:n]))
             errors = self.loss(pred[:n], *(t[:n] for t in targets), reduction="none").tolist()
             titles = [f"seen | painted | whole, error {error:.2f}" for error in errors]
-        axes = grid_axes(n, ctxs, figsize, aspect=len(panels))
-        for ax, images, title in zip(axes, zip(*panels), titles):
-            draw(ax, side_by_side(torch.stack(images)), title)
-        return axes
+        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
 
 
 class MAENet(nn.Module):
@@ -221,10 +214,6 @@ def _xavier(module: nn.Module) -> None:
 def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Of each patch over its pixels and channels; unbiased, as in the authors' code."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + EPS).sqrt()
-
-
-def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(-1, 1, 1)
 
 
 def _pixels(hidden: Tensor, x: Tensor) -> Tensor:

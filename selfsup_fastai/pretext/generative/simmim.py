@@ -9,9 +9,10 @@ from selfsup_fastai.data.patches import enlarged, random_cells
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import covered_tokens, patch_size, patched_side, takes_some_patches
 from selfsup_fastai.losses import share_explained
-from selfsup_fastai.pictures import draw, grid_axes, see_through, side_by_side
+from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 
@@ -82,8 +83,7 @@ class SimMIM(PretextTask):
         grid = side // square
         n_hidden = min(grid**2 - 1, math.ceil(self.mask_ratio * grid**2 - 1e-9))
         hidden = enlarged(random_cells(len(x), grid**2, n_hidden, generator), (grid, grid), square)
-        target = x if self.mean is None else (x - _channels(self.mean, x)) / _channels(self.std, x)
-        return (x, hidden), (target, hidden)
+        return (x, hidden), (standardized(x, self.mean, self.std), hidden)
 
     def model(self, encoder):
         side, _ = self.grid(encoder)
@@ -99,8 +99,7 @@ class SimMIM(PretextTask):
 
     def decode(self, pred):
         """The painted images in [0, 1], (B, C, S, S)."""
-        pred = pred if self.mean is None else pred * _channels(self.std, pred) + _channels(self.mean, pred)
-        return pred.clamp(0, 1)
+        return from_standardized(pred, self.mean, self.std).clamp(0, 1)
 
     def chance(self):
         return 0.0
@@ -115,10 +114,7 @@ class SimMIM(PretextTask):
             panels.insert(1, torch.where(hidden, pred[:n], x))
             apart = ((pred[:n] - x).abs() * hidden).flatten(1).sum(1) / (hidden.flatten(1).sum(1) * x.shape[1])
             titles = [f"seen | painted | whole, {100 * error:.0f} % off" for error in apart.tolist()]
-        axes = grid_axes(n, ctxs, figsize, aspect=len(panels))
-        for ax, images, title in zip(axes, zip(*panels), titles):
-            draw(ax, side_by_side(torch.stack(images)), title)
-        return axes
+        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
 
 
 class Painter(nn.Module):
@@ -177,7 +173,3 @@ def fitting_squares(
         return side, min(near, key=lambda s: abs(s - side / squares))
     square = step if step > 1 else max(1, side // squares)
     return side // square * square, square
-
-
-def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(-1, 1, 1)

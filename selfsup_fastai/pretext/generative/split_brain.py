@@ -13,7 +13,7 @@ from selfsup_fastai.encoders.decoders import MapDecoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import share_explained
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
@@ -187,10 +187,8 @@ class SplitBrain(PretextTask):
         """What is seen; after training what the network adds to it; then the truth."""
         draws = self._triangles if self.halves == "diagonal" else self._channels
         rows = [draws(i, inputs[0], targets[0], pred) for i in range(min(max_n, len(inputs[0])))]
-        axes = grid_axes(len(rows), ctxs, figsize, aspect=len(rows[0]))
-        for ax, row in zip(axes, rows):
-            draw(ax, side_by_side(torch.stack([picture.float() for _, picture in row])), " | ".join(n for n, _ in row))
-        return axes
+        titles = [" | ".join(name for name, _ in row) for row in rows]
+        return draw_rows([[picture for _, picture in row] for row in rows], titles, ctxs, figsize)
 
     def _channels(self, i: int, x: Tensor, target: Tensor, pred: Tensor | None) -> list[tuple[str, Tensor]]:
         """The pictures about image i by name: each question, with what the network made of it, and the truth."""
@@ -230,7 +228,7 @@ class CrossNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.encoder.feature_map(x).chunk(len(self.decoders), 1)  # lightness first
-        return torch.cat([_fit(d(part), self.sides(x.shape[-2:])) for d, part in zip(self.decoders, parts)], 1)
+        return torch.cat([d(part, self.sides(x.shape[-2:])) for d, part in zip(self.decoders, parts)], 1)
 
 
 class TriangleNet(nn.Module):
@@ -244,8 +242,8 @@ class TriangleNet(nn.Module):
         self.decoder = MapDecoder(channels, tuple(at), encoder.in_chans, sides(image))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.decoder(self.encoder.feature_map(x.flatten(0, 1)))
-        return _fit(out, self.sides(x.shape[-2:])).unflatten(0, x.shape[:2])
+        out = self.decoder(self.encoder.feature_map(x.flatten(0, 1)), self.sides(x.shape[-2:]))
+        return out.unflatten(0, x.shape[:2])
 
 
 def hide_triangles(x: Tensor) -> Tensor:
@@ -277,7 +275,3 @@ def completed(seen: Tensor, cells: Tensor, kind: str) -> Tensor:
     if kind == "color":
         return lab_to_rgb(torch.cat([100 * seen, cells[:, -2:]], 1))
     return from_input(torch.cat([cells[:, :1] / 100, seen], 1), "lab")
-
-
-def _fit(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -11,7 +11,7 @@ from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
 
 
@@ -102,11 +102,9 @@ class SimCLR(PretextTask):
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The two views of each image side by side; after training with their cosine."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=2)
-        for i, ax in enumerate(axes):
-            title = f"two views of image {i}" if pred is None else f"cosine {pred[i]:.2f}"
-            draw(ax, side_by_side(inputs[0][i]), title)
-        return axes
+        views = inputs[0][:max_n]
+        titles = [f"two views of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
+        return draw_rows(views, titles, ctxs, figsize)
 
 
 def _none_alone(n: int, bs: int) -> int:

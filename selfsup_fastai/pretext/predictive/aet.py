@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 GRAY = 128 / 255  # What lies beyond the image
@@ -148,19 +148,14 @@ class AET(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """Image and warped copy; after training also the copy as un-warped by the map that the network names, which
         should be the image again, turned the right way."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=2 if pred is None else 3)
-        truth = self.matrix(targets[0])
-        for i, ax in enumerate(axes):
-            image, copy = inputs[0][i]
-            turn, size = _turn_and_size(truth[i])
-            if pred is None:
-                draw(ax, side_by_side(torch.stack([image, copy])), f"turned {round(turn)}°, size {size:.2f}")
-            else:
-                named, named_size = _turn_and_size(pred[i])
-                back = warp(copy[None], inverse(pred[i : i + 1].float()))[0]
-                title = f"turned {round(turn)}°, size {size:.2f}; named {round(named)}°, {named_size:.2f}"
-                draw(ax, side_by_side(torch.stack([image, copy, back])), title)
-        return axes
+        rows = [list(pair) for pair in inputs[0][:max_n]]
+        titles = [f"turned {turn}°, size {size:.2f}" for turn, size in map(_turn_and_size, self.matrix(targets[0]))]
+        if pred is not None:
+            for i, row in enumerate(rows):
+                turn, size = _turn_and_size(pred[i])
+                titles[i] += f"; named {turn}°, {size:.2f}"
+                row.append(warp(row[1][None], inverse(pred[i : i + 1].float()))[0])
+        return draw_rows(rows, titles, ctxs, figsize)
 
 
 class AETNet(nn.Module):
@@ -216,7 +211,7 @@ def inverse(maps: Tensor) -> Tensor:
     return torch.where(back[:, 2:, 2:] < 0, -back, back)
 
 
-def _turn_and_size(map_: Tensor) -> tuple[float, float]:
+def _turn_and_size(map_: Tensor) -> tuple[int, float]:
     """By how much the copy's content is turned (degrees, clockwise) and magnified near its center."""
     (a, b, _), (c, d, _), _ = map_.tolist()
-    return math.degrees(math.atan2(b - c, a + d)), 1 / max(abs(a * d - b * c), 1e-4) ** 0.5
+    return round(math.degrees(math.atan2(b - c, a + d))), 1 / max(abs(a * d - b * c), 1e-4) ** 0.5

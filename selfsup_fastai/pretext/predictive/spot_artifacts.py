@@ -11,7 +11,7 @@ from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import center_square, random_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 CELL = 16  # Pixels a side of what one place of the autoencoder's code stands for: four convolutions of stride 2
@@ -139,19 +139,17 @@ class SpotArtifacts(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The photo, and what will be dropped, faded; after training, also as it was decoded, as it was repaired, and
         the repaired one with what the network believes to be repaired faded. The title has both verdicts."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=2 if pred is None else 4)
-        for i, ax in enumerate(axes):
-            photo, kept = inputs[0][i], F.interpolate(inputs[1][i : i + 1], scale_factor=CELL)[0]
-            faded = _faded(photo, kept)
-            if pred is None:
-                draw(ax, side_by_side(torch.stack([photo, faded])), f"{kept.mean():.0%} kept")
-                continue
-            decoded, repaired = pred[i, :, :ERROR]
-            found = _faded(repaired, pred[i, 1, KEPT])
-            real = pred[i, :, REAL, 0, 0].tolist()
-            title = f"decoded {real[0]:.0%} real, repaired {real[1]:.0%} real"
-            draw(ax, side_by_side(torch.stack([faded, decoded, repaired, found])), title, real[0] > 0.5 >= real[1])
-        return axes
+        photos, kept = inputs[0][:max_n], F.interpolate(inputs[1][:max_n], scale_factor=CELL)
+        faded = list(map(_faded, photos, kept))
+        if pred is None:
+            titles = [f"{share:.0%} kept" for share in kept.mean((1, 2, 3))]
+            return draw_rows(list(zip(photos, faded)), titles, ctxs, figsize)
+        decoded, repaired = pred[: len(photos), :, :ERROR].unbind(1)
+        found = map(_faded, repaired, pred[:, 1, KEPT])
+        real = pred[: len(photos), :, REAL, 0, 0].tolist()
+        titles = [f"decoded {first:.0%} real, repaired {second:.0%} real" for first, second in real]
+        right = [first > 0.5 >= second for first, second in real]
+        return draw_rows(list(zip(faded, decoded, repaired, found)), titles, ctxs, figsize, right)
 
 
 class SpotNet(nn.Module):
