@@ -23,7 +23,7 @@ from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
-from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import DataError, TaskError, unknown
@@ -245,7 +245,7 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
     """An encoder of the learner's own and loaders that suit it; says what was adapted."""
     mixed = needs_resize(dls)
     if is_fresh(source):
-        origin = "published weights" if pretrained else "new"
+        origin = PUBLISHED if pretrained else "new"
         n_in = n_in or n_in_of(dls)
         side = (224 if pretrained else 128) if mixed else None
         loaders = derive_loaders(dls, n_in=n_in, resize=side)

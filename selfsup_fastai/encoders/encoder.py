@@ -29,6 +29,7 @@ from selfsup_fastai.encoders.split import SplitBody, pooled
 from selfsup_fastai.errors import SelfsupError, TaskError, unknown
 from selfsup_fastai.messages import say
 
+PUBLISHED = "published weights"  # What the lineage calls the round before ours
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
 
 
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
     - `size`: image size it was or will be trained at, in pixels; `fixed_size`: the only size the body takes, or None
     - `input`: what the channels are: 'rgb', 'grey', 'other', or 'L', 'ab', 'lab' (see `encoders.inputs`)
     - `mean`, `std`: of the training images, on the [0, 1] scale, one number per channel; None until measured
-    - `lineage`: the rounds of pretraining so far, oldest first
+    - `lineage`: the rounds of training so far, oldest first; weights that somebody published are the first
     - `layer_names`: the layers that `feature_maps` can give, shallow to deep
     """
 
@@ -218,7 +219,9 @@ def create_encoder(
         arch = arch.__name__
     made = (_made_split if split else _made)(arch, n_in, pretrained, size, kwargs)
     encoder = Encoder(made.net, made.arch, made.source, made.kwargs, made.in_chans, size)
-    encoder.mean, encoder.std = made.stats or (None, None)
+    if made.stats:
+        encoder.mean, encoder.std = made.stats
+        encoder.lineage = [{"task": PUBLISHED}]
     return encoder
 
 

@@ -199,6 +199,7 @@ def test_pretrained_networks_bring_their_statistics(monkeypatch):
     gray = create_encoder("resnet10t", 1, pretrained=True)
     assert gray.mean == pytest.approx((0.449,)) and len(gray.std) == 1
     assert create_encoder("resnet10t", 4, pretrained=True).mean == (0.485, 0.456, 0.406, 0.485)
+    assert color.lineage == [{"task": "published weights"}] and create_encoder("resnet10t").lineage == []
 
 
 def test_torchvision_weights_of_ones_choice_bring_their_statistics(monkeypatch):

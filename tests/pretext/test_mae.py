@@ -148,9 +148,10 @@ def test_positions_of_ones_own_are_learned():
     assert not torch.equal(learn.encoder.body.pos_embed, own.body.pos_embed)
 
 
-def test_a_net_from_an_earlier_round_keeps_its_positions_frozen():
+@pytest.mark.parametrize("earlier", ["simclr", "published weights"])
+def test_a_net_from_an_earlier_round_keeps_its_positions_frozen(earlier):
     own = create_encoder("test_vit", size=48, patch_size=8)
-    own.lineage = [{"task": "simclr", "epochs": 1, "images": 2, "data": {}}]
+    own.lineage = [{"task": earlier}]
     learn = learner(encoder=own)
     assert torch.equal(learn.encoder.body.pos_embed, own.body.pos_embed)
     assert not learn.encoder.body.pos_embed.requires_grad

@@ -49,9 +49,10 @@ class MAE(PretextTask):
     for the first hundreds of steps. Hidden patches never enter the encoder.
 
     The positions are fixed sines and cosines in both nets: the encoder's own are overwritten and frozen while it is
-    pretrained here, and are kept under timm's name; a net from an earlier round keeps its positions, frozen. The
-    encoder starts from timm's weights rather than the authors' (Xavier), and the decoder is scaled to small nets: 4
-    blocks of width 128; the authors' has 8 of width 512 with 16 heads, for encoders of width 768 and more.
+    pretrained here, and are kept under timm's name; a net from an earlier round or with published weights keeps its
+    positions, frozen. The encoder starts from timm's random weights rather than the authors' (Xavier), and the decoder
+    is scaled to small nets: 4 blocks of width 128; the authors' has 8 of width 512 with 16 heads, for encoders of width
+    768 and more.
 
     The net that is taken when none is given is a tiny vision transformer with patches of 16 pixels from images of 128
     on, of 8 from 48 on, of 4 below (ours): two of 3 x 3 patches would be little to guess from. Of a net that is named
@@ -74,7 +75,7 @@ class MAE(PretextTask):
         self,
         mask_ratio: float = 0.75,  # Share of the patches that is hidden
         normalize_patches: bool = True,  # Each target patch to mean 0, deviation 1; False: pixels as the net sees them
-        fixed_positions: bool = True,  # Of the encoder; False: it learns on from its own, best with pretrained=True
+        fixed_positions: bool = True,  # Of the encoder; False: they are trained like all else
         decoder_depth: int = 4,  # Blocks of the decoder; the paper's has 8
         decoder_width: int = 128,  # A multiple of 4 and of the heads; the paper's: 512
         decoder_heads: int = 4,  # The paper's: 16
