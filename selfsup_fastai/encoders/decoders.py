@@ -1,7 +1,6 @@
 """Networks that turn an encoder's map back into an image: thrown away after pretraining."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +9,29 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.maps import undisturbed
 
+LAID_OUT = 8  # places a side in the first of two steps, at least
 
-class Up(nn.Module):
-    """A map at twice its size: bilinear, so that no checkerboard is learned, then two 3x3 convolutions.
 
-    Group norms, not batch norms: after some dozen steps validation would still run on outdated averages, and paint far
-    worse than training does.
+class LayOut(nn.Module):
+    """Each place of a map laid out as a square of places, every one with weights of its own: (B, C, h, w) -> larger.
+
+    A map of 2 x 2 places knows in its channels where in a place something is; bilinear doublings would have to find
+    that out from the distance to the neighbors, and hardly learn to. (Sub-pixel convolution: Shi et al. 2016.)
     """
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, times: int):
         super().__init__()
-        layers, groups = [], math.gcd(n_out, max(1, n_out // 8))
-        for width in (n_in, n_out):
-            layers += [nn.Conv2d(width, n_out, 3, padding=1, bias=False), nn.GroupNorm(groups, n_out), nn.ReLU()]
-        self.convs = nn.Sequential(*layers)
+        self.layers = nn.Sequential(nn.Conv2d(n_in, n_out * times**2, 1), nn.PixelShuffle(times), *_normed(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convs(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+        return self.layers(x)
 
 
 class MapDecoder(nn.Module):
     """An encoder's last map (B, C, h, w) to numbers for each pixel, (B, n_out, *size), raw.
 
-    Doubled until it is large enough, halving its channels each time, then cut to the exact size by resampling.
+    Laid out in one or two steps, mixed by a 3x3 convolution, and resampled where that is not the exact size. Small on
+    purpose: what it cannot do the encoder has to, and a large one would take its training for itself.
     """
 
     def __init__(
@@ -41,24 +40,37 @@ class MapDecoder(nn.Module):
         sides: tuple[int, int],  # Its h and w
         n_out: int,  # Numbers for each pixel
         size: tuple[int, int],  # Height and width of what comes out
-        width: int = 256,  # Channels before the first doubling, at most
-        least: int = 32,  # Channels after the last, at least
+        width: int = 64,  # Channels between the two steps
+        least: int = 32,  # Channels after them
     ):
         super().__init__()
         self.size = tuple(size)
-        doublings = max(0, math.ceil(math.log2(max(size[0] / sides[0], size[1] / sides[1])) - 1e-9))
-        widths = [max(least, min(width, channels) >> i) for i in range(doublings + 1)]
-        self.entry = nn.Conv2d(channels, widths[0], 1)
-        self.ups = nn.Sequential(*(Up(*pair) for pair in pairwise(widths)))
-        self.out = nn.Conv2d(widths[-1], n_out, 1)
+        first, second = _steps(sides, size)
+        steps = [LayOut(channels, width, first), LayOut(width, least, second)]
+        self.steps = nn.Sequential(*steps) if second > 1 else LayOut(channels, least, first)
+        self.mix = nn.Sequential(nn.Conv2d(least, least, 3, padding=1), nn.ReLU())
+        self.out = nn.Conv2d(least, n_out, 1)
 
     def forward(
         self,
         x: Tensor,  # (B, C, h, w)
         size: tuple[int, int] | None = None,  # Height and width of what comes out; None: as it was made for
     ) -> Tensor:
-        x, size = self.out(self.ups(self.entry(x))), tuple(size or self.size)
+        x, size = self.out(self.mix(self.steps(x))), tuple(size or self.size)
         return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _steps(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """How many times as large each of two steps makes a map of `sides`, to reach `size` or a little more."""
+    times = max(size[0] / sides[0], size[1] / sides[1], 1)
+    second = 2 ** max(0, math.floor(math.log2(min(times, max(1, min(size) / LAID_OUT)))))
+    return math.ceil(times / second - 1e-9), second
+
+
+def _normed(channels: int) -> tuple[nn.Module, nn.Module]:
+    """What follows a convolution. Group norms, not batch norms: after some dozen steps validation would still run on
+    outdated averages, and paint far worse than training does."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels), nn.ReLU()
 
 
 def map_decoder(
