@@ -34,31 +34,6 @@ def nt_xent(
     return terms.mean() if reduction == "mean" else terms
 
 
-def share_explained(
-    pred: Tensor,  # What was answered, of any shape
-    target: Tensor,  # The truth, of the same shape, with mean 0
-    where: Tensor,  # What counts, True or False; it is broadcast
-) -> Tensor:  # scalar: 1 for the truth itself, 0 for answering 0 everywhere
-    """One minus the squared error by the square of the truth: the share of its variance that the answer explains."""
-    error = ((pred.float() - target).square() * where).sum()
-    return 1 - error / (target.square() * where).sum().clamp(min=1e-6)
-
-
-def explained(
-    pred: Tensor,  # (B, C, H, W) images in [0, 1]
-    true: Tensor,  # (B, C, H, W)
-    where: Tensor | None = None,  # (B, 1, H, W) of 0 and 1: the pixels that count; None: all
-) -> Tensor:  # scalar, 1 at most
-    """How much nearer a prediction is than a plain area: 1 - its squared error / that of the batch's mean color.
-
-    The mean color is that of the pixels that count. 0 is as good as painting them with it, 1 is perfect; what is worse
-    than one color is below 0.
-    """
-    where = torch.ones_like(true[:, :1]) if where is None else where.to(true.dtype)
-    mean = (true * where).sum((0, 2, 3), keepdim=True) / where.sum().clamp(min=1)
-    return share_explained(pred - mean, true - mean, where)
-
-
 def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise TaskError(

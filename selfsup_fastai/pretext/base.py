@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.encoders.encoder import Encoder
-from selfsup_fastai.errors import TaskError
-from selfsup_fastai.losses import explained
+from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw, draw_restored, grid_axes
 
 
@@ -145,6 +145,16 @@ class PretextTask(ABC):
         """Constructor arguments by name, as they travel in the encoder's card."""
         return {name: getattr(self, name) for name in self.setting_names()}
 
+    def check_idle(self, where: str, *names: str) -> None:
+        """Raises `TaskError` if one of these settings, without effect `where` it says, was given. At a constructor's
+        end."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        for name in names:
+            if getattr(self, name) != defaults[name].default:
+                raise TaskError(
+                    f"{self.name}: {name}={getattr(self, name)!r} has no effect with {where}. Leave it out."
+                )
+
     @classmethod
     def kind(cls) -> str:
         """The family: the name of the folder that the task lives in."""
@@ -159,15 +169,15 @@ class PretextTask(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
 
-def explained_variance(pred, target):
-    """Share of the images' variance that the answer explains; 0: painting their mean color, 1: perfect."""
-    return explained(pred.sigmoid(), target)
+def restored_pixels(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer and truth, and that all pixels count."""
+    return pred.sigmoid(), target, torch.ones_like(target[:, :1])
 
 
 class RestoringTask(PretextTask):
     """A task whose one input is a spoiled image and whose answer is the whole one, raw until it is made 0..1."""
 
-    metrics = (explained_variance,)
+    metrics = (explained("explained_variance", restored_pixels),)
 
     def activation(self, pred):
         return pred.sigmoid()
@@ -229,6 +239,18 @@ def check_number(
     limits = {"at least": least, "above": above, "at most": most, "below": below}
     said = " and ".join(f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit))
     raise TaskError(f"{name} is a {'whole ' if whole else ''}number, {said}; got {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises `TaskError` unless a setting is True or False: any other text would count as True."""
+    if not isinstance(value, bool):
+        raise TaskError(f"{name} is True or False, got {value!r}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises `UnknownNameError` unless a setting is one of these names."""
+    if value not in choices:
+        raise unknown(name, value, choices)
 
 
 def per_image(loss: Tensor, reduction: str) -> Tensor:

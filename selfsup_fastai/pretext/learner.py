@@ -1,6 +1,7 @@
 """`pretext_learner`: unlabeled loaders and a task's name -> a fastai `Learner` that trains an encoder."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +73,9 @@ def pretext_learner(
 
 def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
     if task is not None:
-        return get_task(task, **settings)
+        return deepcopy(get_task(task, **settings))  # a task learns things about its images in `setup`
     if isinstance(dls.train, PretextDL):
-        return get_task(dls.train.task, **settings)
+        return deepcopy(get_task(dls.train.task, **settings))
     raise TaskError(f"Which task? pretext_learner(dls, 'rotation'), for one. There are: {', '.join(TASKS)}.")
 
 

@@ -1,15 +1,16 @@
 """Several tasks at once: one encoder, and in each training batch another task's question."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
 from fastai.learner import Metric
-from fastai.metrics import AvgMetric
 from fastcore.basics import listify
 from torch import Tensor, nn
 
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.metrics import OfSums, average
 from selfsup_fastai.pretext.base import PretextTask, check_number
 from selfsup_fastai.seeding import VALID_SEED
 
@@ -64,7 +65,7 @@ class SeveralTasks(PretextTask):
             raise TaskError(f"These tasks feed the encoder with different things ({said}) and cannot be combined.")
         self.input = inputs.pop() if inputs else None
         self.split = any(task.split for task in self.tasks)
-        if isinstance(self.weights, str) and self.weights != "uncertainty":
+        if not (self.weights in (None, "uncertainty") or isinstance(self.weights, Mapping)):
             raise TaskError(f"weights are a number for each task by name, or 'uncertainty'; got {self.weights!r}.")
         for name, weight in self._by_hand().items():
             if name not in self.names:
@@ -176,19 +177,26 @@ class SharedEncoder(nn.Module):
         return (*preds, self.log_variances.expand(len(inputs[0]), -1))
 
 
-class OfTask(AvgMetric):
-    """A metric of one of several tasks, over the batches in which it was asked."""
+class OfTask(Metric):
+    """A metric of one of several tasks, over the images about which it was asked."""
 
-    def __init__(self, several: SeveralTasks, i: int, metric, name: str | None = None):
-        self.several, self.i, self.metric = several, i, metric
-        self.own_name = f"{several.names[i]}_{name or getattr(metric, 'name', None) or metric.__name__}"
+    def __init__(self, several: SeveralTasks, i: int, metric: Callable, name: str | None = None):
+        own = getattr(metric, "name", None) or getattr(metric, "__name__", "metric")
+        self.several, self.i, self.own_name = several, i, f"{several.names[i]}_{name or own}"
+        # a copy, as tasks of one class share their metrics
+        self.metric = copy(metric) if isinstance(metric, OfSums) else average(own, metric)
+
+    def reset(self):
+        self.metric.reset()
 
     def accumulate(self, learn):
         targets = self.several.apart(listify(learn.yb), self.several._given)[self.i]
         if targets[0].numel():
-            rows = len(targets[0])
-            self.total += learn.to_detach(self.metric(learn.pred[self.i], *targets)) * rows
-            self.count += rows
+            self.metric.add(learn.pred[self.i], *targets)
+
+    @property
+    def value(self):
+        return self.metric.value
 
     @property
     def name(self):

@@ -10,6 +10,7 @@ from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import map_decoder
 from selfsup_fastai.encoders.inputs import AB_REACH, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.metrics import share
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
@@ -110,14 +111,15 @@ class Colorization(PretextTask):
 
     @property
     def metrics(self):
-        return (self.bin_accuracy,)
+        return (share("bin_accuracy", self.right_pixels),)
 
-    def bin_accuracy(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The share of pixels, in images that have color, whose nearest center is named; weighted as in the loss."""
+    def right_pixels(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """How many pixels, in images that have color, whose nearest center is named; of how many. Weighted as in the
+        loss."""
         truth = ab_bins.nearest_bins(target)
         named = pred.argmax(1) if self.answer == "classes" else ab_bins.nearest_bins(pred * AB_REACH)
         weights = self.rarity(truth) * has_color(target).view(-1, 1, 1)
-        return (weights * (named == truth)).sum() / weights.sum().clamp(min=1e-6)
+        return (weights * (named == truth)).sum(), weights.expand_as(truth).sum()
 
     def chance(self):
         return self.rarity.best_guess()

@@ -12,7 +12,7 @@ from selfsup_fastai.data.views import random_shift_flip
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.encoders.frozen import as_it_stands
 from selfsup_fastai.errors import TaskError, unknown
-from selfsup_fastai.losses import explained
+from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw_restored
 from selfsup_fastai.pretext.base import PretextTask, check_number
 
@@ -25,9 +25,9 @@ BLOCKS, BLOCK_SIDES = 6, (0.125, 0.2)  # together at most 6 / 25 of the image
 PLAIN = (117 + 104 + 123) / (3 * 255)  # the authors' fill, where nothing is known of the images
 
 
-def explained_in_hole(pred, target, hole):
-    """Share of the variance inside the holes that the answer explains; 0: the mean color of the holes, 1: perfect."""
-    return explained((pred if isinstance(pred, Tensor) else pred[0]).sigmoid(), target, hole)
+def filled_pixels(pred: Tensor | tuple, target: Tensor, hole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer and truth, and that the pixels in the hole count."""
+    return (pred if isinstance(pred, Tensor) else pred[0]).sigmoid(), target, hole
 
 
 class Inpainting(PretextTask):
@@ -62,7 +62,7 @@ class Inpainting(PretextTask):
     paper = "Pathak et al. 2016"
     n_targets = 2
     min_side = 16
-    metrics = (explained_in_hole,)
+    metrics = (explained("explained_in_hole", filled_pixels),)
 
     def __init__(
         self,

@@ -21,17 +21,17 @@ from selfsup_fastai.encoders.masked_vit import (
     visible_tokens,
 )
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.losses import share_explained
 from selfsup_fastai.messages import say
+from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 EPS = 1e-6  # Added to the variance of a patch, and in the decoder's layer norms
 
 
-def explained(pred, target, hidden):
-    """Share of the variance of the hidden pixels that the answer explains; 0 for naming the mean."""
-    return share_explained(pred, target, hidden.unsqueeze(-1))
+def hidden_pixels(pred: Tensor, target: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer and truth of all patches, (B, N, p * p * C), and which of them count."""
+    return pred, target, hidden.unsqueeze(-1)
 
 
 class MAE(PretextTask):
@@ -69,7 +69,7 @@ class MAE(PretextTask):
     n_targets = 2
     normalized = (True, False)
     arch = "vit_tiny_patch16_224"
-    metrics = (explained,)
+    metrics = (explained("explained", hidden_pixels, around_mean=False),)
 
     def __init__(
         self,

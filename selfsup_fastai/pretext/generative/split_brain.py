@@ -12,7 +12,7 @@ from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import MapDecoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.losses import share_explained
+from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
@@ -157,7 +157,7 @@ class SplitBrain(PretextTask):
     @property
     def metrics(self):
         if self.halves == "diagonal":
-            return (explained,)
+            return (explained("explained", hidden_colors, around_mean=False),)
         return tuple({"color": self.color_accuracy, "lightness": self.lightness_accuracy}[kind] for kind in self.asked)
 
     def color_accuracy(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -262,11 +262,11 @@ def hidden_cells(pred: Tensor) -> Tensor:
     return torch.stack([above, above.T])[None, :, None]
 
 
-def explained(pred: Tensor, target: Tensor) -> Tensor:
-    """The share of the variance of hidden cells, around the mean color of the others, that predictions explain."""
+def hidden_colors(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer and truth, both less the mean color of what is seen, and which cells are hidden."""
     hidden, truth = hidden_cells(pred), target.unsqueeze(1)
     mean = (truth * (1 - hidden)).sum((-2, -1), keepdim=True) / (1 - hidden).sum((-2, -1), keepdim=True)
-    return share_explained(pred - mean, truth - mean, hidden)
+    return pred - mean, truth - mean, hidden
 
 
 def completed(seen: Tensor, cells: Tensor, kind: str) -> Tensor:
