@@ -13,14 +13,14 @@ from selfsup_fastai.data.loader import IndexedDL, TensorIndex
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PretextTask
-from selfsup_fastai.seeding import VALID_SEED
 
 
 class PretextTransform(Transform):
     """A batch transform that asks the question: `(x, ...)` -> `(*inputs, *targets)`. Labels are dropped.
 
     It runs on the device, after IntToFloatTensor (order 10) and augmentation (30-40) and before Normalize (99), so a
-    task sees images in [0, 1] and its targets are never normalized. Use it in a `PretextDL`, which seeds it.
+    task sees images in [0, 1] and its targets are never normalized. It works in a `PretextDL` only, which seeds it at
+    the start of each pass: elsewhere two validation passes would ask different things.
     """
 
     order = 50
@@ -32,7 +32,7 @@ class PretextTransform(Transform):
     ):
         super().__init__()
         self.task = get_task(task, **settings)
-        self.reseed(VALID_SEED)
+        self.seed = self._generator = None
 
     def reseed(self, seed: int) -> None:
         """What follows is drawn as `seed` says, whatever was drawn before."""
@@ -45,10 +45,10 @@ class PretextTransform(Transform):
         return self._generator
 
     def __call__(self, b, split_idx: int | None = None, **kwargs) -> tuple[Tensor, ...]:
+        if self.seed is None:
+            raise TaskError("A PretextTransform draws as its loader says: make the loaders with dl_type=PretextDL.")
         items = list(b) if isinstance(b, (tuple, list)) else [b]
         idx = items.pop().as_subclass(Tensor) if isinstance(items[-1], TensorIndex) else None
-        if idx is None and "index" in self.task.needs:
-            raise TaskError(f"{self.task.name} needs each image's index: make the loaders with dl_type=PretextDL.")
         x = items[0]
         return self.task.batch(x, generator=self.generator(x.device), train=split_idx == 0, idx=idx)
 

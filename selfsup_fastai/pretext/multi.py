@@ -20,7 +20,8 @@ class SeveralTasks(PretextTask):
 
     Doersch & Zisserman, Multi-task Self-Supervised Visual Learning, 2017 (arXiv 1708.07860): combining tasks helped
     every one of them. The encoder is shared, each task has its own head; which task a training batch is for is drawn.
-    In validation every task is asked about every image.
+    In validation, and wherever else images are only looked at (a loader that does not shuffle), every task is asked
+    about every image.
 
     In: the inputs of all tasks, one after the other; those of the tasks that are not asked are empty, (B, 0). Targets
     and predictions likewise; the last prediction are the log variances, (B, number of tasks), of the balanced loss.

@@ -16,6 +16,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
 
@@ -162,6 +163,16 @@ def test_what_is_given_stays_as_it_was_and_two_learners_share_nothing(kind):
     assert (list(getattr(net, "lineage", ())), getattr(net, "size", None)) == (lineage, size)
     moved = [not torch.equal(p, q) for p, q in zip(state(one.encoder), untouched)]
     assert all(m for m, name in zip(moved, one.encoder.state_dict()) if name.endswith("weight")), "all layers train"
+
+
+def test_one_task_for_two_learners_learns_of_the_images_of_each():
+    task = get_task("exemplar")
+    first = learner(loaders(n=24), task)
+    asked, guessing = first.dls.valid.one_batch()[1], first.task.chance()
+    second = learner(loaders(n=12, bs=4), task)
+    assert first.task.chance() == guessing != second.task.chance()
+    assert torch.equal(first.dls.valid.one_batch()[1], asked)
+    assert first.dls.train.task is first.task is not task
 
 
 def test_an_encoder_goes_on_at_another_size_and_remembers_it():

@@ -125,11 +125,9 @@ def test_integer_images_are_refused():
         dl.one_batch()
 
 
-def test_a_plain_loader_can_ask_but_has_no_index():
-    dl = loaders(PretextTransform(Drawn()), dl_type=TfmdDL).valid
-    torch.testing.assert_close(dl.one_batch()[0][:, 0].as_subclass(Tensor), plain(range(12, 16)))
-    with pytest.raises(TaskError, match="needy needs each image's index: make the loaders with dl_type=PretextDL"):
-        loaders(PretextTransform(Needy()), dl_type=TfmdDL).valid.one_batch()
+def test_a_plain_loader_cannot_ask():
+    with pytest.raises(TaskError, match="draws as its loader says: make the loaders with dl_type=PretextDL"):
+        loaders(PretextTransform(Drawn()), dl_type=TfmdDL).valid.one_batch()
 
 
 # --- what it draws from -----------------------------------------------------------------------------------------------

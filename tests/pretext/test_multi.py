@@ -174,5 +174,8 @@ def test_what_cannot_be_combined_is_said():
         get_task(BOTH, weights={"jigsaw": 0})
     with pytest.raises(TaskError, match="'uncertainty'; got 'auto'"):
         get_task(BOTH, weights="auto")
+    for weights in (0.5, [1, 0.1], (3,)):
+        with pytest.raises(TaskError, match="weights are a number for each task by name"):
+            get_task(BOTH, weights=weights)
     assert get_task("rotation+jigsaw").names == BOTH
     assert get_task(["rotation"], turns="one").settings()["turns"] == "one"
