@@ -167,9 +167,9 @@ def test_what_is_given_stays_as_it_was_and_two_learners_share_nothing(kind):
 
 def test_one_task_for_two_learners_learns_of_the_images_of_each():
     task = get_task("exemplar")
-    first = learner(loaders(n=24), task)
+    first = learner(loaders(n=24, side=24), task)
     asked, guessing = first.dls.valid.one_batch()[1], first.task.chance()
-    second = learner(loaders(n=12, bs=4), task)
+    second = learner(loaders(n=12, bs=4, side=24), task)
     assert first.task.chance() == guessing != second.task.chance()
     assert torch.equal(first.dls.valid.one_batch()[1], asked)
     assert first.dls.train.task is first.task is not task
