@@ -41,6 +41,7 @@ class PretextTask(ABC):
     input: str | None = None  # What the encoder is fed with: 'L', 'ab', 'lab' (`encoders.inputs`); None: the images
     split: bool = False  # Whether the encoder is two nets of half the width, for lightness and for color
     arch: ClassVar[str] = "resnet18"  # The network when nothing is said
+    by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
