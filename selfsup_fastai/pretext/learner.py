@@ -138,8 +138,8 @@ def _say_untrained(task: PretextTask, encoder: Encoder) -> None:
     share = sum(sizes[name] for name in behind) / sum(sizes.values())
     if share >= LEAST_SAID:
         say(
-            f"{share:.0%} of {encoder.arch} lies behind its last map, where {task.name} does not train it: the features "
-            "of the saved encoder pass through layers that stay as they are. ResNets and ViTs have none there."
+            f"{share:.0%} of {encoder.arch} lies behind its last map, where {task.name} does not train it: the "
+            "encoder's features pass through layers that stay as they are. ResNets and ViTs have none there."
         )
 
 
