@@ -247,17 +247,15 @@ def test_gaps_take_the_continuing_edges_away():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fringe", [0, 1, 2])
+@pytest.mark.parametrize("fringe", [0, 0.5, 1, 2])
 def test_a_net_that_sees_nine_pixels_solves_puzzles_without_the_guards_but_not_with_them(fringe):
-    """The fringes are wider than a lens makes them: 2 of 54 pixels are 40 of a thousand."""
+    """Wide fringes, of 1 and 2 of 54 pixels, are hidden only by taking the color away."""
     x = textures(800, 54, fringe)
     small = {"n_permutations": 8, "tile_features": 16, "hidden": 64, "dropout": 0}
     chance = 0.125 + 3 * math.sqrt(0.125 * 0.875 / 200)
-    if fringe == 0:
-        assert cheat(get_task("jigsaw", **small, **NO_GUARDS), x[:200], epochs=8) > 0.9
-        assert cheat(get_task("jigsaw", **small), x, epochs=4) < chance
-    else:
-        assert cheat(get_task("jigsaw", **small), x, epochs=4) > chance  # what the docstring warns of
+    assert cheat(get_task("jigsaw", **small, **NO_GUARDS), x[:200], epochs=8) > 0.9
+    told = cheat(get_task("jigsaw", **small), x, epochs=4)
+    assert told < chance if fringe < 1 else told > chance  # the docstring warns of wide fringes
     assert cheat(get_task("jigsaw", **small, color="drop"), x, epochs=4) < chance
 
 
