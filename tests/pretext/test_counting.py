@@ -101,7 +101,7 @@ def named(x: Tensor, **settings) -> float:
 def test_the_part_that_was_shrunk_is_harder_to_name_if_its_kernel_is_drawn():
     """On images that look alike at half their size. The guard narrows the shortcut; the docstring says by how much."""
     waves = torch.fft.rfftfreq(48).square() + torch.fft.fftfreq(48).square().view(-1, 1)
-    spectrum = torch.fft.rfft2(torch.randn(600, 1, 48, 48, generator=seeded())) / waves.clamp(min=1 / 48**2).sqrt()
+    spectrum = torch.fft.rfft2(torch.randn(300, 1, 48, 48, generator=seeded())) / waves.clamp(min=1 / 48**2).sqrt()
     x = torch.fft.irfft2(spectrum)
     x = (x / x.std((2, 3), keepdim=True) / 5 + 0.5).clamp(0, 1)
     drawn = named(x)

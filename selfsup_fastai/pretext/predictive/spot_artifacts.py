@@ -73,11 +73,11 @@ class SpotArtifacts(PretextTask):
     Differences to the authors' code: it has AlexNet with 4096 hidden units over the whole last map, here the verdict
     comes from the pooled map of any network that has one (what lies behind the map is not trained); where that map is
     coarser or finer than the cells, they are compared pixel by pixel. The code trains both players with Adam, first
-    beta 0.5, from 3e-4 on; at ten times that, or with more momentum, the game swings. So steps are
-    taken at `rate` times the learner's and with `momentum`, whatever its schedule says. The repair layers have group
-    norms, not batch norms: what they make in validation is what the discriminator was trained on. The autoencoder is
-    trained for 30 epochs, not for 500 (of 105,000 images). Crops are resized one way, not bilinearly or bicubically at
-    random, and brightness is a factor.
+    beta 0.5, from 3e-4 on; at ten times that, or with more momentum, the game swings. So steps are taken at `rate`
+    times the learner's and with `momentum`, whatever its schedule says. The repair layers have group norms, not batch
+    norms: what they make in validation is what the discriminator was trained on. The autoencoder is trained for 30
+    epochs, not for 500 (of 105,000 images). Crops are resized one way, not bilinearly or bicubically at random, and
+    brightness is a factor.
 
     Cost: the discriminator sees four pictures for each image, because the rival needs it a second time without training
     it. Decoders and repair layers come on top, at the paper's width about 2.3 G multiplications for 96 pixels, more
