@@ -40,7 +40,14 @@ SMALL = {
     "aet": {"turn": 20},
     "mae": {"mask_ratio": 0.5, "min_area": 0.9, "flip": 0, "decoder_depth": 1, "decoder_width": 32},
     "simmim": {"mask_ratio": 0.3, "min_area": 0.9, "flip": 0},
-    "spot_artifacts": {"autoencoder_epochs": 2, "width": 4, "keep": 0.6, "mask_weight": 10, "kept_weight": 3},
+    "spot_artifacts": {
+        "autoencoder_epochs": 2,
+        "width": 4,
+        "keep": 0.6,
+        "mask_weight": 10,
+        "kept_weight": 3,
+        "rate": 1,
+    },
     "autoencoder": {"error": "squared"},
     "models_genesis": {"curve": 0, "paint": 0},
     "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
@@ -395,6 +402,23 @@ def test_gradient_reaches_every_parameter_of_the_encoder(task):
             continue
         assert p.requires_grad and p.grad is not None
         assert name.endswith(biases_before_norm) or (p.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_lies_behind_the_last_map_is_trained_or_named(task, capsys):
+    """This net has half of its parameters there. They get a gradient unless the task says that it trains maps only."""
+    if ARCH.get(task):
+        pytest.skip(f"{task} does not take convnets")
+    learn = learner(task, loaders(pictures(6), bs=4), arch="mobilenetv3_small_050")
+    b = learn.dls.train.one_batch()
+    learn.loss_func(learn.model(*b[: learn.dls.n_inp]), *b[learn.dls.n_inp :]).backward()
+    missed = [name for name, p in learn.encoder.named_parameters() if p.grad is None]
+    said = f"of mobilenetv3_small_050 lies behind its last map, where {task} does not train it"
+    if learn.task.by_map:
+        assert missed == learn.encoder.behind_map() and {name.split(".")[-2] for name in missed} == {"conv_head"}
+        assert f"52% {said}" in capsys.readouterr().err
+    else:
+        assert not missed and said not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", CASES)

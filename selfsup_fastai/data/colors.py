@@ -8,11 +8,13 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue in a grey image
+FRINGES = ("drop", "project", "keep")  # What `without_fringes` can do
 _NOT_JITTERED, _NO_HUE = -1, 4
 _CONTRAST, _SATURATION, _HUE = (OPERATIONS.index(name) for name in ("contrast", "saturation", "hue"))
 
@@ -140,13 +142,47 @@ def scale_components(
     of: Tensor,  # (B, C, H, W): the pixels of which these are the components
 ) -> Tensor:  # (B, C, h, w)
     """Pixels moved from the mean color, or towards it, along the principal components of an image's own colors."""
+    of = of.to(torch.promote_types(of.dtype, torch.float32))  # of half precision no components can be had
     of = of.contiguous()  # the order of summation: where two components are nearly equal it shows
     mean = of.mean((2, 3), keepdim=True)
     rest = (of - mean).flatten(2)
     products = torch.stack([(rest * rest[:, k : k + 1]).sum(2) for k in range(rest.shape[1])], 1)  # (B, C, C)
     axes = torch.linalg.eigh(products)[1]
     change = (axes[:, :, None] * factors[:, None, None] * axes[:, None]).sum(3)[..., None, None]  # (B, C, C, 1, 1)
-    return (change * (x - mean)[:, None]).sum(2) + mean
+    return ((change * (x - mean)[:, None]).sum(2) + mean).to(x.dtype)
+
+
+def some_grey(
+    x: Tensor,  # (B, C, H, W)
+    p: float,  # Probability of each image
+    generator: torch.Generator,
+) -> Tensor:  # (B, C, H, W)
+    """Some of the color images made grey; of one channel all stay as they are, and nothing is drawn."""
+    if x.shape[1] == 1 or not p:
+        return x
+    drawn = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < p
+    return torch.where(drawn, grey(x).expand_as(x), x)
+
+
+def without_fringes(
+    patches: Tensor,  # (B, N, C, h, w)
+    how: str,  # One of FRINGES
+    generator: torch.Generator,
+) -> Tensor:  # (B, N, C, h, w)
+    """Patches of color images whose channels cannot be compared: chromatic aberration, by which a lens moves channels
+    apart towards the borders of its image, tells where in the image a patch lay. One channel stays as it is.
+
+    'drop': one random channel of each patch is kept, the others become noise of at most half a grey level of 255;
+    'project': what lies between green and magenta is taken away, where lenses err most (Doersch et al. 2015, both).
+    """
+    if patches.shape[2] == 1 or how == "keep":
+        return patches
+    if how == "project":
+        axis = patches.new_tensor([-1, 2, -1]).view(3, 1, 1) / 6**0.5
+        return patches - axis * (patches * axis).sum(2, keepdim=True)
+    kept = torch.randint(3, patches.shape[:2], generator=generator, device=patches.device)
+    noise = torch.rand(patches.shape, generator=generator, device=patches.device, dtype=patches.dtype)
+    return torch.where(F.one_hot(kept, 3)[..., None, None].bool(), patches, (noise - 0.5) / 255)
 
 
 def grey(x: Tensor) -> Tensor:

@@ -44,3 +44,14 @@ def random_cells(
     """Exactly `hidden` random cells of every image: those in which uniform noise is highest."""
     noise = torch.rand(b, n, generator=generator, device=generator.device)
     return noise.argsort(1).argsort(1) >= n - hidden
+
+
+def windows(
+    x: Tensor,  # (B, C, H, W)
+    rows: Tensor,  # (B, N, C or 1, h) int64: of each window, and channel, the rows of pixels it is made of
+    columns: Tensor,  # (B, N, C or 1, w)
+) -> Tensor:  # (B, N, C, h, w)
+    """N windows cut out of each image, without interpolation."""
+    image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1, 1)
+    channel = torch.arange(x.shape[1], device=x.device).view(1, 1, -1, 1, 1)
+    return x[image, channel, rows.unsqueeze(-1), columns.unsqueeze(-2)]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from selfsup_fastai.data.colors import Jitter, grey, jitter_, jitter_of, solarize, stretch_
 from selfsup_fastai.data.draws import Draw, Views, draw_views
+from selfsup_fastai.data.patches import windows
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.sampling import Straight, sample_shrunk, sample_straight, sample_turned, straight
 from selfsup_fastai.errors import TaskError
@@ -239,12 +240,9 @@ def apply_shifts(
     mirrored: Tensor,  # (B,) bool
 ) -> Tensor:  # (B, C, H, W)
     """out[r, c] = x[r + down, c + right], reflected at the borders; then mirrored where drawn."""
-    b, c, h, w = x.shape
-    rows, columns = (_reflected(shifts[:, i].to(x.device), side) for i, side in enumerate((h, w)))
+    rows, columns = (_reflected(shifts[:, i].to(x.device), side) for i, side in enumerate(x.shape[-2:]))
     columns = torch.where(mirrored.to(x.device)[:, None], columns.flip(1), columns)
-    images = torch.arange(b, device=x.device).view(-1, 1, 1, 1)
-    channels = torch.arange(c, device=x.device).view(1, -1, 1, 1)
-    return x[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
+    return windows(x, rows[:, None, None], columns[:, None, None])[:, 0]
 
 
 def _reflected(shift: Tensor, side: int) -> Tensor:

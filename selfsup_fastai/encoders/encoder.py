@@ -98,6 +98,15 @@ class Encoder(nn.Module):
                 raise unknown(f"layer of {self.arch}", name, self.layer_names)
         return maps_of(self.body, self._checked(x), self.layer_names, wanted)
 
+    def behind_map(self) -> list[str]:
+        """Names of the parameters that `feature_map` does without: training through maps leaves them as they are."""
+        like, side = next(self.parameters()), self.fixed_size or min(self.size or 64, 64)
+        x = torch.zeros(1, self.in_chans, side, side, dtype=like.dtype, device=like.device)
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        with undisturbed(self.body), torch.enable_grad():
+            grads = torch.autograd.grad(self.feature_map(x).sum(), list(trained.values()), allow_unused=True)
+        return [name for name, grad in zip(trained, grads) if grad is None]
+
     @property
     def split(self) -> bool:
         """Whether it is two networks, one for lightness and one for color."""

@@ -13,6 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import TensorImage
 from matplotlib.axes import Axes
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.encoders.encoder import Encoder
@@ -41,6 +42,7 @@ class PretextTask(ABC):
     input: str | None = None  # What the encoder is fed with: 'L', 'ab', 'lab' (`encoders.inputs`); None: the images
     split: bool = False  # Whether the encoder is two nets of half the width, for lightness and for color
     arch: ClassVar[str] = "resnet18"  # The network when nothing is said
+    by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
@@ -257,6 +259,16 @@ def per_image(loss: Tensor, reduction: str) -> Tensor:
     """Reduces losses (B, ...) of one image each to their mean, or to one number for each image, (B,)."""
     loss = loss.flatten(1).mean(1) if loss.ndim > 1 else loss
     return loss.mean() if reduction == "mean" else loss
+
+
+def class_loss(
+    pred: Tensor,  # (B, ..., classes) logits
+    target: Tensor,  # (B, ...) int64
+    reduction: str,
+) -> Tensor:
+    """Cross-entropy, the mean over the questions about an image."""
+    each = F.cross_entropy(pred.flatten(0, -2), target.flatten(), reduction="none")
+    return per_image(each.view(target.shape), reduction)
 
 
 def _short(value: Tensor) -> str:

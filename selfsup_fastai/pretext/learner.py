@@ -29,6 +29,8 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.pretext.multi import SeveralTasks
 from selfsup_fastai.seeding import preserved_rng
 
+LEAST_SAID = 0.01  # of a network's parameters: less is a norm, which is not random before it is trained
+
 
 def pretext_learner(
     dls: DataLoaders,  # Images: UnlabeledDataLoaders, or any fastai image loaders (labels are not used)
@@ -65,6 +67,8 @@ def pretext_learner(
     asked = [PretextTransform(task)] if task.input or encoder.input not in CHANNELS else _eaten(encoder, task)
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     task.setup(pretext, encoder)
+    if task.by_map:
+        _say_untrained(task, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
     fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
     fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": cbs}
@@ -126,6 +130,17 @@ def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
     elif encoder.input != task.input:
         fix = "Start it with a new net (arch=), or go on from an encoder of the same kind."
         raise TaskError(f"{task.name} feeds its encoder with {task.input}, this one eats {encoder.input}. {fix}")
+
+
+def _say_untrained(task: PretextTask, encoder: Encoder) -> None:
+    """How much of the network lies behind its last map, if that is more than a norm."""
+    behind, sizes = encoder.behind_map(), {name: p.numel() for name, p in encoder.named_parameters()}
+    share = sum(sizes[name] for name in behind) / sum(sizes.values())
+    if share >= LEAST_SAID:
+        say(
+            f"{share:.0%} of {encoder.arch} lies behind its last map, where {task.name} does not train it: the "
+            "encoder's features pass through layers that stay as they are. ResNets and ViTs have none there."
+        )
 
 
 def _eaten(encoder: Encoder, task: PretextTask) -> list[Transform]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches
+from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches, windows
 
 
 def test_a_patch_is_the_slice_of_the_image_at_its_row_and_column():
@@ -39,3 +39,17 @@ def test_every_cell_is_hidden_equally_often_and_every_image_differs():
     cells = random_cells(2000, 9, 3, torch.Generator().manual_seed(0))
     assert (cells.float().mean(0) - 1 / 3).abs().max() < 4 * (2 / 9 / 2000) ** 0.5
     assert len({tuple(row) for row in cells.tolist()}) == 84  # 3 of 9: every choice occurs
+
+
+def test_windows_are_slices_of_each_image_and_channel():
+    x = torch.rand(2, 3, 12, 20)
+    top, left = torch.randint(0, 8, (2, 2, 5, 3), generator=torch.Generator().manual_seed(0))
+    out = windows(x, top[..., None] + torch.arange(4), left[..., None] + torch.arange(5))
+    assert out.shape == (2, 5, 3, 4, 5)
+    for b in range(2):
+        for n in range(5):
+            for c in range(3):
+                r, k = top[b, n, c], left[b, n, c]
+                assert torch.equal(out[b, n, c], x[b, c, r : r + 4, k : k + 5])
+    alike = windows(x, top[:, :, :1, None] + torch.arange(4), left[:, :, :1, None] + torch.arange(5))
+    assert torch.equal(alike[1, 2], x[1, :, top[1, 2, 0] : top[1, 2, 0] + 4, left[1, 2, 0] : left[1, 2, 0] + 5])

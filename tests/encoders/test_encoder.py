@@ -300,3 +300,24 @@ def test_heads():
     assert torch.allclose(projector(x), last(F.relu(norm(x @ first.weight.T))))
     assert [m.out_features for m in mlp(6, 8, 2, n_layers=3) if isinstance(m, nn.Linear)] == [8, 8, 2]
     assert [m.out_features for m in mlp(6, 8, 2, n_layers=1)] == [2]
+
+
+@pytest.mark.parametrize(
+    "arch, behind",
+    [
+        ("resnet10t", []),
+        ("vit_tiny_patch16_224", []),
+        ("mobilenetv3_small_050", ["body.conv_head.weight", "body.conv_head.bias"]),
+        ("convnext_atto", ["body.head.norm.weight", "body.head.norm.bias"]),
+    ],
+)
+def test_what_lies_behind_the_last_map(arch, behind):
+    encoder = create_encoder(arch, size=64)
+    before, modes = encoder.state_dict(), {module: module.training for module in encoder.modules()}
+    before = {name: value.clone() for name, value in before.items()}
+    assert encoder.behind_map() == behind
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(p.grad is None for p in encoder.parameters())
+    assert {module: module.training for module in encoder.modules()} == modes
+    encoder.feature_map(torch.rand(2, 3, 64, 64)).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == behind

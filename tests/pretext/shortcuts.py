@@ -1,5 +1,7 @@
 """Images without content but with what gives places away, and a net that can see nothing else."""
 
+import math
+
 import torch
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
@@ -12,10 +14,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def textures(n: int, side: int, fringe: int = 2) -> Tensor:
+def textures(n: int, side: int, fringe: float = 2) -> Tensor:
     """Random texture (n, 3, side, side), darker toward above left, exposed differently, red moved away from the center
     of the image as by a lens: by up to `fringe` pixels at the borders."""
-    wide = side + 2 * fringe
+    wide = side + 2 * math.ceil(fringe)
     gray = F.avg_pool2d(torch.rand(n, 1, wide + 2, wide + 2, generator=seeded(1)), 3, 1)
     steps = (2 * torch.arange(side) + 1) / side - 1  # -1..1
     places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1) * (side / wide)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.data.block import DataBlock
 from PIL import Image
 from torch import Tensor
 
+from selfsup_fastai.data.blocks import UnlabeledBlock
+from selfsup_fastai.data.colors import scale_components
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.sampling import sample_squares
 from selfsup_fastai.errors import DataError, TaskError
@@ -40,7 +43,7 @@ def variants(x: Tensor, seed: int = 0, idx: Tensor | None = None, **settings) ->
 def loaders(n: int = 30, side: tuple[int, int] = (30, 30), valid_pct: float = 0.3, **kwargs):
     array = np.random.default_rng(0).integers(0, 256, (n, *side, 3), dtype=np.uint8)
     return UnlabeledDataLoaders.from_array(
-        array, bs=4, valid_pct=valid_pct, **{"size": None, "num_workers": 0, **kwargs}
+        array, valid_pct=valid_pct, **{"bs": 4, "size": None, "num_workers": 0, **kwargs}
     )
 
 
@@ -156,6 +159,15 @@ def test_colors_are_changed_as_a_plain_transcription_does(channels):
             assert ours.tolist() == pytest.approx(want, abs=2e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_half_precision_have_components_too(channels):
+    x, factors = noise(5, channels), torch.rand(5, channels, generator=seeded()) + 0.5
+    half = scale_components(x.half(), factors, of=x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), scale_components(x, factors, of=x.half().float()), atol=2e-3, rtol=0)
+    assert variants(x.half(), contrast=2.0, power=2.0, hue=0.1)[0].dtype == torch.float16
+
+
 def test_grey_color_images_stay_grey():
     x = noise(6, 1).expand(6, 3, 30, 30)
     patches = variants(x, contrast=2, power=4, factor=1.4, offset=0.1, hue=0.1)[0]
@@ -269,6 +281,22 @@ def test_new_images_can_be_asked_about_however_many():
     torch.testing.assert_close(preds.sum(1), torch.ones(14))
 
 
+def test_without_a_validation_set_it_trains_and_predicts(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(9)]
+    for file, pixels in zip(files, np.random.default_rng(0).integers(0, 256, (9, 30, 30, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(file)
+    block = DataBlock(UnlabeledBlock, get_items=lambda source: source, splitter=lambda items: (range(9), []))
+    learn = pretext_learner(block.dataloaders(files, bs=4, num_workers=0), "exemplar", "resnet10t")
+    assert len(learn.dls.valid_ds) == 0
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    new = np.random.default_rng(3).integers(0, 256, (40, 30, 30, 3), dtype=np.uint8)
+    answer = learn.predict(new[0])
+    assert answer.pred.shape == (1, learn.task.n_classes) and answer.targets[0].tolist() == [0]
+    preds, targets = learn.get_preds(dl=learn.dls.test_dl(list(new)))
+    assert len(new) > learn.task.n_classes > targets.max() and len(preds) == len(new)
+
+
 def test_loaders_made_by_hand_ask_before_there_is_a_learner():
     dl = PretextDL(list(noise(6)), bs=3, batch_tfms=[PretextTransform("exemplar")])
     x, target = dl.one_batch()
@@ -287,6 +315,8 @@ def test_settings_and_data_out_of_range():
     assert get_task("exemplar", patch=1).min_side == 8 and get_task("exemplar", patch=0.1).min_side == 80
     with pytest.raises(TaskError, match="exemplar tells training images apart: it needs 2 or more, not 1"):
         pretext_learner(loaders(2, valid_pct=0.5), "exemplar", "resnet10t")
+    with pytest.raises(TaskError, match="exemplar tells images of a batch apart: it needs a batch size of 2 or more"):
+        pretext_learner(loaders(bs=1), "exemplar", "resnet10t")
     with pytest.raises(TaskError, match="exemplar cannot be combined with other tasks: it leaves out images"):
         SeveralTasks([get_task("exemplar"), get_task("rotation")])
 

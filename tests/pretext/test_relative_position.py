@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, UnknownNameError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.predictive.relative_position import NAMES, QUESTIONS, shrunken
@@ -165,6 +165,13 @@ def test_patches_are_standardized():
     torch.testing.assert_close(with_color[1:].square().mean((-3, -2, -1)), torch.ones(19, 9), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{"patch": 0.25}, {"patch": 0.25, "gap": 0.49}, {}])
+def test_patches_fit_into_images_of_every_side(settings):
+    for side in range(33, 131):
+        patches = asked(noise(2, 1, side, side), **{**settings, "shrink": 0})
+        assert patches.shape == (2, 9, 1, *[max(8, int(settings.get("patch", 0.22) * side))] * 2)
+
+
 @pytest.mark.slow
 def test_a_net_that_sees_nine_pixels_answers_without_the_guards_but_not_with_them():
     x = textures(200, 64)
@@ -212,8 +219,10 @@ def test_settings_out_of_range():
     for name, value, text in [("patch", 0.26, "at most 0.25"), ("gap", 0.6, "at most 0.5"), ("jitter", -1, "at least")]:
         with pytest.raises(TaskError, match=f"{name} is a number, .*{text}"):
             get_task("relative_position", **{name: value})
-    with pytest.raises(TaskError, match="color is 'drop', 'project' or 'keep', got 'gray'"):
+    with pytest.raises(UnknownNameError, match="There is no color called 'gray'"):
         get_task("relative_position", color="gray")
+    with pytest.raises(TaskError, match="standardize is True or False, got 'false'"):
+        get_task("relative_position", standardize="false")
     with pytest.raises(TaskError, match="at least 33 pixels a side, these are 32 x 40"):
         get_task("relative_position").batch(noise(2, 1, 32, 40), generator=seeded(), train=True)
     largest = asked(noise(2, 3, 64, 64), patch=0.25)
@@ -223,12 +232,9 @@ def test_settings_out_of_range():
 def test_passes_are_the_area_of_the_patches_or_nine_enlarged_ones():
     array = np.random.default_rng(0).integers(0, 256, (6, 48, 48, 3), dtype=np.uint8)
     dls = UnlabeledDataLoaders.from_array(array, size=None, bs=4, num_workers=0)
-    task = get_task("relative_position")
-    assert task.passes == pytest.approx(9 * 0.22**2)
-    pretext_learner(dls, task, "vit_tiny_patch16_224")
-    assert task.passes == 9
-    pretext_learner(dls, task, "resnet10t")
-    assert task.passes == pytest.approx(9 * 0.22**2)
+    assert get_task("relative_position").passes == pytest.approx(9 * 0.22**2)
+    for arch, passes in [("vit_tiny_patch16_224", 9), ("resnet10t", 9 * 0.22**2)]:
+        assert pretext_learner(dls, "relative_position", arch).task.passes == pytest.approx(passes)
 
 
 def test_pictures_show_the_second_patch_where_it_lay_and_where_it_is_put():

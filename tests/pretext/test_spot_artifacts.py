@@ -17,7 +17,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
-from selfsup_fastai.pretext.predictive.spot_artifacts import SpotNet, dropped, spotted, to_pixels
+from selfsup_fastai.pretext.predictive.spot_artifacts import SpotNet, cells_told, dropped, spotted, to_pixels
 
 SMALL = {"autoencoder_epochs": 2, "width": 4}
 
@@ -84,8 +84,13 @@ def test_images_are_brought_to_whole_cells(channels, shape, side):
         assert images.shape == (5, channels, side, side) and kept.shape == (5, 1, side // 16, side // 16)
         assert images.min() >= 0 and images.max() <= 1
         assert torch.equal(genuine[:, :1], torch.ones_like(kept)) and torch.equal(genuine[:, 1:], kept)
-    if shape == (48, 48):
-        assert torch.equal(question(x)[1][0], x)  # in validation pixels stay as they are
+
+
+def test_validation_asks_about_the_same_crops_as_training_in_their_own_colors():
+    x = smooth(40)
+    plain = question(x, train=True, color=0)[1][0]
+    assert torch.equal(question(x)[1][0], plain) and not torch.equal(question(x, train=True)[1][0], plain)
+    torch.testing.assert_close(question(x, crop=1, flip=0)[1][0], x, atol=1e-6, rtol=0)
 
 
 def test_three_cells_of_ten_are_kept_each_by_itself():
@@ -97,6 +102,12 @@ def test_three_cells_of_ten_are_kept_each_by_itself():
         one = kept.mean((0, 1))
         assert (one - keep).abs().max() < 5 * math.sqrt(keep * (1 - keep) / 400)
     assert not torch.equal(question(x, seed=1)[1][1], question(x, seed=2)[1][1])
+
+
+@pytest.mark.parametrize("keep, kept", [(1e-6, 1), (1 - 1e-6, 3)])
+def test_some_cell_is_kept_and_some_is_repaired(keep, kept):
+    cells = question(torch.zeros(50, 1, 32, 32), keep=keep)[1][1]
+    assert (cells.sum((1, 2, 3)) == kept).all() and len(cells.flatten(1).unique(dim=0)) == 4
 
 
 def test_without_augmentation_training_pictures_are_the_images():
@@ -121,6 +132,8 @@ def test_without_augmentation_training_pictures_are_the_images():
         ({"crop": 0}, "crop is a number, above 0 and at most 1; got 0"),
         ({"flip": 2}, "flip is a number, at least 0 and at most 1; got 2"),
         ({"color": 3}, "color is a number, at least 0 and at most 2; got 3"),
+        ({"rate": 0}, "rate is a number, above 0; got 0"),
+        ({"momentum": 1}, "momentum is a number, at least 0 and below 1; got 1"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, said):
@@ -277,6 +290,31 @@ def test_one_step_pulls_the_players_apart():
             torch.testing.assert_close(together[prefix + name], p.grad, atol=1e-5, rtol=1e-3)
 
 
+def test_repairs_look_the_same_in_training_and_in_validation():
+    """The judge learns on what the repair layers make in training and is validated on what they make then."""
+    net, (_, (x, kept), _) = model(), question(smooth(4))
+    for _ in range(3):
+        net(torch.rand(4, 3, 48, 48, generator=seeded(9)), kept)
+    assert torch.equal(net.train()(x, kept)[:, :, :3], net.eval()(x, kept)[:, :, :3])
+
+
+def test_both_players_take_small_steps_without_much_momentum():
+    learn, seen = learner(), []
+    learn.model.autoencoder.is_trained.fill_(True)
+    learn.create_opt()
+    step = learn.opt.step
+
+    def watched(*args, **kwargs):
+        seen.append((learn.opt.hypers[0]["lr"], learn.opt.hypers[0]["mom"]))
+        return step(*args, **kwargs)
+
+    learn.opt.step = watched
+    learn.fit_one_cycle(2, 3e-3)
+    rates, momenta = zip(*seen)
+    assert rates == pytest.approx([0.1 * rate for rate in learn.recorder.lrs]) and max(rates) > 2e-4
+    assert set(momenta) == {0.5}
+
+
 # --- loss, metric -----------------------------------------------------------------------------------------------------
 
 
@@ -319,14 +357,38 @@ def test_on_a_coarser_map_the_cells_are_averaged():
     assert task.loss(pred, genuine).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_metric_counts_both_pictures():
+def test_pictures_are_counted_each_by_itself():
     pred = torch.rand(2, 2, 7, 16, 16, generator=seeded())
     pred[:, :, 4] = torch.tensor([[2.0, -1.0], [-0.5, -0.1]]).view(2, 2, 1, 1)
-    assert spotted(pred, None).item() == 0.75
-    assert get_task("spot_artifacts").chance() == 0.5
+    right, of = spotted(pred, None)
+    assert (int(right), int(of)) == (3, 4)
     probabilities = get_task("spot_artifacts").activation(pred)
     assert torch.equal(probabilities[:, :, :4], pred[:, :, :4])
     torch.testing.assert_close(probabilities[:, :, 4:], pred[:, :, 4:].sigmoid())
+
+
+def test_cells_are_compared_in_pairs_within_a_repaired_picture():
+    pred, genuine = torch.randn(5, 2, 7, 48, 48, generator=seeded()), torch.ones(5, 2, 3, 3)
+    genuine[:, 1] = question(torch.zeros(5, 1, 48, 48))[1][1][:, 0]
+    pred[0, 1, 5] = 1.0  # all alike: half of the pairs
+    told, pairs = 0.0, 0
+    for i in range(5):
+        believed = [
+            (pred[i, 1, 5, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16].mean(), r, c) for r, c in np.ndindex(3, 3)
+        ]
+        for a, r, c in believed:
+            for b, s, d in believed:
+                if genuine[i, 1, r, c] and not genuine[i, 1, s, d]:
+                    pairs, told = pairs + 1, told + (1.0 if a > b else 0.5 if a == b else 0.0)
+    right, of = cells_told(pred, genuine)
+    assert (float(right), int(of)) == (told, pairs)
+    task = get_task("spot_artifacts")
+    cells, pictures = task.metrics
+    assert (cells.name, pictures.name) == ("cells_told", "spotted") and task.chance() == 0.5
+    pred[:] = 0
+    assert cells(pred, genuine) == 0.5  # chance
+    pred[:, :, 5] = genuine.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert cells(pred, genuine) == 1
 
 
 # --- the first stage --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Autoencoder(RestoringTask):
 
     name = "autoencoder"
     paper = "Vincent et al. 2008"
+    by_map = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class Colorization(PretextTask):
 
     name = "colorization"
     paper = "Zhang et al. 2016"
+    by_map = True
     input = "L"
     channels = (3,)
     instead = GREY_DATA

@@ -60,6 +60,7 @@ class Inpainting(PretextTask):
 
     name = "inpainting"
     paper = "Pathak et al. 2016"
+    by_map = True
     n_targets = 2
     min_side = 16
     metrics = (explained("explained_in_hole", filled_pixels),)

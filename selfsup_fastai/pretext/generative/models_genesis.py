@@ -42,6 +42,7 @@ class ModelsGenesis(RestoringTask):
 
     name = "models_genesis"
     paper = "Zhou et al. 2019"
+    by_map = True
     min_side = 20  # windows of two pixels
 
     def __init__(

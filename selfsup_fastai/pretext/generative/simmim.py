@@ -45,6 +45,7 @@ class SimMIM(PretextTask):
 
     name = "simmim"
     paper = "Xie et al. 2021"
+    by_map = True
     n_inp = 2
     n_targets = 2
     normalized = (True, False)

@@ -52,6 +52,7 @@ class SplitBrain(PretextTask):
 
     name = "split_brain"
     paper = "Zhang et al. 2017"
+    by_map = True
     input = "lab"
     channels = (3,)
     instead = "Grey images have no color: take split_brain with halves='diagonal', rotation or jigsaw."

@@ -12,7 +12,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, PretextTask, check_flag, check_number, per_image
 
 
 def found_pair(pred, target):
@@ -40,6 +40,10 @@ class SimCLR(PretextTask):
     the code's further one on the projections is left out. Validation draws the same views every time, in batches of
     one image more where one would be left over: alone, an image has nobody to be told from, and a loss of 0.
 
+    Guards: color jitter and grey, without which color histograms would be enough to find the partner; on images of one
+    channel only brightness and contrast are left of them. Noise and traces of compression are not hidden below 64
+    pixels, where nothing is blurred.
+
     Suits most data once there are a thousand images and a batch of 64 or more. Does not suit data in which what tells
     classes apart is what the views destroy (color of stains, tiny lesions): change the recipe then. Large batches help;
     validation loss depends on the batch size. `get_preds` decodes to the cosine of an image's two views.
@@ -64,6 +68,8 @@ class SimCLR(PretextTask):
         check_number("strength", strength, 0, 2.5)  # beyond it hue would turn by more than half of the wheel
         check_number("min_area", min_area, above=0, most=1)
         check_number("flip", flip, 0, 1)
+        if blur is not None:
+            check_flag("blur", blur)
         self.temperature, self.dim, self.strength = temperature, dim, strength
         self.min_area, self.flip, self.blur = min_area, flip, blur
 

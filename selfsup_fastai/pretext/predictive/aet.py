@@ -10,7 +10,7 @@ from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
 
 GRAY = 128 / 255  # What lies beyond the image
 CORNERS = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))  # x then y, clockwise from above left
@@ -40,8 +40,12 @@ class AET(PretextTask):
     The authors' code rounds shifts to whole pixels, and standardizes projective maps in pixels by constants that go
     with one size of image; here nothing depends on the size.
 
+    Guards: none. Gray borders tell much of the map without a look at what is shown, and so do the traces of
+    interpolation: a low loss alone says little. In training images are first shifted by whole pixels, reflected at the
+    borders, where the authors fill with black.
+
     Suits photographs and scans of things with a shape, small images too. Does not suit textures, which look the same
-    turned and moved. Gray borders tell much of the map without a look at what is shown: a low loss alone says little.
+    turned and moved.
     """
 
     name = "aet"
@@ -59,10 +63,8 @@ class AET(PretextTask):
         crop: float = 0.125,  # Before warping, a shift by up to this share of the side (authors: 4 of 32 pixels)
         flip: float = 0.5,  # Probability of a mirror image before warping; 0 where left and right matter
     ):
-        if transform not in ("affine", "projective"):
-            raise TaskError(f"transform is 'affine' or 'projective', got {transform!r}.")
-        if compare not in ("parameters", "matrix"):
-            raise TaskError(f"compare is 'parameters' or 'matrix', got {compare!r}.")
+        check_choice("transform", transform, ("affine", "projective"))
+        check_choice("compare", compare, ("parameters", "matrix"))
         check_number("turn", turn, 0, 180)
         check_number("shift", shift, 0, 1)
         check_number("scale", scale, 0, 0.9)
@@ -74,6 +76,8 @@ class AET(PretextTask):
         self.transform, self.compare = transform, compare
         self.turn, self.shift, self.scale, self.shear = turn, shift, scale, shear
         self.crop, self.flip = crop, flip
+        if transform == "projective":
+            self.check_idle("transform='projective'", "turn", "shift", "scale", "shear")
         self.metrics = (self.explained,)
 
     # --- the question -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from selfsup_fastai.data.sampling import sample_squares
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, check_number, class_loss
 
 
 def seed_found(pred, target):
@@ -41,13 +41,16 @@ class Exemplar(PretextTask):
     `max_classes` are left out, by a draw that is fixed, too. Each visit makes a new variant (the paper: a stock of
     150). Validation asks for other variants of training images (a fixed sample of as many as there are validation
     images), as new images have no class; `predict` and a `test_dl` of new images therefore name the seed that a patch
-    resembles, and their targets mean nothing.
+    resembles, and their targets mean nothing. So does `predict` where there are no validation images.
 
     Order of a variant: shift, turn and scale in one sampling that reads around the patch, principal components of the
     colors, saturation and value to a power, times a factor, plus an offset, hue. Ours: factors and powers are uniform
     in their logarithm; the components are those of the image's own colors; grey pixels stay grey; the lower limit of
     scale and factor is 1/1.4 (the paper's .7); the head is one linear layer on the encoder. On 1 channel saturation
     and hue change nothing.
+
+    Guards: the variants themselves; if they kept color and contrast, those alone would name an image's seed. Nothing
+    hides noise or the traces of compression.
 
     Suits a few thousand images without near duplicates: two like seeds in two classes teach nothing. Does not suit
     large data (the head grows with N) nor data in which all images look alike; more than 16,000 seeds made the paper's
@@ -97,6 +100,8 @@ class Exemplar(PretextTask):
         n = len(dls.train_ds)
         if n < 2:
             raise TaskError("exemplar tells training images apart: it needs 2 or more, not 1.")
+        if dls.train.bs is not None and dls.train.bs < 2:
+            raise TaskError("exemplar tells images of a batch apart: it needs a batch size of 2 or more, not 1.")
         self.n_classes = min(n, self.max_classes)
         for tfm in dls.train.after_item.fs:
             if isinstance(tfm, Cover):
@@ -104,7 +109,7 @@ class Exemplar(PretextTask):
         if self.n_classes < n:
             bs = dls.train.bs and fit_batch_size(dls.train.bs, self.n_classes)
             dls.train = dls.train.over(dls.train, self._sample(n, self.n_classes), bs=bs)
-        if len(dls.loaders) > 1:
+        if len(dls.loaders) > 1 and len(dls.valid_ds):
             self.valid_seeds = torch.tensor(self._sample(self.n_classes, len(dls.valid_ds)))
             dls.valid = dls.valid.over(dls.train, self.valid_seeds.tolist())
         self.passes = 1 if encoder.fixed_size else self.patch**2
@@ -114,8 +119,10 @@ class Exemplar(PretextTask):
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:k].sort().values.tolist()
 
     def make_batch(self, x, *, generator, train, idx=None):
-        if not train and self.valid_seeds is not None:
+        if self.valid_seeds is not None and not train:
             idx = self.valid_seeds.to(idx.device)[idx % len(self.valid_seeds)]  # there may be more images to predict
+        elif self.n_classes is not None:
+            idx = idx % self.n_classes  # without a validation set these may be new images, too
         size = max(8, round(self.patch * min(x.shape[-2:])))
         return (self.vary(x, self.corners(x, idx, size), size, generator),), (idx,)
 
@@ -137,7 +144,7 @@ class Exemplar(PretextTask):
         patches = bend_saturation_value(patches, drawn.saturation.unbind(1), drawn.value.unbind(1))
         if x.shape[1] == 3:
             turn_hue_(patches, column(6 * drawn.hue))
-        return patches.clamp(0, 1)
+        return patches.clamp(0, 1).to(x.dtype)
 
     def draw(self, n: int, generator: torch.Generator) -> "Variants":
         """Everything that is random in `n` variants; powers and factors uniform in their logarithm."""
@@ -160,7 +167,7 @@ class Exemplar(PretextTask):
         return Classifier(encoder, linear_head(encoder.num_features, self.n_classes))
 
     def loss(self, pred, target, reduction="mean"):
-        return per_image(F.cross_entropy(pred, target, reduction="none"), reduction)
+        return class_loss(pred, target, reduction)
 
     def chance(self):
         return None if self.n_classes is None else 1 / self.n_classes

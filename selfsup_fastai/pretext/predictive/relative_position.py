@@ -7,9 +7,10 @@ from fastai.metrics import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.data.colors import FRINGES, without_fringes
+from selfsup_fastai.data.patches import windows
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, check_choice, check_flag, check_number, class_loss
 
 STEPS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))  # rows down, columns right
 NAMES = ("above left", "above", "above right", "left", "right", "below left", "below", "below right")
@@ -77,8 +78,8 @@ class RelativePosition(PretextTask):
         patch_features: int = 512,  # Width per patch after the encoder
         hidden: int = 512,  # Width of the two layers that see a pair of patches
     ):
-        if color not in ("drop", "project", "keep"):
-            raise TaskError(f"color is 'drop', 'project' or 'keep', got {color!r}.")
+        check_choice("color", color, FRINGES)
+        check_flag("standardize", standardize)
         check_number("patch", patch, above=0, most=0.25)
         check_number("gap", gap, 0, 0.5)
         check_number("jitter", jitter, 0, 0.5)
@@ -101,8 +102,7 @@ class RelativePosition(PretextTask):
         patches = self.cut(x, generator)
         if self.shrink:
             patches = self.blurred(patches, generator)
-        if x.shape[1] == 3 and self.color != "keep":
-            patches = _projected(patches) if self.color == "project" else _one_channel(patches, generator)
+        patches = without_fringes(patches, self.color, generator)
         answers = torch.tensor([answer for *_, answer in QUESTIONS], device=x.device)
         return (_standardized(patches) if self.standardize else patches,), (answers.expand(len(x), -1),)
 
@@ -110,7 +110,7 @@ class RelativePosition(PretextTask):
         """(B, C, H, W) -> patches (B, 9, C, p, p), row by row: a grid at a random place, each patch jittered."""
         b, side = len(x), min(x.shape[-2:])
         size = max(MIN_PATCH, int(self.patch * side))
-        gap = round(self.gap * size)
+        gap = min(round(self.gap * size), (side - 3 * size) // 2)  # all that rounding leaves
         reach = max(1, round(self.jitter * size)) if self.jitter else 0
         shifts = torch.randint(-reach, reach + 1, (2, b, 9), generator=generator, device=x.device)
         cells = torch.arange(9, device=x.device)
@@ -120,10 +120,8 @@ class RelativePosition(PretextTask):
             origin = torch.randint(room + 1, (b, 1), generator=generator, device=x.device)
             start = (origin + cell * (size + gap) + shift).clamp(0, length - size)
             places.append(start[..., None] + torch.arange(size, device=x.device))  # (B, 9, p)
-        rows, cols = places[0][:, :, None, :, None], places[1][:, :, None, None, :]
-        image = torch.arange(b, device=x.device).view(b, 1, 1, 1, 1)
-        channel = torch.arange(x.shape[1], device=x.device).view(1, 1, -1, 1, 1)
-        return x[image, channel, rows, cols]
+        rows, columns = (place.unsqueeze(2) for place in places)
+        return windows(x, rows, columns)
 
     def blurred(self, patches: Tensor, generator: torch.Generator) -> Tensor:
         """Some patches shrunk and back up; the area that is left is uniform between about 1 % and 98 %."""
@@ -139,9 +137,7 @@ class RelativePosition(PretextTask):
         return PairNet(encoder, self.patch_features, self.hidden)
 
     def loss(self, pred, target, reduction="mean"):
-        return per_image(
-            F.cross_entropy(pred.flatten(0, 1), target.flatten(), reduction="none").view(target.shape), reduction
-        )
+        return class_loss(pred, target, reduction)
 
     def chance(self):
         return 6 / 40  # of always naming one straight neighbor, the most frequent answer
@@ -201,20 +197,6 @@ class PairNet(nn.Module):
 def _block(n_in: int, n_out: int) -> list[nn.Module]:
     """A layer whose units cannot fall silent: their deviation is kept at 1."""
     return [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out, affine=False), nn.ReLU()]
-
-
-def _one_channel(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """One random channel of each patch (B, 9, 3, p, p); the others become noise of at most half a grey level of 255."""
-    kept = torch.randint(3, patches.shape[:2], generator=generator, device=patches.device)
-    kept = F.one_hot(kept, 3)[..., None, None].bool()
-    noise = torch.rand(patches.shape, generator=generator, device=patches.device, dtype=patches.dtype)
-    return torch.where(kept, patches, (noise - 0.5) / 255)
-
-
-def _projected(patches: Tensor) -> Tensor:
-    """Patches (B, 9, 3, p, p) without what lies between green and magenta."""
-    axis = patches.new_tensor([-1, 2, -1]) / 6**0.5
-    return patches - axis.view(3, 1, 1) * (patches * axis.view(3, 1, 1)).sum(-3, keepdim=True)
 
 
 def _standardized(patches: Tensor) -> Tensor:

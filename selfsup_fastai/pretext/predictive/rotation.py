@@ -2,13 +2,11 @@
 
 import torch
 from fastai.metrics import accuracy
-from torch.nn import functional as F
 
 from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
-from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.pretext.base import PerView, PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, PretextTask, check_choice, check_number, class_loss
 
 DEGREES = ("0°", "90°", "180°", "270°")
 
@@ -21,12 +19,16 @@ class Rotation(PretextTask):
     pose.
 
     In: the center square of each image in all four quarter turns (counterclockwise), made without interpolation, as
-    one input (B, 4, C, S, S); or one random turn, (B, 1, C, S, S), at a quarter of the cost. Target: the number of
+    one input (B, 4, C, S, S), in training first shifted (reflected at the borders, the authors fill with black) and
+    mirrored at random; or one random turn, (B, 1, C, S, S), at a quarter of the cost. Target: the number of
     quarter turns, (B, 4) or (B, 1), 0..3. Prediction: (B, 4 or 1, 4) logits; chance is 25 %.
 
+    Guards: turns are made without interpolation, which would leave traces, and in training the shift and the mirror
+    image keep single pixels from counting. Against shortcuts in the pictures themselves there is none: vignettes,
+    letterboxes, captions, light that always comes from above.
+
     Suits photographs, X-rays, hands, faces: whatever has an up. Does not suit images that look the same turned
-    (microscopy, many satellite tiles) nor labels that turning would swap (6 and 9). Shortcuts to look out for:
-    vignettes, letterboxes, captions, and light that always comes from above.
+    (microscopy, many satellite tiles) nor labels that turning would swap (6 and 9).
     """
 
     name = "rotation"
@@ -39,8 +41,7 @@ class Rotation(PretextTask):
         crop: float = 0.125,  # Before turning, a shift by up to this share of the side (paper: 4 of 32 pixels); 0: none
         flip: float = 0.5,  # Probability of a mirror image before turning; 0 where left and right matter
     ):
-        if turns not in ("all", "one"):
-            raise TaskError(f"turns is 'all' or 'one', got {turns!r}.")
+        check_choice("turns", turns, ("all", "one"))
         check_number("crop", crop, 0, 0.5)
         check_number("flip", flip, 0, 1)
         self.turns, self.crop, self.flip = turns, crop, flip
@@ -60,9 +61,7 @@ class Rotation(PretextTask):
         return PerView(encoder, linear_head(encoder.num_features, 4))
 
     def loss(self, pred, target, reduction="mean"):
-        return per_image(
-            F.cross_entropy(pred.flatten(0, 1), target.flatten(), reduction="none").view(target.shape), reduction
-        )
+        return class_loss(pred, target, reduction)
 
     def chance(self):
         return 0.25

@@ -1,16 +1,19 @@
 """Spotting artifacts."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.callbacks.rates import GameSteps
 from selfsup_fastai.callbacks.train_first import TrainFirst
 from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.views import center_square, random_view
+from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
+from selfsup_fastai.metrics import share
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
@@ -19,9 +22,20 @@ LEAK = 0.1  # Slope of the leaky ReLUs below 0, as in the authors' code
 ERROR, REAL, KEPT, RIVAL = -4, -3, -2, -1  # Planes of a prediction behind its pixels
 
 
-def spotted(pred, kept):
-    """Share of the pictures (a decoded and a repaired one of each image) that are rightly called real or repaired."""
-    return ((pred[:, :, REAL, 0, 0] > 0) == pred.new_tensor([True, False], dtype=torch.bool)).float().mean()
+def cells_told(pred: Tensor, genuine: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all pairs of a kept and a repaired cell of one repaired picture those in which the kept one is believed to be
+    more genuine (as much: half a pair), and all pairs."""
+    believed = F.avg_pool2d(pred[:, 1, KEPT].float(), CELL).flatten(1)
+    kept = genuine[:, 1].flatten(1) > 0
+    pairs = kept.unsqueeze(2) & ~kept.unsqueeze(1)  # (B, cells, cells): kept, repaired
+    told = (believed.unsqueeze(2) - believed.unsqueeze(1)).sign() / 2 + 0.5
+    return (told * pairs).sum(), pairs.sum()
+
+
+def spotted(pred: Tensor, genuine: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (a decoded and a repaired one of each image) that are rightly called real or repaired, and all."""
+    right = (pred[:, :, REAL, 0, 0] > 0) == pred.new_tensor([True, False], dtype=torch.bool)
+    return right.sum(), torch.tensor(right.numel())
 
 
 class SpotArtifacts(PretextTask):
@@ -33,28 +47,37 @@ class SpotArtifacts(PretextTask):
     decoded from the repaired picture and says which cells are genuine: what gives a repair away, once it is good, is
     that parts do not go together. The discriminator is the encoder that is kept.
 
-    In: the center square of each image, brought to a multiple of 16 pixels (in training a crop of a third to all of
-    the image, mirrored, brightness and saturation changed), (B, C, S, S) in [0, 1]; and the cells that are kept,
-    (B, 1, S/16, S/16). Neither is touched by Normalize: the encoder's mean and deviation are taken out of what it is
-    shown, in the model. Target: the cells that are genuine in each of the two pictures, all of the decoded one,
-    (B, 2, S/16, S/16). Prediction: the decoded and the repaired picture of each image, (B, 2, C + 4, S, S): pixels in
-    [0, 1], then as planes their squared distance to the photo, whether the picture is real, where cells were kept, and
-    whether it is real as the rival sees it: logits, from `get_preds` probabilities. Chance is 50 %.
+    In: a crop of a third to all of each image, mirrored at random, brought to a multiple of 16 pixels (in training
+    brightness and saturation are changed, too), (B, C, S, S) in [0, 1]; and the cells that are kept, at least one and
+    never all, (B, 1, S/16, S/16). Neither is touched by Normalize: the encoder's mean and deviation are taken out of
+    what it is shown, in the model. Target: the cells that are genuine in each of the two pictures, all of the decoded
+    one, (B, 2, S/16, S/16). Prediction: the decoded and the repaired picture of each image, (B, 2, C + 4, S, S): pixels
+    in [0, 1], then as planes their squared distance to the photo, whether the picture is real, where cells were kept,
+    and whether it is real as the rival sees it: logits, from `get_preds` probabilities.
 
     Loss: the sum of what both players pay. Discriminator: cross-entropy of real or repaired + 0.1 * cross-entropy of
     the cells. Repair layers: cross-entropy with the labels swapped + 30 * squared error to the photo, with pixels in
-    -1..1, at the kept cells. One backward pass trains both; as they pull in opposite directions, look at the metric
-    rather than at the loss. The mean over kept pixels is taken image by image; the code takes it over the batch.
+    -1..1, at the kept cells. One backward pass trains both. The mean over kept pixels is taken image by image; the code
+    takes it over the batch.
+
+    What the numbers mean. `cells_told`: of pairs of a kept and a repaired cell of one picture the share in which the
+    kept one is believed to be more genuine; guessing is 50 %. The repair layers do not play against this question, so
+    it tells whether something is learned. `spotted`: the share of pictures rightly called real or repaired, a phase of
+    the game between two players: near 50 % at balance however much both have learned, above it while the discriminator
+    is ahead, below it where the repair layers are. The loss mixes what pulls in opposite directions; it need not fall.
 
     Guards against answers without understanding: what counts as real is the autoencoder's picture, not the photo, so
-    that its blur says nothing.
+    that its blur says nothing. The border between kept and repaired cells may show; the repair layers are there to hide
+    it, and do so only as well as they are trained.
 
     Differences to the authors' code: it has AlexNet with 4096 hidden units over the whole last map, here the verdict
-    comes from the pooled map of any network that has one; where that map is coarser or finer than the cells, they are
-    compared pixel by pixel. The learner's Adam (momentum 0.9; the code's: 0.5, a constant step of 3e-4) trains both
-    players: `opt_func=partial(Adam, mom=0.5)` with `fit` comes closer. The autoencoder is trained for 30 epochs, not
-    for 500 (of 105,000 images). Crops are resized one way, not bilinearly or bicubically at random, and brightness is
-    a factor.
+    comes from the pooled map of any network that has one (what lies behind the map is not trained); where that map is
+    coarser or finer than the cells, they are compared pixel by pixel. The code trains both players with Adam, first
+    beta 0.5, from 3e-4 on; at ten times that, or with more momentum, the game swings. So steps are taken at `rate`
+    times the learner's and with `momentum`, whatever its schedule says. The repair layers have group norms, not batch
+    norms: what they make in validation is what the discriminator was trained on. The autoencoder is trained for 30
+    epochs, not for 500 (of 105,000 images). Crops are resized one way, not bilinearly or bicubically at random, and
+    brightness is a factor.
 
     Cost: the discriminator sees four pictures for each image, because the rival needs it a second time without training
     it. Decoders and repair layers come on top, at the paper's width about 2.3 G multiplications for 96 pixels, more
@@ -68,12 +91,13 @@ class SpotArtifacts(PretextTask):
 
     name = "spot_artifacts"
     paper = "Jenni & Favaro 2018"
+    by_map = True
     n_inp = 2
     normalized = (False, False)
     alone = "it trains an autoencoder first, and then two networks against each other."
     min_side = CELL + 1  # two cells
     passes = 4  # Decoded and repaired, for the discriminator and for its rival
-    metrics = (spotted,)
+    metrics = (share("cells_told", cells_told), share("spotted", spotted))
 
     def __init__(
         self,
@@ -85,6 +109,8 @@ class SpotArtifacts(PretextTask):
         crop: float = 1 / 3,  # Smallest share of the image's area in a training picture; 1: no crops
         flip: float = 0.5,  # Probability of a mirror image; 0 where left and right matter
         color: float = 1.0,  # Strength of the changes of brightness and saturation; 0: none
+        rate: float = 0.1,  # Both players' learning rate, times the learner's: its usual 3e-3 becomes the paper's 3e-4
+        momentum: float = 0.5,  # Adam's first beta for both players, whatever the schedule says
     ):
         check_number("autoencoder_epochs", autoencoder_epochs, 1, whole=True)
         check_number("keep", keep, above=0, below=1)
@@ -94,15 +120,25 @@ class SpotArtifacts(PretextTask):
         check_number("crop", crop, above=0, most=1)
         check_number("flip", flip, 0, 1)
         check_number("color", color, 0, 2)
+        check_number("rate", rate, above=0)
+        check_number("momentum", momentum, 0, below=1)
         self.autoencoder_epochs, self.keep, self.width = autoencoder_epochs, keep, width
         self.mask_weight, self.kept_weight = mask_weight, kept_weight
         self.crop, self.flip, self.color = crop, flip, color
+        self.rate, self.momentum = rate, momentum
 
     def make_batch(self, x, *, generator, train, idx=None):
         cells = math.ceil(min(x.shape[-2:]) / CELL)
-        x = random_view(x, self.recipe, generator, cells * CELL) if train else _resized(center_square(x), cells * CELL)
-        kept = (torch.rand(len(x), 1, cells, cells, generator=generator, device=x.device) < self.keep).to(x.dtype)
+        x = random_view(x, self.recipe if train else replace(self.recipe, jitter_p=0.0), generator, cells * CELL)
+        kept = self.draw(len(x), cells, generator).to(x.dtype)
         return (x, kept), (torch.cat([torch.ones_like(kept), kept], 1),)
+
+    def draw(self, n: int, cells: int, generator: torch.Generator) -> Tensor:
+        """Which cells of `n` images are kept, (n, 1, cells, cells) of bool: each by itself, but one at least and never
+        all."""
+        noise = torch.rand(n, 1, cells, cells, generator=generator, device=generator.device)
+        least, most = noise.amin((2, 3), keepdim=True), noise.amax((2, 3), keepdim=True)
+        return ((noise < self.keep) | (noise == least)) & (noise != most)
 
     @property
     def recipe(self) -> Recipe:
@@ -112,7 +148,7 @@ class SpotArtifacts(PretextTask):
         return Recipe(scale=(self.crop, 1.0), ratio=ratio, flip=self.flip, grey_p=0.0, **colors)
 
     def callbacks(self):
-        return [TrainFirst(self.autoencoder_epochs, step_size=3e-4, momentum=0.5)]
+        return [TrainFirst(self.autoencoder_epochs, step_size=3e-4, momentum=0.5), GameSteps(self.rate, self.momentum)]
 
     def model(self, encoder):
         return SpotNet(encoder, self.width)
@@ -207,11 +243,17 @@ class Autoencoder(TrainedFirst):
 
 
 class Repair(nn.Module):
-    """Two convolutions that see which cells are kept, (B, 1, h, w), and change the others only."""
+    """Two convolutions that see which cells are kept, (B, 1, h, w), and change the others only.
+
+    Without batch norm: the judge is asked in validation about what it was trained on, and repairs made with running
+    averages look different from those made with a batch's own.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(_conv(channels + 1, channels, 3), nn.Conv2d(channels, channels, 3, padding=1))
+        first = nn.Conv2d(channels + 1, channels, 3, padding=1, bias=False)
+        norm = nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
+        self.layers = nn.Sequential(first, norm, nn.LeakyReLU(LEAK), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, kept: Tensor) -> Tensor:
         return x + (1 - kept) * self.layers(torch.cat([x, kept], 1))
@@ -256,10 +298,6 @@ def to_pixels(x: Tensor) -> Tensor:
 def _conv(n_in: int, n_out: int, side: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(n_in, n_out, side, stride, padding=side // 2 if stride == 1 else 0, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU(LEAK))
-
-
-def _resized(x: Tensor, side: int) -> Tensor:
-    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
