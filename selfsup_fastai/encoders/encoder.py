@@ -100,11 +100,14 @@ class Encoder(nn.Module):
 
     def behind_map(self) -> list[str]:
         """Names of the parameters that `feature_map` does without: training through maps leaves them as they are."""
-        like, side = next(self.parameters()), self.fixed_size or min(self.size or 64, 64)
+        like, side = next(self.parameters()), self.fixed_size or self.size or 64
         x = torch.zeros(1, self.in_chans, side, side, dtype=like.dtype, device=like.device)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         with undisturbed(self.body), torch.enable_grad():
-            grads = torch.autograd.grad(self.feature_map(x).sum(), list(trained.values()), allow_unused=True)
+            total = self.feature_map(x).sum()
+        if not total.requires_grad:  # all that comes before is frozen
+            return list(trained)
+        grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         return [name for name, grad in zip(trained, grads) if grad is None]
 
     @property

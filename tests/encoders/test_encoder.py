@@ -321,3 +321,5 @@ def test_what_lies_behind_the_last_map(arch, behind):
     assert {module: module.training for module in encoder.modules()} == modes
     encoder.feature_map(torch.rand(2, 3, 64, 64)).square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == behind
+    encoder.requires_grad_(False)
+    assert encoder.behind_map() == []

@@ -94,6 +94,8 @@ def test_recipe_is_the_papers_with_blur_from_64_pixels_up():
     assert (recipe.flip, recipe.jitter_p, recipe.grey_p, recipe.blur_p) == (0.5, 0.8, 0.2, 0.5)
     assert recipe.blur_sigma == (0.1, 2.0) and recipe.solarize_p == 0
     assert get_task("simclr").recipe(63).blur_p == 0
+    with pytest.raises(TaskError, match="blur is True or False, got 'off'"):
+        get_task("simclr", blur="off")
     assert get_task("simclr", blur=True).recipe(32).blur_p == 0.5
     assert get_task("simclr", blur=False).recipe(224).blur_p == 0
     other = get_task("simclr", strength=0.5, min_area=0.3, flip=0).recipe(32)
