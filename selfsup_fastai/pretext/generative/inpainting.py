@@ -125,8 +125,8 @@ class Inpainting(PretextTask):
         loss = (weights * squared).sum((1, 2, 3)) / (weights > 0).sum((1, 2, 3)).clamp(min=1)
         if judged:
             of_true, of_painted, of_maker = judged  # logits that the image is a true one
-            judge = F.softplus(-of_true) + F.softplus(of_painted)
-            loss = L2_SHARE * loss + (1 - L2_SHARE) * F.softplus(-of_maker) + judge
+            judge_loss = F.softplus(-of_true) + F.softplus(of_painted)
+            loss = L2_SHARE * loss + (1 - L2_SHARE) * F.softplus(-of_maker) + judge_loss
         return loss.mean() if reduction == "mean" else loss
 
     def activation(self, pred):
@@ -160,8 +160,8 @@ class JudgedPainter(nn.Module):
     ):
         super().__init__()
         self.painter, self.centered = PerPixel(encoder, encoder.in_chans), centered
-        side = encoder.size or 64
-        self.judge = judge(encoder.in_chans, side // 2 if centered else side)
+        side = encoder.side // 2 if centered else encoder.side
+        self.judge = judge_network(encoder.in_chans, side)
 
     @property
     def encoder(self) -> nn.Module:
@@ -179,7 +179,7 @@ class JudgedPainter(nn.Module):
         return 2 * x[..., rows, columns] - 1
 
 
-def judge(channels: int, side: int) -> nn.Sequential:
+def judge_network(channels: int, side: int) -> nn.Sequential:
     """DCGAN's discriminator for images of about `side` pixels: strided 4 x 4 convolutions down to 4 x 4 places."""
     halvings = max(1, round(math.log2(max(side, 8) / 4)))
     widths = [channels, *(min(512, 64 * 2**i) for i in range(halvings))]

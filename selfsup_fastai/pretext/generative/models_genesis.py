@@ -67,7 +67,7 @@ class ModelsGenesis(RestoringTask):
         b = len(x)
         bent = shuffled(x, draw.chance(b, self.shuffle), generator)
         bent = curved(bent, draw.chance(b, self.curve), draw)
-        return (painted(bent, draw.chance(b, self.paint), draw.chance(b, self.outward), draw),), (x,)
+        return (noised(bent, draw.chance(b, self.paint), draw.chance(b, self.outward), draw),), (x,)
 
     def model(self, encoder):
         return PerPixel(encoder, encoder.in_chans, skip=self.skip == "first")
@@ -156,7 +156,7 @@ def interpolated(x: Tensor, at: Tensor, value: Tensor) -> Tensor:
     return torch.lerp(y0, y1, share).view_as(x)
 
 
-def painted(x: Tensor, chosen: Tensor, outward: Tensor, draw: Draw) -> Tensor:
+def noised(x: Tensor, chosen: Tensor, outward: Tensor, draw: Draw) -> Tensor:
     """Noise in boxes of the chosen images (B,), or, where `outward` (B,), everywhere but in boxes."""
     b, _, h, w = x.shape
     inside = boxes(b, h, w, draw, least=(1 / 6, 1 / 6), most=(1 / 3, 1 / 3), first=NEXT_BOX)

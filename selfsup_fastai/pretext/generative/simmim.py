@@ -73,7 +73,7 @@ class SimMIM(PretextTask):
         """Sides in pixels of the images and of the squares for this network."""
         if takes_some_patches(encoder.body):
             return fitting_squares(patched_side(encoder), self.squares, patch_size(encoder.body))
-        return fitting_squares(encoder.fixed_size or encoder.size or 224, self.squares)
+        return fitting_squares(encoder.fixed_size or encoder.side, self.squares)
 
     def make_batch(self, x, *, generator, train, idx=None):
         side, square = (self.side, self.square) if self.side else fitting_squares(min(x.shape[-2:]), self.squares)
