@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches
+from selfsup_fastai.data.patches import boxes_mask, enlarged, from_patches, random_cells, to_patches
 
 
 def test_a_patch_is_the_slice_of_the_image_at_its_row_and_column():
@@ -39,3 +39,15 @@ def test_every_cell_is_hidden_equally_often_and_every_image_differs():
     cells = random_cells(2000, 9, 3, torch.Generator().manual_seed(0))
     assert (cells.float().mean(0) - 1 / 3).abs().max() < 4 * (2 / 9 / 2000) ** 0.5
     assert len({tuple(row) for row in cells.tolist()}) == 84  # 3 of 9: every choice occurs
+
+
+def test_boxes_together_are_a_mask_and_those_without_a_side_are_none():
+    generator = torch.Generator().manual_seed(0)
+    top, left, height, width = (torch.randint(0, most, (20, 3), generator=generator) for most in (12, 9, 5, 6))
+    found = boxes_mask((top, left), (height, width), (15, 14))
+    assert found.shape == (20, 1, 15, 14) and found.dtype == torch.bool
+    for i in range(20):
+        expected = torch.zeros(15, 14, dtype=torch.bool)
+        for t, r, h, w in zip(*(x[i].tolist() for x in (top, left, height, width))):
+            expected[t : t + h, r : r + w] = True
+        assert torch.equal(found[i, 0], expected)
