@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfsup_fastai.encoders.decoders import MapDecoder, map_decoder
+from selfsup_fastai.encoders.decoders import MapDecoder, PerPixel, map_decoder
 from selfsup_fastai.encoders.encoder import create_encoder
 
 
@@ -33,3 +33,11 @@ def test_it_learns_to_tell_eight_small_maps_apart(size, left):
         loss.backward()
         opt.step()
     assert loss < left * x.var(0, unbiased=False).mean()
+
+
+def test_pictures_are_painted_at_the_size_of_the_images_not_of_the_network():
+    encoder = create_encoder("test_vit")
+    encoder.size = 64
+    model = PerPixel(encoder, 3).eval()
+    assert encoder.fixed_size == 160 and model.decoder.size == (64, 64)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)

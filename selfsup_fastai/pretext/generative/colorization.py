@@ -5,14 +5,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.data.loader import training_images
-from selfsup_fastai.data.views import random_shift_flip
+from selfsup_fastai.data.views import shift_flip_by_share
 from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import map_decoder
 from selfsup_fastai.encoders.inputs import AB_REACH, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import explained, share
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
 SMALLER = 4  # The output's side is the image's divided by this
@@ -46,7 +46,7 @@ class Colorization(PretextTask):
     there to avoid it.
 
     Guards against grey answers: rare colors count more, and the mean is taken over probabilities sharpened by a
-    temperature of 0.38.
+    temperature of 0.38. Nothing is done against traces that color leaves in the lightness (fringes of the lens, JPEG).
 
     Suits color photographs. Does not suit grey images (an error says what to take), stains and other false colors, nor
     what comes later when color is what tells its classes apart: the encoder does not see it.
@@ -64,13 +64,12 @@ class Colorization(PretextTask):
         answer: str = "classes",  # 'classes': 313 colors, as in the paper; 'regression': a and b, which goes grey
         neighbors: int = 5,  # Centers that share a color; the paper's 5, in the authors' code 10
         sigma: float = 5.0,  # Width of the Gaussian by which they share it, in units of Lab
-        uniform: float = 0.5,  # Rare colors: 0: weighted by 1 / share, as all others; 1: no color counts more
+        uniform: float = 0.5,  # Mixed into the colors' shares before 1 / share is taken; 1: all colors count the same
         temperature: float = 0.38,  # Of the annealed mean: 1: the mean; towards 0: the likeliest color
         shift: float = 0.125,  # In training, a shift by up to this share of the side; 0: none
         flip: float = 0.5,  # Probability of a mirror image in training
     ):
-        if answer not in ("classes", "regression"):
-            raise TaskError(f"answer is 'classes' or 'regression', got {answer!r}.")
+        check_choice("answer", answer, ("classes", "regression"))
         check_number("neighbors", neighbors, 1, ab_bins.N_BINS, whole=True)
         check_number("sigma", sigma, above=0)
         check_number("uniform", uniform, 0, 1)
@@ -79,6 +78,8 @@ class Colorization(PretextTask):
         check_number("flip", flip, 0, 1)
         self.answer, self.neighbors, self.sigma, self.uniform = answer, neighbors, sigma, uniform
         self.temperature, self.shift, self.flip = temperature, shift, flip
+        if answer == "regression":
+            self.check_idle("answer='regression'", "neighbors", "sigma", "uniform", "temperature")
         self.rarity = Rarity()
 
     def setup(self, dls, encoder):
@@ -93,8 +94,7 @@ class Colorization(PretextTask):
 
     def make_batch(self, x, *, generator, train, idx=None):
         if train:
-            pad = round(self.shift * min(x.shape[-2:]))
-            x = random_shift_flip(x, generator, pad=pad, flip=self.flip)
+            x = shift_flip_by_share(x, generator, self.shift, self.flip)
         return (to_input(x, "L"),), (self.color_of(x),)
 
     def color_of(self, x: Tensor) -> Tensor:

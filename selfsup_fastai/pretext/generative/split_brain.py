@@ -7,15 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.views import random_shift_flip, random_view
+from selfsup_fastai.data.views import center_square, random_view, shift_flip_by_share
 from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import MapDecoder, map_decoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
-from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import average, explained
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
 
 ASKED = {"both": ("color", "lightness"), "L_to_ab": ("color",), "ab_to_L": ("lightness",)}
 EATEN = {"both": "lab", "L_to_ab": "L", "ab_to_L": "ab"}
@@ -46,8 +45,11 @@ class SplitBrain(PretextTask):
     with the one below, each filled with the mean color of what is left, (B, 2, C, S, S), for an ordinary encoder.
     Target and prediction are the mean colors of the cells, (B, C, 12, 12) and (B, 2, C, 12, 12); the squared error
     counts in cells that are hidden altogether. S is a multiple of the number of cells. The metric is the share of the
-    variance around the mean color of the other cells that is explained. In training the square is cut at random, up to
-    `shift` smaller, and enlarged; a shift reflected at the border would show mirror copies of what is hidden.
+    variance around the mean color of the other cells that is explained.
+
+    Guards: nothing is done against traces that color leaves in the lightness (fringes of the lens, JPEG). Of the
+    diagonal no pixel of a cell that counts is seen, nor a mirror copy of one: in training the square is cut at random,
+    up to `shift` smaller, and enlarged, where a shift reflected at the border would copy some.
 
     Suits color photographs; the diagonal suits whatever has large structures. Does not suit grey images otherwise, nor
     stains and other false colors.
@@ -70,12 +72,8 @@ class SplitBrain(PretextTask):
         shift: float = 0.125,  # In training, a shift by up to this share of the side; 0: none
         flip: float = 0.5,  # Probability of a mirror image in training
     ):
-        if direction not in ASKED:
-            raise TaskError(f"direction is 'both', 'L_to_ab' or 'ab_to_L', got {direction!r}.")
-        if halves not in ("channels", "diagonal"):
-            raise TaskError(f"halves is 'channels' or 'diagonal', got {halves!r}.")
-        if halves == "diagonal" and direction != "both":
-            raise TaskError(f"direction={direction!r} goes with halves='channels'; the diagonal is asked both ways.")
+        check_choice("direction", direction, tuple(ASKED))
+        check_choice("halves", halves, ("channels", "diagonal"))
         check_number("grid", grid, 2, 256, whole=True)
         check_number("l_bins", l_bins, 2, 1000, whole=True)
         check_number("shift", shift, 0, 0.5)
@@ -85,7 +83,10 @@ class SplitBrain(PretextTask):
         self.asked = ASKED[direction]
         self.split = direction == "both" and halves == "channels"
         self.input = EATEN[direction]
+        if direction == "L_to_ab":
+            self.check_idle("direction='L_to_ab'", "l_bins")
         if halves == "diagonal":
+            self.check_idle("halves='diagonal'", "direction", "l_bins")
             self.input, self.channels, self.passes = None, (1, 3), 2
 
     def chance(self):
@@ -96,7 +97,7 @@ class SplitBrain(PretextTask):
             x = self.square(x, generator if train else None)
             return (hide_triangles(x),), (F.adaptive_avg_pool2d(x, sides(self.grid, x.shape[-2:])),)
         if train:
-            x = random_shift_flip(x, generator, pad=round(self.shift * min(x.shape[-2:])), flip=self.flip)
+            x = shift_flip_by_share(x, generator, self.shift, self.flip)
         return (to_input(x, self.input),), (self.cells(x)[:, self.asked_channels()],)
 
     def square(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -109,8 +110,7 @@ class SplitBrain(PretextTask):
         cells = min(sides(self.grid, (height, width)))
         side = min(height, width) // cells * cells
         if generator is None:
-            top, left = (height - side) // 2, (width - side) // 2
-            return x[..., top : top + side, left : left + side]
+            return center_square(x, side)
         most = side**2 / (height * width)
         area = (most * (1 - self.shift) ** 2, most)
         return random_view(x, Recipe(scale=area, ratio=(1, 1), flip=self.flip, jitter_p=0, grey_p=0), generator, side)
