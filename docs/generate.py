@@ -24,6 +24,11 @@ from selfsup_fastai.pretext.base import PretextTask
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- tasks: written by docs/generate.py -->", "<!-- end of tasks -->"
 HEADINGS = {"In:": "What goes in, what comes out", "Guards": "Guards against shortcuts", "Suits": "When it suits"}
+MODES = {  # Settings that change what an image costs, or which channels suit
+    "rotation": [{"turns": "one"}],
+    "split_brain": [{"halves": "diagonal"}],
+    "mae": [{"mask_ratio": 0.5}],
+}
 CREDIT = (
     "Made from [china.jpg](https://www.flickr.com/photos/danielbuechele/6061409035/) by danielbuechele and "
     "[flower.jpg](https://www.flickr.com/photos/vultilion/6056698931/) by vultilion, which come with scikit-learn; "
@@ -45,8 +50,7 @@ PAGE = """# {name}
 
 ## Cost and limits
 
-For each image of the data, {passes} through the encoder.
-Images of {channels} channels, at least {min_side} pixels a side.
+{limits}
 
 ## How to use it
 
@@ -92,9 +96,7 @@ def task_page(name: str) -> str:
         paper=linked(paper),
         sections="\n\n".join(linked(f"## {_heading(p)}\n\n{p}" if _heading(p) else p) for p in rest),
         settings=settings_table(cls),
-        passes=_passes(cls().passes),
-        channels=" or ".join(map(str, cls.channels)),
-        min_side=cls.min_side,
+        limits=limits(cls),
         example=f", {setting[0]}={setting[1]!r}" if setting else "",
         flag=f" --set {setting[0]}={setting[1]}" if setting else "",
         module=cls.__module__,
@@ -135,6 +137,24 @@ def _cell(text: str) -> str:
 
 def _passes(n: float) -> str:
     return "1 image-sized pass" if n == 1 else f"{n:.2g} image-sized passes"
+
+
+def limits(cls: type[PretextTask]) -> str:
+    """What an image costs and which images suit, with the settings that change one of these."""
+    task = cls()
+    lines = [
+        f"For each image of the data, {_passes(task.passes)} through the encoder.",
+        f"Images of {_channels(task)} channels, at least {task.min_side} pixels a side.",
+    ]
+    for settings in MODES.get(cls.name, []):
+        other = cls(**settings)
+        said = ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
+        lines.append(f"With {said}: {_passes(other.passes)}, images of {_channels(other)} channels.")
+    return "\n".join(lines)
+
+
+def _channels(task: PretextTask) -> str:
+    return " or ".join(map(str, task.channels))
 
 
 def task_table() -> str:

@@ -88,7 +88,7 @@ class _Weighted:
 
 
 class _Compared:
-    """Squared error, weight, sum and sum of squares of the truth; the latter three for each channel, (C,)."""
+    """Squared error, weight, sum and sum of squares of the truth, each of them for each channel, (C,)."""
 
     def __init__(self, compared: Callable):
         self.compared = compared
@@ -97,16 +97,16 @@ class _Compared:
         answer, truth, weight = (x.float() for x in self.compared(pred, *targets))
         weight = weight.expand_as(truth)
         others = [axis for axis in range(truth.ndim) if axis != 1]
-        error = (weight * (answer - truth).square()).sum()
-        return error, *((weight * x).sum(others) for x in (torch.ones_like(truth), truth, truth.square()))
+        numbers = (answer - truth).square(), torch.ones_like(truth), truth, truth.square()
+        return tuple((weight * x).sum(others) for x in numbers)
 
 
 def _explained(error: Tensor, n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    return 1 - error / (squares - total.square() / n.clamp(min=1e-6)).sum().clamp(min=1e-6)
+    return 1 - error.sum() / (squares - total.square() / n.clamp(min=1e-6)).sum().clamp(min=1e-6)
 
 
 def _explained_around_0(error: Tensor, n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    return 1 - error / squares.sum().clamp(min=1e-6)
+    return 1 - error.sum() / squares.sum().clamp(min=1e-6)
 
 
 def _share(right: Tensor, of: Tensor) -> Tensor:

@@ -113,11 +113,23 @@ def test_task_page_tells_all(generate, name):
     for part in (
         cls.asks(),
         *(f"`{setting}`" for setting in cls.setting_names()),
+        "## Guards against shortcuts",
         "## When it suits",
     ):
         assert part in page
     assert re.search("https://(arxiv.org/abs|doi.org)/", page)
     assert all(comment for _, _, comment in generate.settings_of(cls))  # each setting is explained
+
+
+def test_cost_and_channels_are_told_for_each_mode(generate):
+    page = generate.task_page("split_brain")
+    assert "1 image-sized pass through the encoder.\nImages of 3 channels, at least 16 pixels a side." in page
+    assert "With `halves='diagonal'`: 2 image-sized passes, images of 1 or 3 channels." in page
+    for name, modes in generate.MODES.items():
+        default = task_class(name)()
+        for settings in modes:
+            other = task_class(name)(**settings)
+            assert (other.passes, other.channels) != (default.passes, default.channels)
 
 
 def test_page_without_settings_and_with_bars(generate):

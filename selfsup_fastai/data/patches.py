@@ -55,3 +55,16 @@ def windows(
     image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1, 1)
     channel = torch.arange(x.shape[1], device=x.device).view(1, 1, -1, 1, 1)
     return x[image, channel, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+
+
+def boxes_mask(
+    starts: tuple[Tensor, Tensor],  # (B, N) whole numbers each: first row and first column of N boxes in every image
+    lengths: tuple[Tensor, Tensor],  # (B, N) each: their heights and widths; a box of height 0 is none
+    size: tuple[int, int],  # Height and width of the images
+) -> Tensor:  # (B, 1, height, width) bool
+    """Whether a pixel lies in one of an image's boxes."""
+    spans = []
+    for start, length, side in zip(starts, lengths, size):
+        at, start = torch.arange(side, device=start.device), start.unsqueeze(-1)
+        spans.append((at >= start) & (at < start + length.unsqueeze(-1)))  # (B, N, side)
+    return (spans[0].unsqueeze(-1) & spans[1].unsqueeze(-2)).any(1, keepdim=True)

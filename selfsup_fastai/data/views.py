@@ -219,6 +219,16 @@ def random_shift_flip(
     return apply_shifts(x, *draw_shifts(tuple(x.shape), generator, pad, flip))
 
 
+def shift_flip_by_share(
+    x: Tensor,  # (B, C, H, W)
+    generator: torch.Generator,
+    shift: float,  # Largest shift, a share of the shorter side
+    flip: float,  # Probability of a left-right mirror image
+) -> Tensor:  # (B, C, H, W)
+    """`random_shift_flip` for images of any size."""
+    return random_shift_flip(x, generator, round(shift * min(x.shape[-2:])), flip)
+
+
 def draw_shifts(
     shape: tuple[int, ...],  # (B, C, H, W) of the images
     generator: torch.Generator,
@@ -253,9 +263,10 @@ def _reflected(shift: Tensor, side: int) -> Tensor:
 
 def center_square(
     x: Tensor,  # (..., H, W)
-) -> Tensor:  # (..., S, S) with S = min(H, W)
+    side: int | None = None,  # S in pixels; None: min(H, W)
+) -> Tensor:  # (..., S, S)
     """The square in the middle, cut out without interpolation; a view into x."""
     h, w = x.shape[-2:]
-    s = min(h, w)
+    s = min(h, w) if side is None else side
     top, left = (h - s) // 2, (w - s) // 2
     return x[..., top : top + s, left : left + s]

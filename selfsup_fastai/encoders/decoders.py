@@ -96,12 +96,12 @@ class PerPixel(nn.Module):
         least: int = 32,  # Channels of the decoder before the last layer, at least
     ):
         super().__init__()
-        side = encoder.fixed_size or encoder.size or 64
-        self.encoder, self.first = encoder, first_map(encoder, side) if skip else None
+        image = (encoder.side, encoder.side)
+        self.encoder, self.first = encoder, first_map(encoder, encoder.side) if skip else None
         if self.first is None:
-            self.decoder = map_decoder(encoder, n_out, (side, side), least=least)
+            self.decoder = map_decoder(encoder, n_out, image, least=least)
         else:
-            self.decoder = map_decoder(encoder, least, (side, side), least=least)
+            self.decoder = map_decoder(encoder, least, image, least=least)
             self.mix = nn.Sequential(nn.Conv2d(least + self.first[1], least, 3, padding=1), nn.ReLU())
             self.out = nn.Conv2d(least, n_out, 1)
 

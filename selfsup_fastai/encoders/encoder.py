@@ -116,6 +116,11 @@ class Encoder(nn.Module):
         return isinstance(self.body, SplitBody)
 
     @property
+    def side(self) -> int:
+        """Side in pixels of the images that it is made for: those it is trained at, else the only ones it takes."""
+        return self.size or self.fixed_size or 224
+
+    @property
     def image_channels(self) -> int:
         """Channels that images have before they are turned into what the network eats."""
         return 3 if self.input in CHANNELS else self.in_chans

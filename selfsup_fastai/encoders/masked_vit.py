@@ -41,7 +41,7 @@ def patched_side(encoder: Encoder) -> int:
     The one size it takes; where it takes any, the largest multiple of a patch in the size it is trained at.
     """
     patch = patch_size(encoder.body)
-    return encoder.fixed_size or max(1, (encoder.size or 224) // patch) * patch
+    return encoder.fixed_size or max(1, encoder.side // patch) * patch
 
 
 def visible_tokens(

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.data.loader import float_images
+from selfsup_fastai.data.recipes import Recipe
+from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import explained
-from selfsup_fastai.pictures import draw, draw_restored, grid_axes
+from selfsup_fastai.pictures import draw, draw_restored, draw_rows, grid_axes, see_through
 
 
 class PretextTask(ABC):
@@ -194,6 +196,51 @@ class RestoringTask(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """Each image as it was spoiled, (as the network restores it,) and as it was."""
         return draw_restored(inputs[0], targets[0], pred, ctxs, max_n, figsize)
+
+
+class HiddenTask(PretextTask):
+    """A task whose inputs are a view of the image and what of it is hidden, and whose answer paints that.
+
+    Settings `min_area` and `flip` say how views are cut.
+    """
+
+    n_inp = 2
+    n_targets = 2
+    normalized = (True, False)
+
+    def view(self, x: Tensor, side: int, generator: torch.Generator, train: bool) -> Tensor:
+        """Crop and flip in training, else the center square, (B, C, side, side)."""
+        recipe = Recipe(scale=(self.min_area, 1.0), flip=self.flip, jitter_p=0, grey_p=0)
+        return square_view(x, side, recipe if train else None, generator)
+
+    @abstractmethod
+    def hidden_pixels(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Of views (B, C, S, S) and the second input, (B, 1, S, S), True where hidden."""
+
+    @abstractmethod
+    def painted(self, x: Tensor, hidden: Tensor, pred: Tensor) -> Tensor:
+        """The views in [0, 1] with the answer (decoded) where they were hidden, (B, C, S, S)."""
+
+    def activation(self, pred):
+        return pred
+
+    def decode(self, pred):
+        return pred
+
+    def chance(self):
+        return 0.0
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """What the network sees | what it paints | the image."""
+        x, hidden = (t[:max_n] for t in inputs)
+        pixels = self.hidden_pixels(x, hidden)
+        panels, titles = [see_through(x, pixels), x], ["seen | whole"] * len(x)
+        if pred is not None:
+            painted = self.painted(x, hidden, pred[:max_n])
+            panels.insert(1, painted)
+            off = ((painted - x).abs() * pixels).flatten(1).sum(1) / (pixels.flatten(1).sum(1) * x.shape[1])
+            titles = [f"seen | painted | whole, {100 * error:.0f} % off" for error in off.tolist()]
+        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
 
 
 class PretextLoss:

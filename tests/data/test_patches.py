@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches, windows
+from selfsup_fastai.data.patches import boxes_mask, enlarged, from_patches, random_cells, to_patches, windows
 
 
 def test_a_patch_is_the_slice_of_the_image_at_its_row_and_column():
@@ -53,3 +53,15 @@ def test_windows_are_slices_of_each_image_and_channel():
                 assert torch.equal(out[b, n, c], x[b, c, r : r + 4, k : k + 5])
     alike = windows(x, top[:, :, :1, None] + torch.arange(4), left[:, :, :1, None] + torch.arange(5))
     assert torch.equal(alike[1, 2], x[1, :, top[1, 2, 0] : top[1, 2, 0] + 4, left[1, 2, 0] : left[1, 2, 0] + 5])
+
+
+def test_boxes_together_are_a_mask_and_those_without_a_side_are_none():
+    generator = torch.Generator().manual_seed(0)
+    top, left, height, width = (torch.randint(0, most, (20, 3), generator=generator) for most in (12, 9, 5, 6))
+    found = boxes_mask((top, left), (height, width), (15, 14))
+    assert found.shape == (20, 1, 15, 14) and found.dtype == torch.bool
+    for i in range(20):
+        expected = torch.zeros(15, 14, dtype=torch.bool)
+        for t, r, h, w in zip(*(x[i].tolist() for x in (top, left, height, width))):
+            expected[t : t + h, r : r + w] = True
+        assert torch.equal(found[i, 0], expected)

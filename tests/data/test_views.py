@@ -33,6 +33,7 @@ from selfsup_fastai.data.views import (
     multi_crop,
     random_shift_flip,
     random_view,
+    shift_flip_by_share,
 )
 from selfsup_fastai.errors import TaskError
 
@@ -473,6 +474,12 @@ def test_shifts_are_uniform_and_their_limits_are_checked():
         random_shift_flip(torch.rand(2, 3, 8, 9), seeded(), 8, 0.5)
 
 
+def test_a_share_is_of_the_shorter_side():
+    x = torch.rand(50, 1, 40, 60, generator=seeded())
+    assert torch.equal(shift_flip_by_share(x, seeded(1), 0.125, 0.5), random_shift_flip(x, seeded(1), 5, 0.5))
+    assert torch.equal(shift_flip_by_share(x, seeded(1), 0, 0), x)
+
+
 def test_center_square_is_the_middle():
     x = torch.arange(5 * 8).view(1, 1, 5, 8)
     assert torch.equal(center_square(x), x[..., 1:6])
@@ -480,3 +487,4 @@ def test_center_square_is_the_middle():
     odd = torch.rand(2, 3, 47, 61, generator=seeded())
     assert torch.equal(center_square(odd), odd[..., 7:54])
     assert torch.equal(center_square(odd[0]), odd[0, :, :, 7:54])
+    assert torch.equal(center_square(odd, 36), odd[..., 5:41, 12:48])

@@ -93,6 +93,14 @@ def test_a_size_a_network_cannot_be_built_for_becomes_the_next_one():
         assert encoder.eval()(images(height=100, width=100)).shape == (2, encoder.num_features)
 
 
+def test_the_side_is_that_of_the_images_before_that_of_the_network():
+    assert create_encoder("resnet10t").side == 224 and create_encoder("resnet10t", size=64).side == 64
+    fixed = create_encoder("test_vit")
+    assert fixed.side == fixed.fixed_size == 160
+    fixed.size = 64  # as a learner says whose images are resized to the one size of the network
+    assert fixed.side == 64
+
+
 def test_networks_without_img_size_keep_their_own():
     encoder = create_encoder("crossvit_9_240", size=64)
     assert encoder.fixed_size == 240 and "img_size" not in encoder.kwargs

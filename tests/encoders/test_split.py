@@ -9,6 +9,8 @@ import torch
 import torchvision
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from selfsup_fastai.downstream.learner import downstream_learner
@@ -126,10 +128,16 @@ def test_a_card_that_makes_no_sense_is_refused(change, tmp_path):
 
 
 def test_weights_of_one_network_do_not_pass_for_two(tmp_path):
-    file = save_encoder(made("test_resnet"), tmp_path / "split")
-    body = create_encoder("test_resnet").body
-    assert isinstance(load_encoder(file).body, SplitBody)
-    assert set(body.state_dict()) != set(load_encoder(file).body.state_dict())
+    split, whole = (made("test_resnet"), create_encoder("test_resnet", size=48))
+    files = [save_encoder(split, tmp_path / "split"), save_encoder(whole, tmp_path / "whole")]
+    assert isinstance(load_encoder(files[0]).body, SplitBody)
+    tensors = [load_file(file) for file in files]
+    for file, others in zip(files, reversed(tensors)):
+        with safe_open(file, "pt") as saved:
+            card = saved.metadata()
+        save_file(others, file, card)
+        with pytest.raises(EncoderFileError, match="do not fit the network"):
+            load_encoder(file)
 
 
 def test_wrong_channels_and_published_weights_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import cv2
 import numpy as np
@@ -14,10 +15,11 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.checkpoint import load_encoder
 from selfsup_fastai.encoders.inputs import rgb_to_lab
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, UnknownNameError
 from selfsup_fastai.pretext import get_task
-from selfsup_fastai.pretext.generative.colorization import Rarity, annealed_mean, painted
+from selfsup_fastai.pretext.generative.colorization import Rarity, annealed_mean, colored
 from selfsup_fastai.pretext.learner import pretext_learner
+from tests.pretext.two_colors import learner_of_two_colors
 
 CENTERS = ab_bins.ab_centers().tolist()
 
@@ -33,6 +35,10 @@ def noise(b: int, h: int = 32, w: int = 32) -> Tensor:
 def colors(n: int, seed: int = 0) -> Tensor:
     """(n, 2, 2, 3): colors within the reach of sRGB."""
     return (torch.rand(n, 2, 2, 3, generator=seeded(seed), dtype=torch.float64) - 0.5) * 140
+
+
+def accuracy(task):
+    return task.metrics[1]
 
 
 def squared(ab, center) -> float:
@@ -76,31 +82,69 @@ def test_weights_make_rare_colors_count_more_and_one_on_average():
     kernel = [[math.exp(-squared(p, q) / 50) for q in CENTERS] for p in CENTERS]
     totals = [sum(kernel[p][q] for p in range(313)) for q in range(313)]
     smooth = [sum(kernel[p][q] / totals[q] * shares[q] for q in range(313)) for p in range(313)]
-    mixed = [0.5 * p + 0.5 * (p > 0) / sum(s > 0 for s in smooth) for p in smooth]
-    scale = sum(p / m for p, m in zip(smooth, mixed))
+    there = [c > 0 for c in counts.tolist()]
+    assert 0 < sum(there) < 313
+    raw = [1 / (0.5 * p + 0.5 / sum(there)) for p in smooth]
+    most = max(r for r, counted in zip(raw, there) if counted)
+    raw = [r if counted else most for r, counted in zip(raw, there)]
+    of = [q for q in range(313) if there[q]]
+    scale = sum(smooth[q] * raw[q] for q in of) / sum(smooth[q] for q in of)
     got = Rarity(counts, 0.5)(torch.arange(313))
-    assert got.tolist() == pytest.approx([1 / m / scale for m in mixed], rel=1e-4)
-    assert sum(p * w for p, w in zip(smooth, got.tolist())) == pytest.approx(1, rel=1e-4)
+    assert got.tolist() == pytest.approx([r / scale for r in raw], rel=1e-4)
     assert Rarity(counts, 1.0).weights.tolist() == pytest.approx([1.0] * 313, rel=1e-4)
     assert got[int(np.argmin(smooth))] > 1 > got[int(np.argmax(smooth))]
 
 
-def test_best_guess_is_the_score_of_naming_one_color_always():
-    task = get_task("colorization", uniform=1.0)
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shares", [[0.25] * 4, [0.9, 0.09, 0.009, 0.001]])
+def test_a_color_that_was_not_counted_counts_as_much_as_the_rarest(uniform, shares):
+    counts, at = torch.zeros(313), [60, 130, 200, 280]
+    counts[at] = 10_000 * torch.tensor(shares)
+    weights = Rarity(counts, uniform).weights
+    others = [q for q in range(313) if q not in at]
+    assert torch.equal(weights[others], weights[at].max().expand(len(others)))
+    p = [s / sum(shares) for s in shares]
+    assert sum(a * w for a, w in zip(p, weights[at].tolist())) == pytest.approx(1, rel=0.1)
+    assert weights.max() < 1.2 / (4 * p[-1])
+    if uniform == 1:
+        torch.testing.assert_close(weights, torch.ones(313))
+    task = get_task("colorization", uniform=uniform)
+    task.rarity, pred = Rarity(counts, uniform), torch.zeros(1, 313, 8, 8)
+    target = ab_bins.ab_centers()[torch.tensor(at).repeat(16)].T.reshape(1, 2, 8, 8).clone()
+    before = task.loss(pred, target)
+    target[0, :, 0, 0] = torch.tensor([-60.0, 60.0])
+    assert task.loss(pred, target) < before + weights.max() * math.log(314) / 64
+
+
+def test_the_first_metric_is_the_share_of_color_that_the_mean_explains():
+    task = get_task("colorization")
+    target = colors(6, 3).float()
+    target[5] = target[5].clamp(-4, 4)  # without color: does not count
+    truth = target[:5].movedim(1, -1).reshape(-1, 2).double().numpy()
+    metric, pred = task.metrics[0], 3 * torch.randn(6, 313, 2, 3, generator=seeded(4))
+    answers = (pred.softmax(1).movedim(1, -1).double() @ torch.tensor(CENTERS).double())[:5].reshape(-1, 2).numpy()
+    total = ((truth - truth.mean(0)) ** 2).sum()
+    assert metric(pred, target).item() == pytest.approx(1 - ((answers - truth) ** 2).sum() / total, rel=1e-4)
+    regression = get_task("colorization", answer="regression")
+    mean = torch.tensor(truth.mean(0)).float().view(1, 2, 1, 1).expand_as(target) / 110
+    assert regression.metrics[0](mean, target).item() == pytest.approx(regression.chance(), abs=1e-5)
+    assert regression.metrics[0](target / 110, target).item() == pytest.approx(1)
+    assert metric.name == regression.metrics[0].name == "ab_explained" and task.chance() == 0
+
+
+def test_the_weights_of_rare_colors_are_taken_out_of_the_explained_share():
+    """Of pictures that look alike nine are grey-green, one is red: what has the least loss overrates red."""
+    at = [CENTERS.index([-20, 20]), CENTERS.index([70, 50])]
     counts = torch.zeros(313)
-    counts[100], counts[200] = 30, 10
-    task.rarity = Rarity(counts, 1.0)
-    assert task.chance() == pytest.approx(0.75)
-    task.rarity = Rarity(counts, 0.5)
-    truth = torch.tensor([100, 100, 100, 200])
-    target = ab_bins.ab_centers()[truth].T.reshape(1, 2, 2, 2)
-    scores = []
-    for named in (100, 200):
-        pred = torch.zeros(1, 313, 2, 2)
-        pred[:, named] = 1
-        scores.append(task.bin_accuracy(pred, target).item())
-    assert task.chance() == pytest.approx(max(scores)) and sum(scores) == pytest.approx(1)
-    assert get_task("colorization").chance() is None
+    counts[at] = torch.tensor([900.0, 100.0])
+    task = get_task("colorization", neighbors=1, uniform=0)
+    task.rarity = Rarity(counts, 0)
+    target = ab_bins.ab_centers()[torch.tensor([at[0]] * 9 + [at[1]])].view(10, 2, 1, 1)
+    logits = best_answer(task, target, 313)
+    assert logits.softmax(1)[0, at[1]].item() == pytest.approx(0.5, abs=0.02)
+    mean, *_ = task.mean_colors(logits, target)
+    assert mean.flatten().tolist() == pytest.approx(target.mean(0).flatten().tolist(), abs=2)
+    assert task.metrics[0](logits.expand(10, -1, -1, -1), target).item() == pytest.approx(0, abs=0.01)
 
 
 # --- the question -----------------------------------------------------------------------------------------------------
@@ -178,9 +222,9 @@ def test_grey_images_weigh_nothing():
     assert (pred.grad[0] != 0).any() and (pred.grad[1] == 0).all()
     good = torch.nn.functional.one_hot(ab_bins.nearest_bins(target), 313).permute(0, 3, 1, 2).float()
     good[1] = -good[1]
-    assert task.bin_accuracy(good, target) == 1  # the grey one is wrong throughout, and does not count
-    assert task.bin_accuracy(-good, target) == 0
-    assert task.bin_accuracy(good[1:], target[1:]) == 0  # nothing to count
+    assert accuracy(task)(good, target) == 1  # the grey one is wrong throughout, and does not count
+    assert accuracy(task)(-good, target) == 0
+    assert accuracy(task)(good[1:], target[1:]) == 0  # nothing to count
 
 
 def test_annealed_mean_lies_between_the_mean_and_the_likeliest_color():
@@ -248,21 +292,26 @@ def test_shares_are_those_of_the_training_images_and_are_saved_with_the_model(le
         for pixel in colored.movedim(1, -1).reshape(-1, 2).tolist()
     ]
     shares = np.bincount(bins, minlength=313) / len(bins)
-    np.testing.assert_allclose(learn.model.state_dict()["rarity.shares"], shares, atol=2e-3)
+    torch.testing.assert_close(learn.model.state_dict()["rarity.weights"], Rarity(torch.tensor(shares), 0.5).weights)
     assert learn.model.rarity is learn.task.rarity
     assert learn.model.rarity.weights.std() > 0.1
-    assert learn.task.chance() > shares.max() / 10
 
 
 def test_setup_leaves_the_draws_of_training_alone(learn):
-    def first_batch(**kwargs):
-        set_seed(4)
-        array = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
-        dls = UnlabeledDataLoaders.from_array(array, size=None, bs=4, num_workers=0)
-        learn = pretext_learner(dls, "colorization", "test_resnet", **kwargs)
-        return learn.dls.train.one_batch()[0]
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
-    assert torch.equal(first_batch(), first_batch(answer="regression"))
+    before, shuffling, own = state(), learn.dls.train.rng.getstate(), learn.dls.rng.getstate()
+    learn.task.setup(learn.dls, learn.encoder)
+    assert state() == before and learn.dls.train.rng.getstate() == shuffling and learn.dls.rng.getstate() == own
+    learn.model.rarity = learn.task.rarity
+
+
+def test_color_that_is_told_by_lightness_is_learned():
+    learn = learner_of_two_colors("colorization")
+    learn.fit(6, 5e-3)
+    ab_explained, accuracy = learn.validate()[1:]
+    assert ab_explained > learn.task.chance() + 0.5 and accuracy > 0.4
 
 
 def test_the_encoder_takes_lightness_ever_after(learn, tmp_path):
@@ -290,9 +339,9 @@ def test_pictures_show_question_answer_and_truth(learn):
             parts = [shown[..., at * (w + 2) : at * (w + 2) + w] for at in range(2 if pred is None else 3)]
             assert shown.shape[-1] == len(parts) * (w + 2) - 2
             torch.testing.assert_close(parts[0], lightness[i].expand(3, -1, -1))
-            torch.testing.assert_close(parts[-1], painted(lightness[i : i + 1], target[i : i + 1])[0])
+            torch.testing.assert_close(parts[-1], colored(lightness[i : i + 1], target[i : i + 1])[0])
             if pred is not None:
-                torch.testing.assert_close(parts[1], painted(lightness[i : i + 1], pred[i : i + 1])[0])
+                torch.testing.assert_close(parts[1], colored(lightness[i : i + 1], pred[i : i + 1])[0])
             assert [name in ax.get_title() for name in ("grey", "network", "true")] == [True, pred is not None, True]
 
 
@@ -312,7 +361,11 @@ def test_grey_data_is_told_what_to_take():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"answer": "colors"}, "'classes' or 'regression', got 'colors'"),
+        ({"answer": "colors"}, "no answer called 'colors'.* Known: classes, regression"),
+        ({"answer": "regression", "neighbors": 9}, "neighbors=9 has no effect with answer='regression'"),
+        ({"answer": "regression", "sigma": 1}, "sigma=1 has no effect with answer='regression'"),
+        ({"answer": "regression", "uniform": 0}, "uniform=0 has no effect with answer='regression'"),
+        ({"answer": "regression", "temperature": 2}, "temperature=2 has no effect with answer='regression'"),
         ({"neighbors": 0}, "neighbors is a whole number, at least 1 and at most 313; got 0"),
         ({"sigma": 0}, "sigma is a number, above 0; got 0"),
         ({"uniform": 1.1}, "uniform is a number, at least 0 and at most 1; got 1.1"),
@@ -322,5 +375,5 @@ def test_grey_data_is_told_what_to_take():
     ],
 )
 def test_settings_out_of_range(settings, said):
-    with pytest.raises(TaskError, match=said):
+    with pytest.raises((TaskError, UnknownNameError), match=said):
         get_task("colorization", **settings)

@@ -61,7 +61,7 @@ def test_in_training_the_image_is_shifted_and_mirrored_and_the_target_with_it():
     (cut,), (target, hole) = get_task("inpainting").make_batch(x, generator=seeded(), train=True)
     assert all(torch.equal(c[:, h[0] == 0], t[:, h[0] == 0]) for c, t, h in zip(cut, target, hole))
     assert sum(torch.equal(t, i) for t, i in zip(target, x)) < 8
-    plain = get_task("inpainting", crop=0, flip=1).make_batch(x, generator=seeded(), train=True)
+    plain = get_task("inpainting", shift=0, flip=1).make_batch(x, generator=seeded(), train=True)
     assert torch.equal(plain[1][0], x.flip(-1))
 
 
@@ -189,6 +189,20 @@ def test_each_of_the_two_gets_its_own_gradient():
             torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("region", REGIONS)
+def test_with_a_judge_the_painters_own_error_is_a_metric(region):
+    task, model, inputs, (x, hole) = rivals(region)
+    with torch.no_grad():
+        pred = model(*inputs)
+    first, own = task.metrics
+    alone = get_task("inpainting", region=region)
+    assert own.name == "squared_error" and own(pred, x, hole).item() == pytest.approx(
+        alone.loss(pred[0], x, hole).item()
+    )
+    assert task.loss(pred, x, hole) > own(pred, x, hole) + 1  # the judge's, of two logits near 0
+    assert first.name == alone.metrics[0].name and len(alone.metrics) == 1
+
+
 @pytest.mark.parametrize("region", ["irregular", "center"])
 def test_with_a_judge_every_verb_works_and_the_answer_is_an_image(region, tmp_path):
     learn = learner("inpainting", region=region, adversarial=True, path=tmp_path)
@@ -238,5 +252,5 @@ def test_settings_out_of_range():
         get_task("inpainting", region="middle")
     with pytest.raises(TaskError, match="adversarial is True or False, got 1"):
         get_task("inpainting", adversarial=1)
-    with pytest.raises(TaskError, match=r"crop is a number, at least 0 and at most 0\.5; got 1"):
-        get_task("inpainting", crop=1)
+    with pytest.raises(TaskError, match=r"shift is a number, at least 0 and at most 0\.5; got 1"):
+        get_task("inpainting", shift=1)

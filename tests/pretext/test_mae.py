@@ -224,7 +224,7 @@ def test_pictures_show_what_is_seen_what_is_painted_and_the_image(channels, norm
     for i, ax in enumerate(learn.task.show(inputs, targets, pred=targets[0])):  # the right answer paints the image
         _, painted, whole = panels(ax, 3)
         torch.testing.assert_close(painted, x[i], atol=1e-4, rtol=0)
-        assert ax.get_title().endswith("error 0.00")
+        assert ax.get_title().endswith("whole, 0 % off")
     wrong = learn.task.painted(*inputs, pred=-targets[0])
     hidden = pixels.expand_as(x)
     torch.testing.assert_close(wrong[~hidden], x[~hidden])
@@ -268,6 +268,8 @@ def test_other_nets_are_refused():
         ({"decoder_depth": 0}, "decoder_depth is a whole number, at least 1"),
         ({"min_area": 0}, "min_area is a number, above 0"),
         ({"flip": 2}, "flip is a number"),
+        ({"normalize_patches": "no"}, "normalize_patches is True or False, got 'no'"),
+        ({"fixed_positions": 0}, "fixed_positions is True or False, got 0"),
     ],
 )
 def test_settings_out_of_range(settings, said):

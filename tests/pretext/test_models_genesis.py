@@ -8,7 +8,7 @@ from torch import Tensor
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.encoders.decoders import PerPixel, with_map_of
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, UnknownNameError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.generative import models_genesis as genesis
 
@@ -158,8 +158,7 @@ def test_inward_boxes_leave_the_border_and_outward_noise_covers_it():
 def test_single_boxes_have_the_papers_sides():
     draw = Draw(seeded())
     for share, least, most in [((1 / 6, 1 / 3), 10, 21), ((3 / 7, 4 / 7), 27, 36)]:
-        low, high = ((s, s) for s in share)
-        found = genesis.boxes(3000, 64, 64, draw, low, high, first=1.0)[:, 0]
+        found = genesis.boxes(3000, 64, 64, draw, *share, first=1.0)[:, 0]
         rows = found.any(2).sum(1)  # of one box, or of several: never less than the least
         assert rows.min() >= least and rows[rows <= most].max() >= most - 1
 
@@ -227,5 +226,7 @@ def test_the_skip_is_of_the_first_level_alone(arch, has):
 def test_settings_out_of_range():
     with pytest.raises(TaskError, match="curve is a number, at least 0 and at most 1; got 2"):
         get_task("models_genesis", curve=2)
-    with pytest.raises(TaskError, match="skip is 'first' or None, got 'all'"):
+    with pytest.raises(UnknownNameError, match=r"no skip called 'all'\. Known: first"):
         get_task("models_genesis", skip="all")
+    with pytest.raises(TaskError, match="flip is True or False, got 'no'"):
+        get_task("models_genesis", flip="no")

@@ -50,7 +50,7 @@ def question(learn, side: int = 48):
         (48, 16, (48, 16)),
         (176, 16, (176, 16)),  # 11 x 11 patches: no larger squares cover them
         (28, 1, (28, 4)),
-        (47, 1, (42, 7)),  # a prime: cut by five pixels
+        (47, 1, (42, 7)),  # a prime: resized to fit
     ],
 )
 def test_squares_are_a_sixth_of_the_side_or_what_covers_it(side, step, expected):
@@ -130,7 +130,7 @@ def test_the_head_covers_the_image(side, cells):
 
 
 @pytest.mark.parametrize("size", [(47, 61), (61, 47), (28, 28)])
-def test_odd_sizes_are_cut_to_what_squares_cover(size):
+def test_odd_sizes_are_resized_to_what_squares_cover(size):
     learn = learner("resnet10t", size, channels=1)
     image, hidden, target, _ = learn.dls.one_batch()
     side = {28: 28}.get(min(size), 42)

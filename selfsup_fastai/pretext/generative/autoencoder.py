@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsup_fastai.encoders.decoders import PerPixel
-from selfsup_fastai.errors import TaskError, unknown
-from selfsup_fastai.pretext.base import RestoringTask, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_number, per_image
 
 ERRORS = ("cross_entropy", "squared")
 
@@ -47,8 +46,7 @@ class Autoencoder(RestoringTask):
         error: str = "cross_entropy",  # The paper's; or 'squared'
     ):
         check_number("denoise", denoise, 0, below=1)
-        if error not in ERRORS:
-            raise unknown("error", error, ERRORS) if isinstance(error, str) else TaskError(f"error is a name: {ERRORS}")
+        check_choice("error", error, ERRORS)
         self.denoise, self.error = denoise, error
 
     def make_batch(self, x, *, generator, train, idx=None):

@@ -8,8 +8,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches
-from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import (
@@ -23,8 +21,7 @@ from selfsup_fastai.encoders.masked_vit import (
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import explained
-from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import HiddenTask, check_flag, check_number, per_image
 
 EPS = 1e-6  # Added to the variance of a patch, and in the decoder's layer norms
 
@@ -34,7 +31,7 @@ def hidden_pixels(pred: Tensor, target: Tensor, hidden: Tensor) -> tuple[Tensor,
     return pred, target, hidden.unsqueeze(-1)
 
 
-class MAE(PretextTask):
+class MAE(HiddenTask):
     """What do the hidden three quarters of the image look like?
 
     He, Chen, Xie, Li, Dollár & Girshick, Masked Autoencoders Are Scalable Vision Learners, 2021 (arXiv 2111.06377). A
@@ -55,8 +52,12 @@ class MAE(PretextTask):
     768 and more.
 
     The net that is taken when none is given is a tiny vision transformer with patches of 16 pixels from images of 128
-    on, of 8 from 48 on, of 4 below (ours): two of 3 x 3 patches would be little to guess from. Of a net that is named
-    the patches stay as they are; `arch=create_encoder('vit_small_patch16_224', size=64, patch_size=8)` makes others.
+    on, of 8 from 48 on, of 4 below (ours): patches of 16 pixels would cut an image of 48 into 3 x 3, of which the
+    network would see two. Of a net that is named the patches stay as they are;
+    `arch=create_encoder('vit_small_patch16_224', size=64, patch_size=8)` makes others.
+
+    Guards against copying from next door: three of four patches are hidden, so of a hidden one's four neighbors one is
+    seen on average; and brightness and contrast of a patch, which its neighbors tell, are not asked for.
 
     Suits images with large structure and a vision transformer that is fine-tuned afterwards; frozen, its features are
     weaker than those of joint embedding. It takes long runs (the paper's: 800 epochs and more). Does not suit convnets:
@@ -65,9 +66,6 @@ class MAE(PretextTask):
 
     name = "mae"
     paper = "He et al. 2021"
-    n_inp = 2
-    n_targets = 2
-    normalized = (True, False)
     arch = "vit_tiny_patch16_224"
     metrics = (explained("explained", hidden_pixels, around_mean=False),)
 
@@ -83,6 +81,8 @@ class MAE(PretextTask):
         flip: float = 0.5,  # Probability of a mirror image; 0 where left and right matter
     ):
         check_number("mask_ratio", mask_ratio, above=0, below=1)
+        check_flag("normalize_patches", normalize_patches)
+        check_flag("fixed_positions", fixed_positions)
         check_number("decoder_depth", decoder_depth, 1, whole=True)
         check_number("decoder_width", decoder_width, 4, whole=True)
         check_number("decoder_heads", decoder_heads, 1, whole=True)
@@ -118,8 +118,7 @@ class MAE(PretextTask):
     def make_batch(self, x, *, generator, train, idx=None):
         patch = self.patch or max(1, min(x.shape[-2:]) // 14)  # of 224 pixels 16
         side = self.side or min(x.shape[-2:]) // patch * patch
-        recipe = Recipe(scale=(self.min_area, 1.0), flip=self.flip, jitter_p=0, grey_p=0)
-        x = square_view(x, side, recipe if train else None, generator)
+        x = self.view(x, side, generator, train)
         n = (side // patch) ** 2
         hidden = random_cells(len(x), n, n - self.n_visible(n), generator)
         return (x, hidden), (self.target(x, patch), hidden)
@@ -145,16 +144,11 @@ class MAE(PretextTask):
         error = (pred.float() - target).pow(2).mean(-1)  # (B, N)
         return per_image((error * hidden).sum(1) / hidden.sum(1), reduction)
 
-    def activation(self, pred):
-        return pred
+    def hidden_pixels(self, x, hidden):
+        grid = math.isqrt(hidden.shape[1])
+        return enlarged(hidden, (grid, grid), x.shape[-1] // grid)
 
-    def decode(self, pred):
-        return pred
-
-    def chance(self):
-        return 0.0
-
-    def painted(self, x: Tensor, hidden: Tensor, pred: Tensor) -> Tensor:
+    def painted(self, x, hidden, pred):
         """Images (B, C, S, S) in [0, 1] with the hidden patches as the network paints them.
 
         It was never asked for a patch's mean and deviation: they are the true ones, as in the authors' pictures.
@@ -164,19 +158,7 @@ class MAE(PretextTask):
             mean, std = _mean_and_std(to_patches(standardized(x, self.mean, self.std), patch))
             pred = pred * std + mean
         answer = from_standardized(from_patches(pred, patch, side), self.mean, self.std)
-        return torch.where(_pixels(hidden, x), answer, x)
-
-    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """What the network sees | what it paints | the image."""
-        n = min(max_n, len(inputs[0]))
-        x, hidden = inputs[0][:n], inputs[1][:n]
-        panels = [see_through(x, _pixels(hidden, x)), x]
-        titles = ["seen | whole"] * n
-        if pred is not None:
-            panels.insert(1, self.painted(x, hidden, pred[:n]))
-            errors = self.loss(pred[:n], *(t[:n] for t in targets), reduction="none").tolist()
-            titles = [f"seen | painted | whole, error {error:.2f}" for error in errors]
-        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
+        return torch.where(self.hidden_pixels(x, hidden), answer, x)
 
 
 class MAENet(nn.Module):
@@ -215,9 +197,3 @@ def _xavier(module: nn.Module) -> None:
 def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Of each patch over its pixels and channels; unbiased, as in the authors' code."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + EPS).sqrt()
-
-
-def _pixels(hidden: Tensor, x: Tensor) -> Tensor:
-    """Patches (B, N) as pixels (B, 1, S, S)."""
-    grid = math.isqrt(hidden.shape[1])
-    return enlarged(hidden, (grid, grid), x.shape[-1] // grid)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from selfsup_fastai.data.draws import Draw
+from selfsup_fastai.data.patches import boxes_mask
 from selfsup_fastai.encoders.decoders import PerPixel
-from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pretext.base import RestoringTask, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_flag, check_number, per_image
 
 CURVE_POINTS = 1000
 ENTRIES = 4_000_000  # numbers of one part of `shuffled`: about 100 MB
@@ -35,6 +35,10 @@ class ModelsGenesis(RestoringTask):
     each; a U-Net whose only skip is at the first level, for with all of them the encoder's last layers need not know
     much. Networks without a finer first level (ViT) have no skip.
 
+    Guards against copying: every kind of distortion hides what another leaves, so no single trick restores the image;
+    and the decoder has no skip but that of the first level, the way around the encoder's deeper layers that remains:
+    `skip` None closes it.
+
     Suits medical images, grey above all, and other images whose texture and layout matter and that all have a common
     look; images of 32 pixels or more. Does not suit where absolute intensity is the finding (CT numbers, dose maps: set
     `curve` to 0) or where left and right, up and down matter and must not be learned as equal (set `flip` to False).
@@ -56,8 +60,9 @@ class ModelsGenesis(RestoringTask):
     ):
         for name, value in [("shuffle", shuffle), ("curve", curve), ("paint", paint), ("outward", outward)]:
             check_number(name, value, 0, 1)
-        if skip not in ("first", None):
-            raise TaskError(f"skip is 'first' or None, got {skip!r}.")
+        check_flag("flip", flip)
+        if skip is not None:
+            check_choice("skip", skip, ("first",))
         self.shuffle, self.curve, self.paint, self.outward = shuffle, curve, paint, outward
         self.flip, self.skip = flip, skip
 
@@ -68,7 +73,7 @@ class ModelsGenesis(RestoringTask):
         b = len(x)
         bent = shuffled(x, draw.chance(b, self.shuffle), generator)
         bent = curved(bent, draw.chance(b, self.curve), draw)
-        return (painted(bent, draw.chance(b, self.paint), draw.chance(b, self.outward), draw),), (x,)
+        return (noised(bent, draw.chance(b, self.paint), draw.chance(b, self.outward), draw),), (x,)
 
     def model(self, encoder):
         return PerPixel(encoder, encoder.in_chans, skip=self.skip == "first")
@@ -157,11 +162,11 @@ def interpolated(x: Tensor, at: Tensor, value: Tensor) -> Tensor:
     return torch.lerp(y0, y1, share).view_as(x)
 
 
-def painted(x: Tensor, chosen: Tensor, outward: Tensor, draw: Draw) -> Tensor:
+def noised(x: Tensor, chosen: Tensor, outward: Tensor, draw: Draw) -> Tensor:
     """Noise in boxes of the chosen images (B,), or, where `outward` (B,), everywhere but in boxes."""
     b, _, h, w = x.shape
-    inside = boxes(b, h, w, draw, least=(1 / 6, 1 / 6), most=(1 / 3, 1 / 3), first=NEXT_BOX)
-    kept = boxes(b, h, w, draw, least=(3 / 7, 3 / 7), most=(4 / 7, 4 / 7), first=1.0)
+    inside = boxes(b, h, w, draw, least=1 / 6, most=1 / 3, first=NEXT_BOX)
+    kept = boxes(b, h, w, draw, least=3 / 7, most=4 / 7, first=1.0)
     noisy = torch.where(outward.view(-1, 1, 1, 1), ~kept, inside) & chosen.view(-1, 1, 1, 1)
     return torch.where(noisy, draw.uniform(x.shape).to(x.dtype), x)
 
@@ -171,19 +176,17 @@ def boxes(
     h: int,
     w: int,
     draw: Draw,
-    least: tuple[float, float],  # Shortest height and width, as shares of the image's
-    most: tuple[float, float],  # Longest
+    least: float,  # Shortest height and width, as shares of the image's
+    most: float,  # Longest
     first: float,  # Probability of the first box; each of up to four more has 0.95, if all before it came
 ) -> Tensor:
     """Whether a pixel lies in one of an image's boxes, (b, 1, h, w); boxes keep 3 of 64 pixels from the border."""
     chances = torch.tensor([first] + [NEXT_BOX] * (BOXES - 1), device=draw.generator.device)
     there = (draw.uniform((b, BOXES)) < chances).cumprod(1).bool()
     margin = max(1, round(min(h, w) * 3 / 64))
-    spans = []
-    for side, low, high in ((h, least[0], most[0]), (w, least[1], most[1])):
-        length = (draw.uniform((b, BOXES), low, high) * side).long()
-        start = margin + draw.below((side - length - 2 * margin + 1).clamp(min=1))
-        at = torch.arange(side, device=length.device)
-        spans.append((at >= start.unsqueeze(-1)) & (at < (start + length).unsqueeze(-1)))  # (b, 5, side)
-    inside = spans[0].unsqueeze(-1) & spans[1].unsqueeze(-2) & there.view(b, BOXES, 1, 1)
-    return inside.any(1, keepdim=True)
+    starts, lengths = [], []
+    for side in (h, w):
+        length = (draw.uniform((b, BOXES), least, most) * side).long()
+        starts.append(margin + draw.below((side - length - 2 * margin + 1).clamp(min=1)))
+        lengths.append(length * there)
+    return boxes_mask(starts, lengths, (h, w))

@@ -6,21 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_fastai.data.patches import enlarged, random_cells
-from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import covered_tokens, patch_size, patched_side, takes_some_patches
 from selfsup_fastai.metrics import explained
-from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import HiddenTask, check_number, per_image
 
 
 def _as_they_are(pred: Tensor, target: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pred, target, hidden
 
 
-class SimMIM(PretextTask):
+class SimMIM(HiddenTask):
     """What do the hidden squares of the image look like?
 
     Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu, SimMIM: A Simple Framework for Masked Image Modeling, 2021 (arXiv
@@ -33,10 +30,13 @@ class SimMIM(PretextTask):
     [0, 1]. Loss: the mean absolute error on hidden pixels; the metric is the share of their variance that is explained.
 
     The squares are a sixth of the image's side, as the paper's 32 of 192 pixels, or the nearest number that divides the
-    side; where none near does, the image is cut by a few pixels. With a plain vision transformer they are whole
+    side; where none near does, the image is resized to fit. With a plain vision transformer they are whole
     patches, covered after the patch embedding, as in the authors' code. With every other net (theirs has but Swin and
     ViT) the task is ours, a variant with dense input: hidden pixels are overwritten with one learned color, so that
     edges of the squares can be seen; a Swin is treated so, too.
+
+    Guards against copying from next door: the squares are large. Of a convnet's input their edges can be seen, which
+    gives nothing of what is under them away.
 
     Suits convnets and transformers that are fine-tuned afterwards, on images with large structure; frozen, the features
     are weaker than those of joint embedding. Does not suit fine textures, which nobody could paint: the best answer
@@ -46,9 +46,6 @@ class SimMIM(PretextTask):
     name = "simmim"
     paper = "Xie et al. 2021"
     by_map = True
-    n_inp = 2
-    n_targets = 2
-    normalized = (True, False)
     min_side = 12
     metrics = (explained("explained", _as_they_are, around_mean=False),)
 
@@ -74,12 +71,11 @@ class SimMIM(PretextTask):
         """Sides in pixels of the images and of the squares for this network."""
         if takes_some_patches(encoder.body):
             return fitting_squares(patched_side(encoder), self.squares, patch_size(encoder.body))
-        return fitting_squares(encoder.fixed_size or encoder.size or 224, self.squares)
+        return fitting_squares(encoder.fixed_size or encoder.side, self.squares)
 
     def make_batch(self, x, *, generator, train, idx=None):
         side, square = (self.side, self.square) if self.side else fitting_squares(min(x.shape[-2:]), self.squares)
-        recipe = Recipe(scale=(self.min_area, 1.0), flip=self.flip, jitter_p=0, grey_p=0)
-        x = square_view(x, side, recipe if train else None, generator)
+        x = self.view(x, side, generator, train)
         grid = side // square
         n_hidden = min(grid**2 - 1, math.ceil(self.mask_ratio * grid**2 - 1e-9))
         hidden = enlarged(random_cells(len(x), grid**2, n_hidden, generator), (grid, grid), square)
@@ -94,27 +90,15 @@ class SimMIM(PretextTask):
         error = (error * hidden).flatten(1).sum(1) / (hidden.flatten(1).sum(1) + 1e-5)
         return per_image(error, reduction)
 
-    def activation(self, pred):
-        return pred
-
     def decode(self, pred):
         """The painted images in [0, 1], (B, C, S, S)."""
         return from_standardized(pred, self.mean, self.std).clamp(0, 1)
 
-    def chance(self):
-        return 0.0
+    def hidden_pixels(self, x, hidden):
+        return hidden
 
-    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """What the network sees | what it paints | the image."""
-        n = min(max_n, len(inputs[0]))
-        x, hidden = inputs[0][:n], inputs[1][:n]
-        panels = [see_through(x, hidden), x]
-        titles = ["seen | whole"] * n
-        if pred is not None:
-            panels.insert(1, torch.where(hidden, pred[:n], x))
-            apart = ((pred[:n] - x).abs() * hidden).flatten(1).sum(1) / (hidden.flatten(1).sum(1) * x.shape[1])
-            titles = [f"seen | painted | whole, {100 * error:.0f} % off" for error in apart.tolist()]
-        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
+    def painted(self, x, hidden, pred):
+        return torch.where(hidden, pred, x)
 
 
 class Painter(nn.Module):
@@ -166,7 +150,7 @@ def fitting_squares(
     side: int,  # Of the images, in pixels
     squares: int,  # Wanted along a side
     step: int = 1,  # A square is a multiple of this, which divides the side: the patch of a vision transformer
-) -> tuple[int, int]:  # Sides in pixels of the images, perhaps cut, and of the squares
+) -> tuple[int, int]:  # Sides in pixels of the images, perhaps resized to fit, and of the squares
     """Squares that cover the image exactly: from 2/3 to 3/2 as many along a side as wanted, the nearest in size."""
     near = [s for s in range(step, side + 1, step) if side % s == 0 and squares / 1.5 <= side / s <= squares * 1.5]
     if near:
