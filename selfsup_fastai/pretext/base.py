@@ -236,7 +236,7 @@ class HiddenTask(PretextTask):
         pixels = self.hidden_pixels(x, hidden)
         panels, titles = [see_through(x, pixels), x], ["seen | whole"] * len(x)
         if pred is not None:
-            painted = self.painted(x, hidden, pred[:max_n])
+            painted = self.painted(x, hidden, pred[: len(x)])
             panels.insert(1, painted)
             off = ((painted - x).abs() * pixels).flatten(1).sum(1) / (pixels.flatten(1).sum(1) * x.shape[1])
             titles = [f"seen | painted | whole, {100 * error:.0f} % off" for error in off.tolist()]
