@@ -38,7 +38,11 @@ def unknown(
 ) -> UnknownNameError:
     """The error for a name that does not exist: the nearest names first; all of them where they are few."""
     known = list(known)
-    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     names = f" Known: {', '.join(sorted(known))}." if len(known) <= 40 else ""
-    return UnknownNameError(f"There is no {kind} called {name!r}.{hint}{names}")
+    return UnknownNameError(f"There is no {kind} called {name!r}.{did_you_mean(name, known)}{names}")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known names; empty where none is near."""
+    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -645,7 +645,7 @@ def test_a_data_block_asks_the_question_and_the_learner_picks_it_up(color_folder
     assert x.shape == (8, 1, 3, 32, 32) and y.shape == (8, 1)
     assert len(dls.show_batch()) == 8
     learn = learner(None, dls)
-    assert learn.task is dls.train.task and learn.task.turns == "one"
+    assert learn.task is learn.dls.train.task and learn.task.turns == "one"
     assert sum(isinstance(t, PretextTransform) for t in learn.dls.train.after_batch.fs) == 1
     learn.fit(1)
     learn.show_results()
@@ -711,7 +711,7 @@ def test_wrong_names_are_answered_with_the_right_ones():
         pretext_learner(dls, "rotaton")
     with pytest.raises(TaskError, match="rotation has no setting 'turn'; it has turns, crop, flip"):
         pretext_learner(dls, "rotation", turn="one")
-    with pytest.raises(TaskError, match="'all' or 'one', got 'two'"):
+    with pytest.raises(TaskError, match="'all' or 'one'; got 'two'"):
         pretext_learner(dls, "rotation", turns="two")
     with pytest.raises(TaskError, match=r"pretext_learner\(dls, 'rotation'\).*jigsaw.*simclr"):
         pretext_learner(dls)

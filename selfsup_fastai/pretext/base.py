@@ -19,7 +19,7 @@ from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
-from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.errors import TaskError, did_you_mean
 from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw, draw_restored, draw_rows, grid_axes, see_through
 
@@ -296,10 +296,12 @@ def check_flag(name: str, value: object) -> None:
         raise TaskError(f"{name} is True or False, got {value!r}.")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises `UnknownNameError` unless a setting is one of these names."""
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """Raises `TaskError` unless a setting is one of these."""
     if value not in choices:
-        raise unknown(name, value, choices)
+        *others, last = map(repr, choices)
+        hint = did_you_mean(value, [choice for choice in choices if choice])
+        raise TaskError(f"{name} is {', '.join(others)} or {last}; got {value!r}.{hint}")
 
 
 def per_image(loss: Tensor, reduction: str) -> Tensor:

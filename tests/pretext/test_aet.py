@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.predictive.aet import CORNERS, DEVIATIONS, GRAY, inverse, projective_maps, warp
 
@@ -224,9 +224,9 @@ def test_settings_out_of_range():
     for name, value in [("turn", 181), ("shift", -0.1), ("scale", 1), ("shear", 61), ("crop", 0.6), ("flip", 2)]:
         with pytest.raises(TaskError, match=f"{name} is a number"):
             get_task("aet", **{name: value})
-    with pytest.raises(UnknownNameError, match="There is no transform called 'turn'"):
+    with pytest.raises(TaskError, match="transform is 'affine' or 'projective'; got 'turn'"):
         get_task("aet", transform="turn")
-    with pytest.raises(UnknownNameError, match="There is no compare called 'mse'"):
+    with pytest.raises(TaskError, match="compare is 'parameters' or 'matrix'; got 'mse'"):
         get_task("aet", compare="mse")
     with pytest.raises(TaskError, match="all 0"):
         get_task("aet", turn=0, shift=0, scale=0, shear=0)

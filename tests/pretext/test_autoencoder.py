@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 
 
@@ -103,5 +103,5 @@ def test_settings_out_of_range():
     for share in (-0.1, 1):
         with pytest.raises(TaskError, match=f"denoise is a number, at least 0 and below 1; got {share}"):
             get_task("autoencoder", denoise=share)
-    with pytest.raises(UnknownNameError, match=r"'square'\. Did you mean 'squared'"):
+    with pytest.raises(TaskError, match=r"got 'square'\. Did you mean 'squared'"):
         get_task("autoencoder", error="square")

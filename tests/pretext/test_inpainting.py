@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from selfsup_fastai.callbacks.rates import RateOfPart
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.multi import SeveralTasks
 from tests.test_contract import learner
@@ -248,7 +248,7 @@ def test_with_a_judge_it_stands_alone():
 
 
 def test_settings_out_of_range():
-    with pytest.raises(UnknownNameError, match=r"region called 'middle'.*blocks, center, irregular"):
+    with pytest.raises(TaskError, match="region is 'irregular', 'blocks' or 'center'; got 'middle'"):
         get_task("inpainting", region="middle")
     with pytest.raises(TaskError, match="adversarial is True or False, got 1"):
         get_task("inpainting", adversarial=1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.predictive import jigsaw
@@ -89,7 +89,7 @@ def test_settings_out_of_range():
     for name, value in {"gap": "no", "shift": "off", "standardize": "false"}.items():
         with pytest.raises(TaskError, match=f"{name} is True or False, got '{value}'"):
             get_task("jigsaw", **{name: value})
-    with pytest.raises(UnknownNameError, match="There is no color called 'gray'"):
+    with pytest.raises(TaskError, match="color is 'drop', 'project' or 'keep'; got 'gray'"):
         get_task("jigsaw", color="gray")
     assert get_task("jigsaw", n_permutations=8).chance() == 1 / 8
     assert get_task("jigsaw").passes == 9 * 0.25**2 and get_task("jigsaw", gap=False).passes == 1

@@ -8,7 +8,7 @@ from torch import Tensor
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.encoders.decoders import PerPixel, with_map_of
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.generative import models_genesis as genesis
 
@@ -226,7 +226,7 @@ def test_the_skip_is_of_the_first_level_alone(arch, has):
 def test_settings_out_of_range():
     with pytest.raises(TaskError, match="curve is a number, at least 0 and at most 1; got 2"):
         get_task("models_genesis", curve=2)
-    with pytest.raises(UnknownNameError, match=r"no skip called 'all'\. Known: first"):
+    with pytest.raises(TaskError, match="skip is 'first' or None; got 'all'"):
         get_task("models_genesis", skip="all")
     with pytest.raises(TaskError, match="flip is True or False, got 'no'"):
         get_task("models_genesis", flip="no")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.predictive.relative_position import NAMES, QUESTIONS, shrunken
@@ -219,7 +219,7 @@ def test_settings_out_of_range():
     for name, value, text in [("patch", 0.26, "at most 0.25"), ("gap", 0.6, "at most 0.5"), ("jitter", -1, "at least")]:
         with pytest.raises(TaskError, match=f"{name} is a number, .*{text}"):
             get_task("relative_position", **{name: value})
-    with pytest.raises(UnknownNameError, match="There is no color called 'gray'"):
+    with pytest.raises(TaskError, match="color is 'drop', 'project' or 'keep'; got 'gray'"):
         get_task("relative_position", color="gray")
     with pytest.raises(TaskError, match="standardize is True or False, got 'false'"):
         get_task("relative_position", standardize="false")

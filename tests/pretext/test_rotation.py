@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.views import apply_shifts
-from selfsup_fastai.errors import UnknownNameError
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 
@@ -160,6 +160,6 @@ def test_results_name_what_the_network_says_of_the_pixels_shown(learn):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(UnknownNameError, match="There is no turns called 'four'"):
+    with pytest.raises(TaskError, match="turns is 'all' or 'one'; got 'four'"):
         get_task("rotation", turns="four")
     assert get_task("rotation").passes == 4 and get_task("rotation", turns="one").passes == 1

@@ -61,8 +61,7 @@ class ModelsGenesis(RestoringTask):
         for name, value in [("shuffle", shuffle), ("curve", curve), ("paint", paint), ("outward", outward)]:
             check_number(name, value, 0, 1)
         check_flag("flip", flip)
-        if skip is not None:
-            check_choice("skip", skip, ("first",))
+        check_choice("skip", skip, ("first", None))
         self.shuffle, self.curve, self.paint, self.outward = shuffle, curve, paint, outward
         self.flip, self.skip = flip, skip
 
