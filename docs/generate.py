@@ -159,11 +159,20 @@ def _channels(task: PretextTask) -> str:
 
 def task_table() -> str:
     """The table of all tasks, in Markdown."""
-    rows = ["| task | what the network is asked | paper | passes per image |", "|---|---|---|---|"]
+    rows = ["| task | what the network is asked | images | paper | passes per image |", "|---|---|---|---|---|"]
     for name in TASKS:
         cls = task_class(name)
-        rows.append(f"| [{name}](docs/tasks/{name}.md) | {_cell(cls.asks())} | {cls.paper} | {cls().passes:.2g} |")
+        link = f"[{name}](docs/tasks/{name}.md)"
+        rows.append(f"| {link} | {_cell(cls.asks())} | {_images(cls)} | {cls.paper} | {cls().passes:.2g} |")
     return "\n".join(rows)
+
+
+def _images(cls: type[PretextTask]) -> str:
+    """Which images suit: color, or any; with the settings that let others in."""
+    if 1 in cls().channels:
+        return "any"
+    modes = [settings for settings in MODES.get(cls.name, []) if 1 in cls(**settings).channels]
+    return "; ".join(["color", *(f"any with `{k}={v!r}`" for settings in modes for k, v in settings.items())])
 
 
 def with_table(readme: str) -> str:

@@ -103,7 +103,10 @@ def tasks() -> None:
     """List the pretext tasks."""
     from selfsup_fastai.pretext import list_tasks
 
-    typer.echo(list_tasks().reset_index().to_string(index=False, justify="left"))
+    table = list_tasks().reset_index()[["task", "images", "paper", "what is asked"]]
+    widths = [max(map(len, [name, *table[name]])) for name in table.columns]
+    for row in (table.columns, *table.itertuples(index=False)):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 @app.command()

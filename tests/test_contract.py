@@ -523,7 +523,7 @@ def test_saved_encoder_gives_equal_features_and_tells_its_story(task, tmp_path):
     assert card["data"]["images"] == [24, 8]
     names = ["train_loss", "valid_loss", *(m.__name__ for m in learn.task.metrics)]
     assert card["metrics"] == dict(zip(names, last)) and len(last) == len(names)
-    assert card["lineage"] == [{k: card[k] for k in ("task", "epochs", "images", "data")}]
+    assert card["lineage"] == [{k: card[k] for k in ("task", "settings", "epochs", "images", "data")}]
     np.testing.assert_allclose(card["mean"], learn.encoder.mean)
 
 

@@ -37,9 +37,10 @@ class TrainFirst(Callback):
     def _train_parts(self) -> None:
         for part in self.learn.model.modules():
             if isinstance(part, TrainedFirst) and not part.is_trained:
+                say(f"First the {part.what} is trained: {self.n_epochs} epoch{'s' * (self.n_epochs > 1)}.")
                 with preserved_rng(), part.learning():
                     loss = self._train(part)
-                say(f"The {part.what} was trained first: {self.n_epochs} epochs, loss {loss:.3g}. It is frozen now.")
+                say(f"The {part.what} is trained, its own loss is {loss:.3g}, and is frozen from now on.")
 
     def _train(self, part: TrainedFirst) -> float:
         """The loss of the last epoch."""

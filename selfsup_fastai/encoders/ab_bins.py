@@ -13,6 +13,7 @@ _B_RANGES = {  # a: least and greatest b
     **{-20: (-50, 100), -10: (-60, 100), 0: (-70, 100), 10: (-80, 90), 20: (-80, 90), 30: (-90, 90), 40: (-100, 90)},
     **{50: (-100, 80), 60: (-110, 80), 70: (-110, 80), 80: (-110, 70), 90: (-110, 70), 100: (-90, 0)},
 }
+PALE = 5.0  # An image with no |a| or |b| above this is grey
 N_BINS = sum((high - low) // STEP + 1 for low, high in _B_RANGES.values())  # 313
 
 
@@ -61,3 +62,8 @@ def mean_color(
 ) -> Tensor:  # (B, 2, h, w), in units of Lab
     """The mean of the centers, each as probable as said."""
     return torch.einsum("bqhw,qc->bchw", probabilities, ab_centers().to(probabilities))
+
+
+def has_color(ab: Tensor) -> Tensor:
+    """(B, 2, h, w) -> (B,): 1 for images with some |a| or |b| above 5, else 0."""
+    return (ab.abs().amax((1, 2, 3)) > PALE).to(ab.dtype)

@@ -161,6 +161,9 @@ def fixed_size(net: nn.Module, kwargs: dict) -> int | None:
 
 def _timm_cfg(arch: str) -> timm.models.PretrainedCfg:
     if not is_timm_name(arch):
+        if arch in torchvision_names():
+            fix = f"Give torchvision.models.{arch} instead of a name."
+            raise SelfsupError(f"timm has no {arch!r}, but torchvision has. {fix}")
         raise unknown("architecture", arch, timm.list_models())
     try:
         return timm.get_pretrained_cfg(arch)

@@ -21,7 +21,7 @@ from selfsup_fastai.errors import EncoderFileError
 
 FORMAT = 1  # Raised when an older `load_encoder` could no longer read what is written
 FIELDS = ("arch", "source", "kwargs", "in_chans", "input", "mean", "std", "size", "num_features")  # Of the encoder
-ROUND = ("task", "epochs", "images", "data")  # What a lineage tells of a round
+ROUND = ("task", "settings", "epochs", "images", "data")  # What a lineage tells of a round
 SOURCES = ("timm", "torchvision", "module", "split timm", "split torchvision", "split module")
 INPUTS = ("rgb", "grey", "other", *CHANNELS)  # What an encoder may eat
 MAX_CHANNELS, MAX_SIZE, MAX_NUMBER = 1024, 16384, 65536  # Beyond these a card is damaged or hostile

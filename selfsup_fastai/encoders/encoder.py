@@ -73,7 +73,8 @@ class Encoder(nn.Module):
     def feature_map(self, x: Tensor) -> Tensor:
         """The last map, `(B, C, h, w)`: what `forward` pools, where the network pools a map."""
         if self._last_map is None:
-            raise TaskError(f"{self.arch} gives no feature maps (B, C, h, w). Take a timm network, e.g. 'resnet18'.")
+            fix = "Take one of timm's, e.g. 'resnet18' or 'vit_tiny_patch16_224'."
+            raise TaskError(f"{self.arch} gives no feature maps (B, C, h, w). {fix}")
         return self._last_map(self.body, self._checked(x))
 
     def map_shape(

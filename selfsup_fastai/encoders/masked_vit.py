@@ -26,7 +26,8 @@ def check_takes_some_patches(encoder: Encoder, task: str) -> None:
     if not takes_some_patches(encoder.body):
         raise TaskError(
             f"{task} leaves patches out, which takes a plain vision transformer of timm's ('vit_tiny_patch16_224', "
-            f"'vit_small_patch16_224', 'deit3_small_patch16_224'); {encoder.arch} is none."
+            f"'vit_small_patch16_224', 'deit3_small_patch16_224'); {encoder.arch} is none. "
+            "Leave arch out for a small one, or take simmim, which suits every net."
         )
 
 

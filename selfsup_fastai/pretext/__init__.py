@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.errors import TaskError, did_you_mean, unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,7 +59,8 @@ def get_task(
     known = cls.setting_names()
     wrong = [name for name in settings if name not in known]
     if wrong:
-        raise TaskError(f"{cls.name} has no setting {wrong[0]!r}; it has {', '.join(known) or 'none'}.")
+        hint = did_you_mean(wrong[0], known)
+        raise TaskError(f"{cls.name} has no setting {wrong[0]!r}; it has {', '.join(known) or 'none'}.{hint}")
     return cls(**settings)
 
 
@@ -71,8 +72,13 @@ def _several(tasks: list, settings: dict) -> "PretextTask":
     weights = {"weights": settings.pop("weights")} if "weights" in settings else {}
     made = [get_task(task, **_own(task, settings)) for task in tasks]
     if settings:
+        name, value = next(iter(settings.items()))
+        owner = next((task.name for task in made if name in task.setting_names()), made[0].name)
         known = ", ".join(["weights", *(task.name for task in made)])
-        raise TaskError(f"Several tasks have no setting {next(iter(settings))!r}; they have {known}.")
+        raise TaskError(
+            f"Several tasks have no setting {name!r}; they have {known}. A setting of one of them is given as "
+            f"{owner}={{{name!r}: {value!r}}}, in the shell as --set {owner}.{name}={value}."
+        )
     return SeveralTasks(made, **weights)
 
 
@@ -86,10 +92,14 @@ def _own(task, settings: dict) -> dict:
 
 
 def list_tasks() -> "DataFrame":
-    """A table of the tasks: name, paper, what is asked, kind, and images through the encoder for each image."""
+    """A table of the tasks: what is asked, kind, channels of the images, paper, and passes through the encoder."""
     import pandas as pd
 
     classes = [task_class(name) for name in TASKS]
-    rows = [(c.name, c.kind(), c.asks(), c.paper, c().passes) for c in classes]
-    table = pd.DataFrame(rows, columns=["task", "kind", "what is asked", "paper", "passes"])
+    rows = [(c.name, c.kind(), _images(c()), c.asks(), c.paper, c().passes) for c in classes]
+    table = pd.DataFrame(rows, columns=["task", "kind", "images", "what is asked", "paper", "passes"])
     return table.set_index("task")
+
+
+def _images(task: "PretextTask") -> str:
+    return "any" if 1 in task.channels else "color"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
+from selfsup_fastai.encoders.card import ROUND
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
@@ -106,6 +107,8 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
         height, width = plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:]
     side = min(height, width)
     channels = kept.image_channels if kept else n_in or n_in_of(plain)
+    if kept:
+        _say_fitted(kept, plain, task)
     task.check_shape((1, channels, height, width))  # now, not in the middle of the first epoch
     n_net = CHANNELS.get(task.input, channels)
     encoder = kept or get_encoder(source, n_net, side, pretrained, task.split, **own(side))
@@ -118,6 +121,17 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     if not (encoder.fixed_size and encoder.size):
         encoder.size = side
     return encoder, plain, measured
+
+
+def _say_fitted(encoder: Encoder, plain: DataLoaders, task: PretextTask) -> None:
+    """Says how images are changed for an encoder that exists. Raises `TaskError` where the task suits them, not it."""
+    has, takes = n_in_of(plain), encoder.image_channels
+    kind = "grey" if takes == 1 else "color"
+    if takes not in task.channels and has in task.channels:
+        fix = "Start with a new net (arch=), or choose another task."
+        raise TaskError(f"The given encoder takes {kind} images, with which {task.name} cannot work. {fix}")
+    if has != takes:
+        say(f"The encoder takes {kind} images: {'these are made grey' if takes == 1 else 'grey ones are repeated'}.")
 
 
 def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
@@ -224,9 +238,9 @@ class PretextLearner(Learner):
         return save_encoder(self.encoder, file, **self._card())
 
     def this_round(self) -> dict:
-        """What the lineage of an encoder tells of its training by this learner: task, epochs, images, data."""
+        """What the lineage of an encoder tells of its training by this learner."""
         card = self._card()
-        return {key: card[key] for key in ("task", "epochs", "images", "data")}
+        return {key: card[key] for key in ROUND}
 
     def _card(self) -> dict:
         return {

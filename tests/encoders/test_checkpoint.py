@@ -142,7 +142,7 @@ def test_training_state_and_statistics_of_norms_travel(tmp_path):
 def test_the_lineage_lists_every_round_once(tmp_path):
     first = save_encoder(tiny(), tmp_path / "a", **FIELDS)
     encoder = load_encoder(first)
-    assert encoder.lineage == [{key: FIELDS[key] for key in ("task", "epochs", "images", "data")}]
+    assert encoder.lineage == [{key: FIELDS[key] for key in ("task", "settings", "epochs", "images", "data")}]
     save_encoder(encoder, tmp_path / "b", task="simclr", epochs=5)
     second = save_encoder(encoder, tmp_path / "b", task="simclr", epochs=5)
     assert [entry["task"] for entry in read_card(second)["lineage"]] == ["rotation", "simclr"]

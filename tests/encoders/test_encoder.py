@@ -230,6 +230,11 @@ def test_the_statistics_are_those_of_the_weights_and_not_the_usual_ones():
     assert bodies._chosen_weights("efficientnet_v2_l", "DEFAULT").transforms().mean == [0.5, 0.5, 0.5]
 
 
+def test_a_name_of_torchvisions_is_told_from_timms():
+    with pytest.raises(SelfsupError, match=r"Give torchvision\.models\.shufflenet_v2_x0_5 instead of a name"):
+        create_encoder("shufflenet_v2_x0_5")
+
+
 def test_weights_that_cannot_be_downloaded_are_one_clear_error(monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host\nand much more")

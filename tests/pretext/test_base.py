@@ -178,6 +178,7 @@ def test_table_of_tasks():
     assert list(table.index) == list(TASKS)
     row = table.loc["rotation"]
     assert (row["kind"], row["paper"], row["passes"]) == ("predictive", "Gidaris et al. 2018", 4)
+    assert row["images"] == "any" and table.loc["colorization", "images"] == "color"
     assert row["what is asked"] == "By which quarter turn was the image rotated?"
 
 

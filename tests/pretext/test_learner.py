@@ -165,6 +165,18 @@ def test_what_is_given_stays_as_it_was_and_two_learners_share_nothing(kind):
     assert all(m for m, name in zip(moved, one.encoder.state_dict()) if name.endswith("weight")), "all layers train"
 
 
+def test_what_an_encoder_that_exists_does_to_the_images_is_said(capsys):
+    grey = create_encoder("resnet10t", n_in=1)
+    learner(loaders(side=32), encoder=grey)
+    assert "The encoder takes grey images: these are made grey." in capsys.readouterr().err
+    with pytest.raises(TaskError, match="given encoder takes grey images, with which colorization cannot work"):
+        learner(loaders(side=32), "colorization", encoder=grey)
+    learner(loaders(side=32, channels=1), encoder=create_encoder("resnet10t"))
+    assert "The encoder takes color images: grey ones are repeated." in capsys.readouterr().err
+    learner(loaders(side=32, channels=1), encoder=grey)
+    assert "The encoder takes" not in capsys.readouterr().err
+
+
 def test_one_task_for_two_learners_learns_of_the_images_of_each():
     task = get_task("exemplar")
     first = learner(loaders(n=24, side=24), task)

@@ -164,7 +164,7 @@ def test_what_cannot_be_combined_is_said():
         get_task(["rotation", "exemplar"])
     with pytest.raises(TaskError, match=r"different things \(colorization: L, split_brain: lab\)"):
         get_task(["colorization", "split_brain"])
-    with pytest.raises(TaskError, match="no setting 'turns'; they have weights, rotation, jigsaw"):
+    with pytest.raises(TaskError, match=r"'turns'; .* rotation=\{'turns': 'one'\}, in .* --set rotation\.turns=one"):
         get_task(BOTH, turns="one")
     with pytest.raises(TaskError, match="are a dict, such as"):
         get_task(BOTH, rotation="one")

@@ -66,7 +66,8 @@ def test_cells_are_at_least_two_pixels_wide(h, w, expected):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_loss_is_the_sum_of_the_cross_entropies(direction):
-    task, centers = get_task("split_brain", direction=direction, l_bins=10), ab_centers().tolist()
+    shades = {} if direction == "L_to_ab" else {"l_bins": 10}
+    task, centers = get_task("split_brain", direction=direction, **shades), ab_centers().tolist()
     n = {"both": 323, "L_to_ab": 313, "ab_to_L": 10}[direction]
     lab = torch.rand(2, 3, 2, 2, generator=seeded(), dtype=torch.float64) * 100
     lab[0, 0, 0, 0], lab[0, 0, 0, 1] = 100.0, 0.0  # the ends of the scale
@@ -258,6 +259,10 @@ def test_the_diagonal_learns_on_grey_and_color_images(channels):
 def test_grey_data_is_told_of_the_diagonal():
     with pytest.raises(TaskError, match=r"images of 3 channels, these have 1\..*halves='diagonal'"):
         learner(blocks(8, 1)[..., 0])
+    grey = UnlabeledDataLoaders.from_array(blocks(8, 1)[..., 0], size=None, bs=4, valid_pct=0.25, num_workers=0, n_in=3)
+    with pytest.raises(TaskError, match=r"found no color in the training images.*halves='diagonal'"):
+        pretext_learner(grey, "split_brain", tiny)
+    assert pretext_learner(grey, "split_brain", tiny, halves="diagonal").encoder.in_chans == 3
 
 
 @pytest.mark.parametrize(

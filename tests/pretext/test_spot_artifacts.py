@@ -404,7 +404,7 @@ def test_the_autoencoder_is_trained_once_before_everything_else(capsys, tmp_path
     assert same(before, part) and not part.is_trained
     learn.fit(1)
     assert part.is_trained and not any(torch.equal(p, before[n]) for n, p in part.named_parameters())
-    assert capsys.readouterr().err.count("The autoencoder was trained first: 2 epochs, loss") == 1
+    assert capsys.readouterr().err.count("First the autoencoder is trained: 2 epochs.") == 1
     after = weights(part)
     learn.fit_one_cycle(1, 1e-2)
     learn.unfreeze()
@@ -425,7 +425,7 @@ def test_the_learning_rate_finder_finds_it_trained_and_leaves_it_so(capsys, tmp_
     assert after["is_trained"]
     learn.fit(1)
     assert same(after, learn.model.autoencoder)
-    assert capsys.readouterr().err.count("trained first") == 1
+    assert capsys.readouterr().err.count("First the autoencoder") == 1
 
 
 def test_it_stays_in_evaluation_mode_and_out_of_the_optimizer():

@@ -16,7 +16,6 @@ from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number,
 from selfsup_fastai.pretext.loader import PretextTransform
 
 SMALLER = 4  # The output's side is the image's divided by this
-PALE = 5.0  # An image with no |a| or |b| above this is grey
 SMOOTHING = 5.0  # Width of the Gaussian that smooths the shares of the colors, in units of Lab
 GREY_DATA = "Grey images have no color to predict: take rotation, jigsaw, or split_brain with halves='diagonal'."
 
@@ -111,7 +110,7 @@ class Colorization(PretextTask):
         else:
             weights, bins = ab_bins.soft_bins(target, self.neighbors, self.sigma)
             losses = self.rarity(bins[:, 0]) * ab_bins.soft_cross_entropy(pred, weights, bins)
-        return per_image(losses.flatten(1).mean(1) * has_color(target), reduction)
+        return per_image(losses.flatten(1).mean(1) * ab_bins.has_color(target), reduction)
 
     @property
     def metrics(self):
@@ -127,14 +126,14 @@ class Colorization(PretextTask):
         else:
             rarity = self.rarity.weights.view(1, -1, 1, 1)
             mean = ab_bins.mean_color((pred.float() - rarity.log()).softmax(1))
-        return mean, target, has_color(target).view(-1, 1, 1, 1)
+        return mean, target, ab_bins.has_color(target).view(-1, 1, 1, 1)
 
     def right_pixels(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """How many pixels, in images that have color, whose nearest center is named; of how many. Weighted as in the
         loss."""
         truth = ab_bins.nearest_bins(target)
         named = pred.argmax(1) if self.answer == "classes" else ab_bins.nearest_bins(pred * AB_REACH)
-        weights = self.rarity(truth) * has_color(target).view(-1, 1, 1)
+        weights = self.rarity(truth) * ab_bins.has_color(target).view(-1, 1, 1)
         return (weights * (named == truth)).sum(), weights.expand_as(truth).sum()
 
     def chance(self):
@@ -208,14 +207,9 @@ def annealed_mean(logits: Tensor, temperature: float) -> Tensor:
     return ab_bins.mean_color((logits.float() / temperature).softmax(1))
 
 
-def has_color(ab: Tensor) -> Tensor:
-    """(B, 2, h, w) -> (B,): 1 for images with some |a| or |b| above 5, else 0."""
-    return (ab.abs().amax((1, 2, 3)) > PALE).to(ab.dtype)
-
-
 def nearest_of_colored(ab: Tensor) -> Tensor:
     """(B, 2, h, w) -> the nearest centers of all pixels of the images that have color, (n,)."""
-    return ab_bins.nearest_bins(ab[has_color(ab) > 0]).flatten()
+    return ab_bins.nearest_bins(ab[ab_bins.has_color(ab) > 0]).flatten()
 
 
 def colored(lightness: Tensor, ab: Tensor) -> Tensor:

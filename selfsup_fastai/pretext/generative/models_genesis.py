@@ -64,6 +64,8 @@ class ModelsGenesis(RestoringTask):
         check_choice("skip", skip, ("first", None))
         self.shuffle, self.curve, self.paint, self.outward = shuffle, curve, paint, outward
         self.flip, self.skip = flip, skip
+        if not paint:
+            self.check_idle("paint=0", "outward")
 
     def make_batch(self, x, *, generator, train, idx=None):
         draw = Draw(generator)

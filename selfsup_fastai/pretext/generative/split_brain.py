@@ -6,15 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.data.loader import training_images
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import center_square, random_view, shift_flip_by_share
 from selfsup_fastai.encoders import ab_bins
 from selfsup_fastai.encoders.decoders import MapDecoder, map_decoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import average, explained
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.loader import PretextTransform
 
 ASKED = {"both": ("color", "lightness"), "L_to_ab": ("color",), "ab_to_L": ("lightness",)}
 EATEN = {"both": "lab", "L_to_ab": "L", "ab_to_L": "ab"}
@@ -92,6 +95,13 @@ class SplitBrain(PretextTask):
 
     def chance(self):
         return 0.0
+
+    def setup(self, dls, encoder):
+        if self.halves == "diagonal":
+            return
+        found = [ab_bins.has_color(rgb_to_lab(x)[:, 1:]).any() for x in training_images(dls, drop=(PretextTransform,))]
+        if not any(found):
+            raise TaskError(f"split_brain found no color in the training images. {self.instead}")
 
     def make_batch(self, x, *, generator, train, idx=None):
         if self.halves == "diagonal":
