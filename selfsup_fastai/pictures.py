@@ -88,12 +88,13 @@ def draw_rows(
     ctxs: list[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
     right: Sequence[bool | None] | None = None,  # As in `draw`, one for each question
+    gap: int = 2,  # Pixels between two pictures
 ) -> list[Axes]:
     """Each question's pictures side by side on one axis."""
     height, width = rows[0][0].shape[-2:]
     axes = grid_axes(len(rows), ctxs, figsize, aspect=len(rows[0]) * width / height)
     for ax, row, title, known in zip(axes, rows, titles, right or [None] * len(rows)):
-        draw(ax, side_by_side(torch.stack([picture.float() for picture in row])), title, known)
+        draw(ax, side_by_side(torch.stack([picture.float() for picture in row]), gap), title, known)
     return axes
 
 
