@@ -1,33 +1,60 @@
 """The one place that draws: axes in a grid, and an image with a title on one of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion: told apart by color-blind people; a mark says the same
+TITLE = 0.3  # Inches that a title takes above its picture
 
 
 def grid_axes(
     n: int,  # How many pictures
-    ctxs: list[Axes] | None = None,  # Axes to draw on; None: new ones
+    ctxs: list[Axes] | FigureBase | None = None,  # Axes to draw on, or where to make them; None: in a new figure
     figsize: tuple[float, float] | None = None,  # Inches, of the whole figure
     aspect: float = 1.0,  # Width over height of one picture
-    columns: int | None = None,  # None: nearly square
+    columns: int | None = None,  # None: nearly square; in a figure that is given, as the pictures are largest
 ) -> list[Axes]:
-    """`n` axes without ticks: those given, or a new figure's."""
-    if ctxs is not None:
+    """`n` axes without ticks: those given, or new ones."""
+    figure = ctxs if isinstance(ctxs, FigureBase) else None
+    if ctxs is not None and figure is None:
         return list(ctxs)[:n]
-    columns = columns or math.ceil(math.sqrt(n / aspect))
+    if not columns:
+        columns = _columns_of(figure, n, aspect) if figure else math.ceil(math.sqrt(n / aspect))
     columns = max(1, min(columns, n))
     rows = math.ceil(n / columns)
-    _, axes = plt.subplots(rows, columns, figsize=figsize or (2.1 * aspect * columns, 2.4 * rows), squeeze=False)
+    figure = figure or plt.figure(figsize=figsize or (2.1 * aspect * columns, 2.4 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     return list(axes.flat)[:n]
+
+
+def _columns_of(figure: FigureBase, n: int, aspect: float) -> int:
+    """In how many columns `n` pictures with titles are largest in a figure."""
+    box = figure.bbox.transformed(figure.dpi_scale_trans.inverted())  # inches
+
+    def height(columns: int) -> float:
+        return min(box.width / columns / aspect, box.height / math.ceil(n / columns) - TITLE)
+
+    return max(range(1, n + 1), key=height)
+
+
+def figure_blocks(
+    names: Sequence[str],  # Titles of the blocks
+    figsize: tuple[float, float] | None = None,  # Inches, of the whole figure
+) -> list[SubFigure]:
+    """One figure of blocks, one below the other, each to be handed on as `ctxs`."""
+    figure = plt.figure(figsize=figsize or (10, 4.8 * len(names)))
+    blocks = list(figure.subfigures(len(names), 1, squeeze=False).flat)
+    for block, name in zip(blocks, names):
+        block.suptitle(name, fontweight="bold")
+    return blocks
 
 
 def draw(
@@ -61,12 +88,13 @@ def draw_rows(
     ctxs: list[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
     right: Sequence[bool | None] | None = None,  # As in `draw`, one for each question
+    gap: int = 2,  # Pixels between two pictures
 ) -> list[Axes]:
     """Each question's pictures side by side on one axis."""
     height, width = rows[0][0].shape[-2:]
     axes = grid_axes(len(rows), ctxs, figsize, aspect=len(rows[0]) * width / height)
     for ax, row, title, known in zip(axes, rows, titles, right or [None] * len(rows)):
-        draw(ax, side_by_side(torch.stack([picture.float() for picture in row])), title, known)
+        draw(ax, side_by_side(torch.stack([picture.float() for picture in row]), gap), title, known)
     return axes
 
 
@@ -100,27 +128,38 @@ def see_through(
     return torch.where(hidden, board.to(images.dtype), images)
 
 
-def plot_history(history, chance: float | None = None) -> None:
-    """Curves of a run, a point an epoch: losses on the left, the first metric on the right with the level of guessing.
-
-    `history`: a DataFrame with columns epoch, train_loss, valid_loss and then metrics, as `MetricsFile` writes it.
-    """
-    metrics = [c for c in history.columns if c not in ("epoch", "train_loss", "valid_loss")][:1]
+def plot_history(
+    history,  # DataFrame with columns epoch, train_loss, valid_loss and then metrics, as `MetricsFile` writes it
+    chance: float | Mapping[str, float | None] | None = None,  # Level of guessing; or the metrics to draw, with theirs
+) -> None:
+    """Curves of a run, a point an epoch: losses on the left, then the first metric (or those named) with the level of
+    guessing. A share is drawn from 0 to 1, or from as far below 0 as it was, down to -1."""
+    if not isinstance(chance, Mapping):
+        first = [c for c in history.columns if c not in ("epoch", "train_loss", "valid_loss")][:1]
+        chance = dict.fromkeys(first, chance)
+    metrics = [name for name in chance if name in history.columns]
     _, axes = plt.subplots(1, 1 + len(metrics), figsize=(4.5 * (1 + len(metrics)), 3.2), squeeze=False)
     epochs = history["epoch"] + 1
     for column, color in (("train_loss", RIGHT), ("valid_loss", WRONG)):
         axes[0, 0].plot(epochs, history[column], "o-", markersize=3, color=color, label=column.replace("_loss", ""))
     axes[0, 0].set(xlabel="epoch", ylabel="loss")
     axes[0, 0].legend(frameon=False)
-    for name in metrics:
-        axes[0, 1].plot(epochs, history[name], "o-", markersize=3, color=WRONG, label="valid")
-        axes[0, 1].set(xlabel="epoch", ylabel=name.replace("_", " "), ylim=(0, 1) if history[name].max() <= 1 else None)
-        if chance is not None:
-            axes[0, 1].axhline(chance, color="grey", linestyle=":", label="guessing")
-        axes[0, 1].legend(frameon=False)
+    for ax, name in zip(axes[0, 1:], metrics):
+        ax.plot(epochs, history[name], "o-", markersize=3, color=WRONG, label="valid")
+        ax.set(xlabel="epoch", ylabel=name.replace("_", " "), ylim=_limits(history[name].min(), history[name].max()))
+        if chance[name] is not None:
+            ax.axhline(chance[name], color="grey", linestyle=":", label="guessing")
+        ax.legend(frameon=False)
     for ax in axes.flat:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     plt.tight_layout()
+
+
+def _limits(least: float, most: float) -> tuple[float, float] | None:
+    """Of the axis of a metric; None: as matplotlib thinks."""
+    if most > 1 or most < -1 or math.isnan(most):
+        return None
+    return max(-1.0, min(0.0, 1.1 * least)), 1.0
 
 
 def save_picture(file) -> None:

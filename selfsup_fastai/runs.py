@@ -4,7 +4,7 @@
     metrics.csv          a row an epoch, written as it ends
     left_out.csv         files that could not be read, and why
     batch.png            what the network was asked, or the labeled images it saw
-    history.png          losses and the first metric over the epochs
+    history.png          losses and the first metric over the epochs; of several tasks, the first of each
     encoder.safetensors  the encoder and its card
     results.png neighbors.png, or predictions.csv confusion.png learner.pkl
 
@@ -40,6 +40,7 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, plot_history, save_picture
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
+from selfsup_fastai.pretext.multi import SeveralTasks
 
 ENCODER = "encoder.safetensors"
 
@@ -72,7 +73,8 @@ def pretrain(
     out = _run_folder(out, learn, dls.report, {**args, "seed": seed, **data})
     learn.show_batch()
     save_picture(out / "batch.png")
-    with _finished(learn, out, learn.task.chance()):
+    chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
+    with _finished(learn, out, chance):
         learn.fit_one_cycle(epochs, lr, cbs=MetricsFile(out / "metrics.csv"))
     with learn.no_bar(), learn.no_logging():
         learn.show_results()
@@ -171,7 +173,7 @@ def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings:
 
 
 @contextmanager
-def _finished(learn: Learner, out: Path, chance: float | None) -> Iterator[None]:
+def _finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterator[None]:
     """Lines instead of bars while the learner is fitted; at the end, or stopped, what was trained is saved.
 
     After any other error nothing is saved: the weights may be anything.
@@ -190,7 +192,7 @@ def _finished(learn: Learner, out: Path, chance: float | None) -> Iterator[None]
     _save(learn, out, chance)
 
 
-def _save(learn: Learner, out: Path, chance: float | None) -> None:
+def _save(learn: Learner, out: Path, chance: float | dict | None) -> None:
     learn.save_encoder(out / ENCODER)
     plot_history(pd.read_csv(out / "metrics.csv"), chance)
     save_picture(out / "history.png")

@@ -2,13 +2,15 @@
 
 import logging
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
 
 from selfsup_fastai.errors import SelfsupError, UnknownNameError, unknown
 from selfsup_fastai.messages import quiet, say
-from selfsup_fastai.pictures import draw, grid_axes, side_by_side
+from selfsup_fastai.pictures import draw, figure_blocks, grid_axes, plot_history, side_by_side
 
 
 def test_say_goes_to_stderr_and_can_be_silenced(capsys):
@@ -54,3 +56,39 @@ def test_side_by_side_keeps_every_image():
     assert row.shape == (1, 4, 19)
     assert all(torch.equal(row[:, :, i * 7 : i * 7 + 5], image) for i, image in enumerate(images))
     assert (row[:, :, 5:7] == 1).all()
+
+
+def test_axes_in_a_block_are_laid_out_as_the_pictures_are_largest():
+    wide, high = figure_blocks(["a", "b"], figsize=(8, 8))  # two of 8 x 4 inches
+    assert [ax.get_subplotspec().get_gridspec().ncols for ax in grid_axes(2, wide, aspect=4)] == [1] * 2
+    assert [ax.get_subplotspec().get_gridspec().ncols for ax in grid_axes(2, high)] == [2] * 2
+    assert plt.get_fignums() == [wide.figure.number]
+
+
+def history(epochs: int, **metrics) -> pd.DataFrame:
+    losses = np.linspace(2, 1, epochs)
+    return pd.DataFrame({"epoch": range(epochs), "train_loss": losses, "valid_loss": losses, **metrics})
+
+
+def test_history_shows_the_curve_wherever_it_runs():
+    for values, limits in [
+        ([0.2, 0.9], (0, 1)),
+        ([-0.5, 0.4], (-0.55, 1)),
+        ([-2.2, 0.3], (-1, 1)),
+    ]:
+        plot_history(history(2, share=values))
+        assert plt.gcf().axes[1].get_ylim() == pytest.approx(limits)
+    for values in ([-3.0, -2.0], [0.5, 7.0]):
+        plot_history(history(2, share=values))
+        low, high = plt.gcf().axes[1].get_ylim()
+        assert low < min(values) and high > max(values)
+
+
+def test_history_of_one_epoch_has_whole_ticks_and_draws_the_metrics_named():
+    plot_history(history(1, a_loss=[2.0], a_share=[0.4], b_share=[0.1]), {"a_share": 0.25, "b_share": None, "c": 0.5})
+    axes = plt.gcf().axes
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "a share", "b share"]
+    assert [len(ax.lines) for ax in axes[1:]] == [2, 1] and axes[1].lines[1].get_ydata()[0] == 0.25
+    for ax in axes:
+        low, high = ax.get_xlim()
+        assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
+from selfsup_fastai import runs
 from selfsup_fastai.errors import DataError, TaskError
+from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
 from selfsup_fastai.runs import check_out, finetune, pretrain, wilson
 from tests.conftest import write_images
@@ -80,3 +83,18 @@ def test_finetune_from_scratch_trains_all_layers_and_says_so(tmp_path, capsys):
     assert settings["from_scratch"] and settings["classes"] == 2 and settings["arch"] == "resnet10t"
     assert len(pd.read_csv(out / "metrics.csv")) == 3
     assert b"0000.png" not in (out / "learner.pkl").read_bytes()  # no file name leaves with the model
+
+
+def test_a_run_of_several_tasks_pictures_all_of_them(images, tmp_path, monkeypatch):
+    figures = {}
+
+    def keep(file):
+        figures[file.name] = plt.gcf()
+        save_picture(file)
+
+    monkeypatch.setattr(runs, "save_picture", keep)
+    short(tmp_path / "out", images, task=["rotation", "autoencoder"])
+    for name in ("batch.png", "results.png"):
+        assert [block.get_suptitle() for block in figures[name].subfigs] == ["rotation", "autoencoder"]
+    labels = [ax.get_ylabel() for ax in figures["history.png"].axes]
+    assert labels == ["loss", "rotation accuracy", "autoencoder explained variance"]

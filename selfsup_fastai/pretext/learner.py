@@ -1,6 +1,7 @@
 """`pretext_learner`: unlabeled loaders and a task's name -> a fastai `Learner` that trains an encoder."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +31,7 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.pretext.multi import SeveralTasks
 from selfsup_fastai.seeding import preserved_rng
 
+LINE = "\n       "  # Between the answers of several tasks
 LEAST_SAID = 0.01  # of a network's parameters: less is a norm, which is not random before it is trained
 
 
@@ -185,16 +187,21 @@ class Answer(NamedTuple):
     decoded: Any  # As a person reads it
 
     def __repr__(self) -> str:
-        asked, named = _said(self.targets[0]), _said(self.decoded)
-        return f"Answer({self.task.name}: asked {asked}, answered {named}; show() draws it)"
+        parts = [(self.task, self.inputs, self.targets, self.decoded)]
+        if isinstance(self.task, SeveralTasks):
+            parts = self.task.parts(self.inputs, self.targets, self.decoded)
+        lines = [f"{task.name}: asked {_said(known[0])}, answered {_said(named)}" for task, _, known, named in parts]
+        return f"Answer({LINE.join(lines)}; show() draws it)"
 
     def show(self, **kwargs):
         """Question and answer as a picture."""
         return self.task.show(self.inputs, self.targets, pred=self.decoded, **kwargs)
 
 
-def _said(values: Tensor) -> str:
+def _said(values: Tensor | tuple) -> str:
     """A few numbers as they are, of a picture its shape."""
+    if not isinstance(values, Tensor):
+        return ", ".join(map(_said, values))
     return str(values.tolist()) if values.numel() <= 64 else f"an array of shape {tuple(values.shape)}"
 
 
@@ -221,9 +228,10 @@ class PretextLearner(Learner):
         return self.task.product(self.model)
 
     def show_batch(self, **kwargs):
-        """What the network is asked; of several tasks, what each asks (about images of the validation set)."""
-        dl = self.dls.valid if isinstance(self.task, SeveralTasks) and len(self.dls.valid_ds) else self.dls.train
-        return dl.show_batch(**kwargs)
+        """What the network is asked in training; of several tasks, what each asks about the same images."""
+        task = self.dls.train.task
+        with task.all_asked() if isinstance(task, SeveralTasks) else nullcontext():
+            return self.dls.train.show_batch(**kwargs)
 
     def predict(self, item, **_) -> Answer:
         """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""

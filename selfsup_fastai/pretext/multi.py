@@ -1,7 +1,10 @@
 """Several tasks at once: one encoder, and in each training batch another task's question."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
+from itertools import islice
+from typing import Any
 
 import torch
 from fastai.learner import Metric
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import OfSums, average
+from selfsup_fastai.pictures import figure_blocks
 from selfsup_fastai.pretext.base import PretextTask, check_number
 from selfsup_fastai.seeding import VALID_SEED
 
@@ -25,7 +29,8 @@ class SeveralTasks(PretextTask):
 
     In: the inputs of all tasks, one after the other; those of the tasks that are not asked are empty, (B, 0). Targets
     and predictions likewise; the last prediction are the log variances, (B, number of tasks), of the balanced loss.
-    Loss: each task's own times its weight, summed over the tasks that were asked. With `weights='uncertainty'` the loss
+    Loss: each task's own times its weight, the mean over the tasks that were asked: one in training, all in validation,
+    so that the two can be compared. With `weights='uncertainty'` the loss
     of task i is exp(-s) * loss + s with a learned s for each (Kendall, Gal & Cipolla 2018, arXiv 1705.07115; the
     factors 1/2 of theirs, which depend on the kind of loss, are left out).
 
@@ -54,6 +59,7 @@ class SeveralTasks(PretextTask):
         self.arch = next((task.arch for task in tasks if task.arch != PretextTask.arch), PretextTask.arch)
         self._given = [task.n_targets for task in tasks]
         self.n_targets = sum(self._given)
+        self._ask_all = False
 
     def _check(self) -> None:
         if len(set(self.names)) < max(2, len(self.names)):
@@ -93,6 +99,11 @@ class SeveralTasks(PretextTask):
         own = [[OfTask(self, i, m) for m in listify(task.metrics)] for i, task in enumerate(self.tasks)]
         return [metric for loss, metrics in zip(losses, own) for metric in (loss, *metrics)]
 
+    def levels(self) -> dict[str, float | None]:
+        """The first metric of each task, by its name here, and what it would be by guessing."""
+        first = [(i, task, listify(task.metrics)[:1]) for i, task in enumerate(self.tasks)]
+        return {OfTask(self, i, metric).name: task.chance() for i, task, metrics in first for metric in metrics}
+
     def arch_settings(self, side):
         return next(task for task in self.tasks if task.arch == self.arch).arch_settings(side)
 
@@ -112,7 +123,7 @@ class SeveralTasks(PretextTask):
 
     def make_batch(self, x, *, generator, train, idx=None):
         asked, n = None, len(self.tasks)
-        if train and generator.initial_seed() != VALID_SEED:  # else somebody looks at training images
+        if train and not self._ask_all and generator.initial_seed() != VALID_SEED:  # else somebody only looks
             asked = torch.randint(n, (1,), generator=generator, device=x.device).item()
         inputs, targets = (), ()
         for i, task in enumerate(self.tasks):
@@ -124,20 +135,29 @@ class SeveralTasks(PretextTask):
             inputs, targets = inputs + made, targets + known
         return inputs, targets
 
+    @contextmanager
+    def all_asked(self) -> Iterator[None]:
+        """Meanwhile every task is asked about training batches, too."""
+        self._ask_all = True
+        try:
+            yield
+        finally:
+            self._ask_all = False
+
     def model(self, encoder):
         return SharedEncoder(encoder, self)
 
     def loss(self, pred, *targets, reduction="mean"):
         *preds, log_variances = pred
-        total = 0
+        losses = []
         for i, (task, own) in enumerate(zip(self.tasks, self.apart(targets, self._given))):
             if own[0].numel():
                 loss = task.loss(preds[i], *own, reduction=reduction) * self._by_hand().get(task.name, 1.0)
                 if self.weights == "uncertainty":
                     s = log_variances[0, i]
                     loss = (-s).exp() * loss + s
-                total = total + loss
-        return total
+                losses.append(loss)
+        return sum(losses) / len(losses)
 
     @staticmethod
     def apart(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
@@ -153,15 +173,23 @@ class SeveralTasks(PretextTask):
         *preds, log_variances = pred
         return (*(_if_asked(task.decode, p) for task, p in zip(self.tasks, preds)), log_variances)
 
+    def parts(self, inputs, targets, pred=None) -> list[tuple[PretextTask, tuple, tuple, Any]]:
+        """Each task that was asked with its own inputs, targets and prediction."""
+        counts = [task.n_inp for task in self.tasks]
+        preds = [None] * len(counts) if pred is None else pred
+        rows = zip(self.tasks, self.apart(inputs, counts), self.apart(targets, self._given), preds)
+        return [row for row in rows if row[1][0].numel()]
+
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The picture of each task that was asked, one below the other."""
-        axes, given = [], iter(ctxs or [])
-        parts = zip(self.tasks, self.apart(inputs, [t.n_inp for t in self.tasks]), self.apart(targets, self._given))
-        for i, (task, own, known) in enumerate(parts):
-            if own[0].numel():
-                on = [ax for ax, _ in zip(given, range(min(max_n, len(own[0]))))] if ctxs else None
-                axes += task.show(own, known, None if pred is None else pred[i], on, max_n, figsize)
-        return axes
+        """One figure with the pictures of each task that was asked, under its name."""
+        parts = self.parts(inputs, targets, pred)
+        if ctxs is None:
+            places = figure_blocks([task.name for task, *_ in parts], figsize)
+        else:
+            given = iter(ctxs)
+            places = [list(islice(given, min(max_n, len(own[0])))) for _, own, _, _ in parts]
+        shown = [task.show(*own, ctxs=place, max_n=max_n) for (task, *own), place in zip(parts, places)]
+        return [ax for axes in shown for ax in axes]
 
 
 class SharedEncoder(nn.Module):

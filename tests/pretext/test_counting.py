@@ -189,7 +189,6 @@ def test_network_sees_each_part_alone_and_never_counts_below_zero():
         apart = torch.stack([net(parts[:, j : j + 1])[:, 0] for j in range(5)], 1)
     assert together.shape == (2, 5, 6) and together.min() == 0 and together.max() > 0
     torch.testing.assert_close(together, apart)
-    assert get_task("counting").decode(together).shape == (2, 5)
 
 
 def test_settings_out_of_range():
@@ -212,13 +211,20 @@ def test_batches_of_one_are_refused_and_passes_are_counted():
         assert pretext_learner(dls, "counting", arch).task.passes == passes
 
 
-def test_pictures_show_the_parts_and_the_sum():
+def test_pictures_show_the_parts_another_image_and_both_distances():
     x = noise(2, 3, 32, 32)
     (parts,), targets = get_task("counting", grey=0).make_batch(x, generator=seeded(), train=True)
     task = get_task("counting")
-    pred = torch.tensor([[1.0, 2, 3, 4, 9], [0, 0, 0, 0, 0]])
-    first = task.show((parts,), targets, pred=pred)[0]
-    assert first.get_title() == "1.0 + 2.0 + 3.0 + 4.0\n= 10.0 | counted in whole: 9.0"
+    pred = torch.zeros(2, 5, 2)
+    pred[0, :4, 0], pred[0, 4] = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 0.1])
+    first, second = task.show((parts,), targets, pred=pred)
+    assert first.get_title() == "quarters | whole | another\noff by 0.01, from another by 1  ✓"
+    assert second.get_title() == "quarters | whole | another\noff by 0, from another by 1  ✓"
+    pred[:, 4] = pred[:, 4].flip(0)  # each whole counted as the other should be
+    assert task.show((parts,), targets, pred=pred)[0].get_title().endswith("off by 1, from another by 0.01  ✗")
+    pred[:, 4] = pred[:, 4].flip(0)
     shown = torch.from_numpy(np.array(first.images[0].get_array())).permute(2, 0, 1)
     assert torch.equal(shown[:, :16, :16], parts[0, 0]) and torch.equal(shown[:, 18:34, 18:34], parts[0, 3])
-    assert torch.equal(shown[:, 9:25, -16:], parts[0, 4])
+    assert torch.equal(shown[:, 9:25, 38:54], parts[0, 4]) and torch.equal(shown[:, 9:25, 58:], parts[1, 4])
+    alone = task.show((parts[:1],), (torch.tensor([0]),), pred=pred[:1])[0]
+    assert alone.get_title() == "quarters | whole\noff by 0.01"

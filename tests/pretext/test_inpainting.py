@@ -254,3 +254,19 @@ def test_settings_out_of_range():
         get_task("inpainting", adversarial=1)
     with pytest.raises(TaskError, match=r"shift is a number, at least 0 and at most 0\.5; got 1"):
         get_task("inpainting", shift=1)
+
+
+def test_pictures_show_the_hole_as_a_checkerboard_and_how_far_off_the_answer_is_inside():
+    x, task = noise(2), get_task("inpainting")
+    inputs, targets = task.make_batch(x, generator=seeded(), train=False)
+    hole = targets[1].bool().expand_as(x)
+    axes = task.show(inputs, targets, pred=torch.where(hole, (x + 0.25) % 1, 0.0))
+    for ax, image, inside in zip(axes, x, hole):
+        shown = torch.tensor(np.array(ax.images[0].get_array())).permute(2, 0, 1)
+        seen, filled, true = (shown[..., start : start + 40] for start in (0, 42, 84))
+        assert torch.equal(true, image) and torch.equal(seen[~inside], image[~inside])
+        assert sorted(set(seen[inside].tolist())) == pytest.approx([0.5, 0.7])
+        assert torch.equal(filled, torch.where(inside, (image + 0.25) % 1, image))
+        off = ((image + 0.25) % 1 - image)[inside].abs().mean()
+        assert ax.get_title() == f"hole | filled | true, {off:.0%} off"
+    assert [ax.get_title() for ax in task.show(inputs, targets)] == ["hole | true"] * 2

@@ -293,9 +293,11 @@ def learn():
     return learn
 
 
-def shown(ax) -> Tensor:
-    """The tiles (9, C, t, t) in a picture."""
+def shown(ax, panel: int) -> Tensor:
+    """The tiles (9, C, t, t) of one of the puzzles side by side in a picture."""
     pixels = torch.from_numpy(np.array(ax.images[0].get_array())).permute(2, 0, 1).float()
+    start = panel * (pixels.shape[1] + 6)  # half a tile of white between two
+    pixels = pixels[:, :, start : start + pixels.shape[1]]
     tiles = pixels.unflatten(1, (3, -1)).unflatten(3, (3, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)
     assert tiles[..., 0, :].eq(1).all() and tiles[..., -1].eq(1).all()  # white borders
     return tiles[..., 1:-1, 1:-1]
@@ -321,10 +323,10 @@ def test_titles_name_the_order_of_the_tiles_shown(learn):
     images = [torch.tensor(a).permute(2, 0, 1).float() / 255 for a in learn.dls.valid.dataset.items]
     titles = []
     for image, ax in zip(images, learn.dls.valid.show_batch(max_n=8)):
-        order = torch.tensor(cells(shown(ax), image))
+        order = torch.tensor(cells(shown(ax, 0), image))
         number = int((learn.task.permutations == order).all(1).nonzero())
         titles.append(ax.get_title())
-        assert titles[-1] == f"order {number}"
+        assert titles[-1] == f"shuffled | true (order {number})" and cells(shown(ax, 1), image) == list(range(9))
     assert len(titles) == 8 and len(set(titles)) > 2
 
 
@@ -333,12 +335,15 @@ def test_results_show_the_puzzle_as_the_network_would_solve_it(learn):
     dl = learn.dls.valid
     b = dl.one_batch()
     for image, ax in zip(images, dl.show_results(b, learn.get_preds(dl=[b], with_decoded=True)[2])):
-        true, named, mark = re.fullmatch(r"order (\d), named (\d)  ([✓✗])", ax.get_title()).groups()
-        posed = shown(ax)[learn.task.permutations[int(named)]]
+        title = r"shuffled \| as named \(order (\d)\) \| true \(order (\d)\)  ([✓✗])"
+        named, true, mark = re.fullmatch(title, ax.get_title()).groups()
+        posed, put_together, solved = (shown(ax, panel) for panel in range(3))
         assert cells(posed, image) == learn.task.permutations[int(true)].tolist()
+        assert torch.equal(put_together[learn.task.permutations[int(named)]], posed)
+        assert cells(solved, image) == list(range(9))
         with torch.no_grad():
             assert learn.model.eval()(standardized(posed)[None]).argmax() == int(named)
         assert mark == "✗✓"[true == named]
     inputs, targets = dl.question(b)
     for ax, image in zip(learn.task.show(inputs, targets, pred=targets[0]), images):
-        assert ax.get_title()[-1] == "✓" and cells(shown(ax), image) == list(range(9))
+        assert ax.get_title()[-1] == "✓" and cells(shown(ax, 1), image) == list(range(9))

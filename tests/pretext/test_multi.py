@@ -4,11 +4,13 @@ import pytest
 import torch
 from fastai.learner import load_learner
 from fastai.torch_core import TensorImage, set_seed
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.pictures import grid_axes
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.seeding import VALID_SEED
@@ -58,7 +60,7 @@ def test_only_the_asked_task_and_the_encoder_learn():
 
 
 @pytest.mark.parametrize("weights", [None, {"jigsaw": 0.25}, "uncertainty"])
-def test_the_loss_is_the_weighted_sum_of_the_tasks_own(weights):
+def test_the_loss_is_the_mean_of_the_tasks_own_weighted(weights):
     learn = learner(weights=weights)
     s = torch.tensor([0.3, -0.7])
     learn.model.log_variances.data.copy_(s)
@@ -71,6 +73,7 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks_own(weights):
     }.get(weights if isinstance(weights, str) else None, own[0] + own[1])
     if isinstance(weights, dict):
         expected = own[0] + 0.25 * own[1]
+    expected = expected / 2  # as in training, where each batch is for one of the two
     torch.testing.assert_close(learn.loss_func(pred, *b[2:]), expected)
     torch.testing.assert_close(learn.task.loss(pred, *b[2:], reduction="none").mean(), expected)
     learn.loss_func(pred, *b[2:]).backward()
@@ -102,7 +105,8 @@ def test_each_column_is_the_number_of_its_task():
     orders = (preds[1].argmax(-1) == targets[1]).float().mean()
     assert values["rotation_accuracy"] == pytest.approx(turns.item())
     assert values["jigsaw_accuracy"] == pytest.approx(orders.item())
-    assert values["valid_loss"] == pytest.approx(values["rotation_loss"] + values["jigsaw_loss"], rel=1e-5)
+    assert values["valid_loss"] == pytest.approx((values["rotation_loss"] + values["jigsaw_loss"]) / 2, rel=1e-5)
+    assert learn.task.levels() == {"rotation_accuracy": 0.25, "jigsaw_accuracy": 1 / 64}
 
 
 @pytest.mark.parametrize("ds_idx", [0, 1])
@@ -128,11 +132,35 @@ def test_same_seed_same_weights_and_an_exported_learner_goes_on(tmp_path):
     assert card["lineage"][0]["task"] == "rotation+jigsaw"
 
 
-def test_every_task_has_its_picture():
+def test_every_task_has_its_pictures_under_its_name_in_one_figure():
     learn = learner()
     axes = learn.show_batch(max_n=3)
-    assert len(axes) == 6 and {ax.get_title()[:5] for ax in axes[3:]} == {"order"}
+    blocks = plt.gcf().subfigs
+    assert len(axes) == 6 and [ax.figure for ax in axes] == [blocks[0]] * 3 + [blocks[1]] * 3
+    assert [block.get_suptitle() for block in blocks] == BOTH and len(plt.get_fignums()) == 1
+    assert all(ax.images for ax in axes)
     learn.show_results(max_n=2)
+    assert len(plt.gcf().subfigs) == len(plt.get_fignums()) == 2
+    assert learn.show_batch(max_n=2, ctxs=(given := grid_axes(4))) == given and all(ax.images for ax in given)
+
+
+def test_a_look_at_a_batch_shows_what_each_task_asks_in_training():
+    learn = learner(["autoencoder", "rotation"], rotation={"flip": 1.0, "crop": 0})
+    images = plain(items(learn.dls.train))
+    (asked, turned), (true, turns) = learn.show_batch(show=False)
+    assert len(asked) == len(turned) == len(true) == len(turns) == 4
+    upright = turned[torch.arange(4), turns.eq(0).int().argmax(1)]
+    assert all(any(torch.allclose(x, image.flip(-1), atol=1e-5) for image in images) for x in upright)
+    assert not torch.equal(asked, learn.show_batch(show=False)[0][0])
+    assert {sum(x[0].numel() > 0 for x in learn.task.apart(b, [1, 1])) for b in learn.dls.train} == {1}
+
+
+def test_the_answer_about_one_image_is_a_line_for_each_task():
+    answer = learner(["rotation", "autoencoder"]).predict(pictures(1)[0])
+    first, second = repr(answer).splitlines()
+    assert first == f"Answer(rotation: asked [[0, 1, 2, 3]], answered {answer.decoded[0].tolist()}"
+    assert second.strip().startswith("autoencoder: asked an array of shape (1, 3, ") and second.endswith("draws it)")
+    assert len(answer.show()) == 2
 
 
 def test_batches_of_two_with_grey_images_of_odd_size():

@@ -152,7 +152,8 @@ def test_one_way_trains_an_ordinary_encoder(direction):
     assert len(plt.gcf().axes) == 2
     answer = learn.predict(blocks(1)[0])
     (ax,) = answer.show()
-    assert ax.get_title().endswith("truth") and ax.get_title().count("network") == len(learn.task.asked)
+    panels = {"both": "L | colored | ab | lit | true", "L_to_ab": "L | colored | true", "ab_to_L": "ab | lit | true"}
+    assert ax.get_title() == panels[direction]
 
 
 def test_a_network_in_one_piece_cannot_be_split_later():
@@ -246,11 +247,17 @@ def test_the_diagonal_learns_on_grey_and_color_images(channels):
     with learn.no_bar(), learn.no_logging():
         learn.fit(15, 3e-3)
     assert learn.validate()[0] < 0.5 * before and learn.validate()[1] > 0.3
-    assert len(learn.show_batch(max_n=2)) == 2
+    (asked,), _ = learn.dls.valid.question(b := learn.dls.valid.one_batch())
+    hidden = torch.ones(asked.shape[-2:], dtype=torch.bool).triu(1)
+    for i, ax in enumerate(learn.dls.valid.show_batch(b, max_n=2)):  # the one question, then the other
+        seen = torch.tensor(np.atleast_3d(ax.images[0].get_array())).permute(2, 0, 1)[..., : asked.shape[-1]]
+        inside = (hidden.T if i else hidden).expand_as(seen)
+        assert torch.equal(seen[~inside], asked[i, i][~inside])
+        assert sorted(set(seen[inside].tolist())) == pytest.approx([0.5, 0.7])
     answer = learn.predict(array[0])
     assert answer.pred.shape == (1, 2, channels, 12, 12)
     (ax,) = answer.show()
-    assert ax.get_title() == "seen | network | cells"
+    assert ax.get_title() == "seen | painted | true"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -496,14 +496,17 @@ def test_pictures_show_what_is_dropped_and_what_the_network_makes_of_it():
         assert shown.shape == (3, 48, 98) and torch.equal(shown[:, :, :48], image)
         mask = F.interpolate(cells[None], (48, 48))[0].bool().expand(3, 48, 48)
         assert torch.equal(shown[:, :, 50:][mask], image[mask])
-        torch.testing.assert_close(shown[:, :, 50:][~mask], 0.3 * image[~mask] + 0.35)
-        assert ax.get_title() == f"{cells.mean():.0%} kept"
+        assert sorted(set(shown[:, :, 50:][~mask].tolist())) == pytest.approx([0.5, 0.7])  # a checkerboard
+        assert ax.get_title() == f"photo | kept, {cells.mean():.0%}"
     answers = learn.get_preds(dl=[b], with_decoded=True)[2]
     answers[0, :, 4], answers[1, :, 4] = torch.tensor([0.9, 0.2]).view(2, 1, 1), torch.tensor([0.9, 0.6]).view(2, 1, 1)
+    answers[1, 1, 5] = torch.linspace(0, 1, 48)  # the left half is believed to be repaired
     axes = dl.show_results(b, answers)
     assert [ax.get_title() for ax in axes[:2]] == [
-        "decoded 90% real, repaired 20% real  ✓",
-        "decoded 90% real, repaired 60% real  ✗",
+        "kept | decoded, called real | repaired, called repaired | found  ✓",
+        "kept | decoded, called real | repaired, called real | found  ✗",
     ]
     shown = torch.tensor(np.array(axes[1].images[0].get_array())).permute(2, 0, 1)
     assert torch.equal(shown[:, :, 50:98], answers[1, 0, :3]) and torch.equal(shown[:, :, 100:148], answers[1, 1, :3])
+    assert sorted(set(shown[:, :, 150:174].flatten().tolist())) == pytest.approx([0.5, 0.7])
+    assert torch.equal(shown[:, :, 174:], answers[1, 1, :3, :, 24:])

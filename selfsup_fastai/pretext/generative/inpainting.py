@@ -13,7 +13,7 @@ from selfsup_fastai.data.views import shift_flip_by_share
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.encoders.frozen import as_it_stands
 from selfsup_fastai.metrics import average, explained
-from selfsup_fastai.pictures import draw_restored
+from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_flag, check_number
 
 REGIONS = ("irregular", "blocks", "center")
@@ -154,9 +154,14 @@ class Inpainting(RestoringTask):
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """Each image with its hole, (with the hole as the network fills it,) and whole."""
-        image, hole = targets
-        filled = None if pred is None else torch.where(hole > 0, pred[: len(image)].float(), image)
-        return draw_restored(inputs[0], image, filled, ctxs, max_n, figsize)
+        image, hole = (target[:max_n] for target in targets)
+        panels, titles = [see_through(image, hole > 0), image], ["hole | true"] * len(image)
+        if pred is not None:
+            filled = torch.where(hole > 0, pred[: len(image)].float(), image)
+            off = (filled - image).abs().mean(1, keepdim=True).sum((1, 2, 3)) / hole.sum((1, 2, 3)).clamp(min=1)
+            panels.insert(1, filled)
+            titles = [f"hole | filled | true, {error:.0%} off" for error in off.tolist()]
+        return draw_rows(list(zip(*panels)), titles, ctxs, figsize)
 
 
 class JudgedPainter(nn.Module):

@@ -15,7 +15,7 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, to_input
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import average, explained
-from selfsup_fastai.pictures import draw_rows
+from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
@@ -217,19 +217,22 @@ class SplitBrain(PretextTask):
             part = seen if self.input == known else seen[:, :1] if known == "L" else seen[:, 1:]
             pictures.append((known, from_input(part, known).expand(-1, 3, -1, -1)))
             if pred is not None:
-                pictures.append((f"network's {kind}", completed(part, answer, kind)))
+                name = "colored" if kind == "color" else "lit"
+                pictures.append((name, completed(part, answer, kind)))
         truth = from_input(seen, "lab") if self.input == "lab" else completed(seen, asked, self.asked[0])
-        return [(name, picture[0]) for name, picture in chain(pictures, [("truth", truth)])]
+        return [(name, picture[0]) for name, picture in chain(pictures, [("true", truth)])]
 
     def _triangles(self, i: int, x: Tensor, target: Tensor, pred: Tensor | None) -> list[tuple[str, Tensor]]:
         """The two questions in turn: image i with one triangle hidden, the hidden cells painted, and all cells."""
         at = i % 2
         cells = F.interpolate(target[i : i + 1], x.shape[-2:], mode="nearest")[0]
+        above = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
+        seen = see_through(x[i, at : at + 1], above.T if at else above)[0]
         if pred is None:
-            return [("seen", x[i, at]), ("cells", cells)]
+            return [("seen", seen), ("true", cells)]
         hidden = F.interpolate(hidden_cells(pred)[:1, at], x.shape[-2:], mode="nearest")[0]
         guess = F.interpolate(pred[i : i + 1, at], x.shape[-2:], mode="nearest")[0]
-        return [("seen", x[i, at]), ("network", torch.where(hidden > 0, guess, x[i, at])), ("cells", cells)]
+        return [("seen", seen), ("painted", torch.where(hidden > 0, guess, x[i, at])), ("true", cells)]
 
 
 class CrossNet(nn.Module):

@@ -157,7 +157,7 @@ class AET(PretextTask):
         if pred is not None:
             for i, row in enumerate(rows):
                 turn, size = _turn_and_size(pred[i])
-                titles[i] += f"; named {turn}°, {size:.2f}"
+                titles[i] += f"; named {turn}°, size {size:.2f}"
                 row.append(warp(row[1][None], inverse(pred[i : i + 1].float()))[0])
         return draw_rows(rows, titles, ctxs, figsize)
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selfsup_fastai.data.colors import some_grey
 from selfsup_fastai.data.halving import KERNELS, halved
@@ -32,8 +33,9 @@ class Counting(PretextTask):
     with the other image y, with D for the image at half its size and T for its quarters:
     |phi(Dx) - sum phi(Tx)|^2 + max(0, margin - |phi(Dy) - sum phi(Tx)|^2), summed over the counts. The code we
     read adds the same with x and y exchanged: as every image is an x and a y here, twice the value on average.
-    `get_preds` decodes to the sum of the counts of each of the five; guessing gives `counts_match` of 50 %, and so does
-    counting nothing. The hidden layer is narrower than the paper's 4096, for thousands of images rather than a million.
+    Pictures tell |phi(Dx) - sum phi(Tx)|^2 and |phi(Dy) - sum phi(Tx)|^2. Guessing gives `counts_match` of 50 %, and so
+    does counting nothing. The hidden layer is narrower than the paper's 4096, for thousands of images rather than a
+    million.
 
     Guards: counts of 0 for everything would add up, too; the second term makes them cost `margin`. That an image was
     shrunk should not show, so the kernel is drawn for each image (nearest, area, bilinear, bicubic, Lanczos), and two
@@ -95,21 +97,32 @@ class Counting(PretextTask):
         return pred
 
     def decode(self, pred):
-        """How much was counted in each of the five, (B, 5)."""
-        return pred.sum(-1)
+        """The counts themselves: their distances say more than any sum of them."""
+        return pred
 
     def chance(self):
         return 0.5
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The four quarters and the whole at half its size; after training with the counts, which should add up."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1.4)  # leaves room for two lines
+        """The quarters, the whole and the other image at half their size; after training with how far the quarters'
+        counts are from those of either."""
+        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize, aspect=1.9)  # leaves room for two lines
+        (parts,), (other,) = inputs, targets
+        has_other = _has_other(other).tolist()
+        apart = None if pred is None else torch.stack(_distances(pred[: len(other)], other), 1).tolist()
         for i, ax in enumerate(axes):
-            title = "quarters | whole, halved"
-            if pred is not None:
-                *parts, whole = pred[i].tolist()
-                title = f"{' + '.join(f'{p:.1f}' for p in parts)}\n= {sum(parts):.1f} | counted in whole: {whole:.1f}"
-            draw(ax, _picture(inputs[0][i]), title)
+            wholes = [parts[i, 4], parts[other[i], 4]] if has_other[i] else [parts[i, 4]]
+            panels, said, right = (
+                ["quarters", "whole", "another"][: 1 + len(wholes)],
+                "quarters hold as much as whole?",
+                None,
+            )
+            if apart:
+                own, foreign = apart[i]
+                said = f"off by {own:.2g}"
+                if has_other[i]:
+                    said, right = f"{said}, from another by {foreign:.2g}", own < foreign
+            draw(ax, _picture(parts[i], wholes), f"{' | '.join(panels)}\n{said}", right)
         return axes
 
 
@@ -130,11 +143,10 @@ def _has_other(other: Tensor) -> Tensor:
     return other != torch.arange(len(other), device=other.device)
 
 
-def _picture(parts: Tensor) -> Tensor:
-    """Five parts (5, C, h, w) as the quarters in their places with white gaps, and the whole beside them."""
+def _picture(parts: Tensor, wholes: list[Tensor]) -> Tensor:
+    """The quarters, first of parts (5, C, h, w), in their places with white gaps, and the wholes beside them."""
     top, bottom = side_by_side(parts[:2]), side_by_side(parts[2:4])
     quarters = torch.cat([top, torch.ones_like(top[:, :2]), bottom], 1)
-    whole = torch.ones(len(quarters), quarters.shape[1], parts.shape[-1] + 4)
-    start = (quarters.shape[1] - parts.shape[-2]) // 2
-    whole[:, start : start + parts.shape[-2], 4:] = parts[4].cpu()
-    return torch.cat([quarters, whole], 2)
+    pictures, spare = [quarters], quarters.shape[1] - parts.shape[-2]
+    pictures += [F.pad(whole.cpu(), (4, 0, spare // 2, spare - spare // 2), value=1.0) for whole in wholes]
+    return torch.cat(pictures, 2)

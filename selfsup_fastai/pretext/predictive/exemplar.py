@@ -173,12 +173,12 @@ class Exemplar(PretextTask):
         return None if self.n_classes is None else 1 / self.n_classes
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The variants with the numbers of their seeds and, after training, of those that the network named."""
+        """The variants with the numbers of the images they are of and, after training, of those that were named."""
         axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize)
         for i, ax in enumerate(axes):
             seed = int(targets[0][i])
             guess = None if pred is None else int(pred[i])
-            title = f"variant of seed {seed}" if guess is None else f"seed {seed}, named {guess}"
+            title = f"of training image {seed}" if guess is None else f"of training image {seed},\nnamed {guess}"
             draw(ax, inputs[0][i], title, None if guess is None else guess == seed)
         return axes
 

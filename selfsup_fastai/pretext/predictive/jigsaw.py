@@ -13,7 +13,7 @@ from selfsup_fastai.data.colors import FRINGES, some_grey, without_fringes
 from selfsup_fastai.data.patches import windows
 from selfsup_fastai.data.views import center_square
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw, grid_axes
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_choice, check_flag, check_number, class_loss
 
 TAKEN = 2**30  # More tiles than any order can have in common with all others
@@ -143,20 +143,17 @@ class Jigsaw(PretextTask):
         return tiles[self.permutations[number].argsort()]
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The puzzles as posed; after training, as the network would put them together."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize)
-        for i, ax in enumerate(axes):
-            tiles, number = inputs[0][i], int(targets[0][i])
-            if pred is None:
-                draw(ax, _mosaic(tiles), f"order {number}")
-            else:
-                draw(
-                    ax,
-                    _mosaic(self.solve(tiles, int(pred[i]))),
-                    f"order {number}, named {int(pred[i])}",
-                    int(pred[i]) == number,
-                )
-        return axes
+        """The tiles as posed, (as the network would put them together,) and in their places."""
+        tiles, numbers = inputs[0][:max_n], targets[0][:max_n].tolist()
+        rows = [[_mosaic(puzzle), _mosaic(self.solve(puzzle, number))] for puzzle, number in zip(tiles, numbers)]
+        titles, gap = [f"shuffled | true (order {number})" for number in numbers], tiles.shape[-1] // 2
+        if pred is None:
+            return draw_rows(rows, titles, ctxs, figsize, gap=gap)
+        named = pred[: len(tiles)].tolist()
+        for row, puzzle, number in zip(rows, tiles, named):
+            row.insert(1, _mosaic(self.solve(puzzle, number)))
+        titles = [f"shuffled | as named (order {guess}) | true (order {known})" for guess, known in zip(named, numbers)]
+        return draw_rows(rows, titles, ctxs, figsize, [guess == known for guess, known in zip(named, numbers)], gap)
 
 
 class JigsawNet(nn.Module):

@@ -14,7 +14,7 @@ from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
 from selfsup_fastai.metrics import share
-from selfsup_fastai.pictures import draw_rows
+from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
 
 CELL = 16  # Pixels a side of what one place of the autoencoder's code stands for: four convolutions of stride 2
@@ -173,19 +173,21 @@ class SpotArtifacts(PretextTask):
         return 0.5
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The photo, and what will be dropped, faded; after training, also as it was decoded, as it was repaired, and
-        the repaired one with what the network believes to be repaired faded. The title has both verdicts."""
+        """The photo, and what is kept of it; after training what is kept, the decoded and the repaired picture, and
+        where the network finds that the latter was repaired. The title has both verdicts."""
         photos, kept = inputs[0][:max_n], F.interpolate(inputs[1][:max_n], scale_factor=CELL)
-        faded = list(map(_faded, photos, kept))
+        left = see_through(photos, kept < 0.5)
         if pred is None:
-            titles = [f"{share:.0%} kept" for share in kept.mean((1, 2, 3))]
-            return draw_rows(list(zip(photos, faded)), titles, ctxs, figsize)
-        decoded, repaired = pred[: len(photos), :, :ERROR].unbind(1)
-        found = map(_faded, repaired, pred[:, 1, KEPT])
-        real = pred[: len(photos), :, REAL, 0, 0].tolist()
-        titles = [f"decoded {first:.0%} real, repaired {second:.0%} real" for first, second in real]
-        right = [first > 0.5 >= second for first, second in real]
-        return draw_rows(list(zip(faded, decoded, repaired, found)), titles, ctxs, figsize, right)
+            titles = [f"photo | kept, {share:.0%}" for share in kept.mean((1, 2, 3))]
+            return draw_rows(list(zip(photos, left)), titles, ctxs, figsize)
+        pred = pred[: len(photos)].float()
+        decoded, repaired = pred[:, :, :ERROR].unbind(1)
+        found = see_through(repaired, pred[:, 1:, KEPT] < 0.5)
+        verdicts = pred[:, :, REAL, 0, 0] > 0.5
+        said = [["real" if real else "repaired" for real in both] for both in verdicts.tolist()]
+        titles = [f"kept | decoded, called {a} | repaired, called {b} | found" for a, b in said]
+        right = [both == ["real", "repaired"] for both in said]
+        return draw_rows(list(zip(left, decoded, repaired, found)), titles, ctxs, figsize, right)
 
 
 class SpotNet(nn.Module):
@@ -302,8 +304,3 @@ def _conv(n_in: int, n_out: int, side: int, stride: int = 1) -> nn.Sequential:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-
-
-def _faded(picture: Tensor, kept: Tensor) -> Tensor:
-    """A picture (C, H, W), faded where `kept` (1 or (H, W)) is 0."""
-    return torch.lerp(picture, torch.full_like(picture, 0.5), 0.7 * (1 - kept.expand_as(picture)))
