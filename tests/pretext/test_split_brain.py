@@ -66,7 +66,8 @@ def test_cells_are_at_least_two_pixels_wide(h, w, expected):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_loss_is_the_sum_of_the_cross_entropies(direction):
-    task, centers = get_task("split_brain", direction=direction, l_bins=10), ab_centers().tolist()
+    bins = {} if direction == "L_to_ab" else {"l_bins": 10}
+    task, centers = get_task("split_brain", direction=direction, **bins), ab_centers().tolist()
     n = {"both": 323, "L_to_ab": 313, "ab_to_L": 10}[direction]
     lab = torch.rand(2, 3, 2, 2, generator=seeded(), dtype=torch.float64) * 100
     lab[0, 0, 0, 0], lab[0, 0, 0, 1] = 100.0, 0.0  # the ends of the scale
