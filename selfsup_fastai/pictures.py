@@ -150,9 +150,11 @@ def plot_history(
     axes[0, 0].legend(frameon=False)
     for ax, name in zip(axes[0, 1:], metrics):
         ax.plot(epochs, history[name], "o-", markersize=3, color=WRONG, label="valid")
-        ax.set(xlabel="epoch", ylabel=name.replace("_", " "), ylim=_limits(history[name].min(), history[name].max()))
+        ax.set(xlabel="epoch", ylabel=name.replace("_", " "))
         if chance[name] is not None:
             ax.axhline(chance[name], color="grey", linestyle=":", label="guessing")
+        if limits := _limits(history[name].min(), history[name].max()):
+            ax.set_ylim(limits)
         ax.legend(frameon=False)
     for ax in axes.flat:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
