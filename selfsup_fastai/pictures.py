@@ -10,7 +10,7 @@ from matplotlib.figure import FigureBase, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion: told apart by color-blind people; a mark says the same
-TITLE = 0.3  # Inches that a title takes above its picture
+TITLE, TITLE_WIDTH = 0.4, 4.0  # Inches of the longest titles: two lines above a picture, one above several in a row
 
 
 def grid_axes(
@@ -28,21 +28,25 @@ def grid_axes(
         columns = _columns_of(figure, n, aspect) if figure else math.ceil(math.sqrt(n / aspect))
     columns = max(1, min(columns, n))
     rows = math.ceil(n / columns)
+    space = (
+        {"left": 0.01, "right": 0.99, "bottom": 0.02, "top": 0.84, "hspace": 0.4, "wspace": 0.05} if figure else None
+    )
     figure = figure or plt.figure(figsize=figsize or (2.1 * aspect * columns, 2.4 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=space)
     for ax in axes.flat:
         ax.set_axis_off()
     return list(axes.flat)[:n]
 
 
 def _columns_of(figure: FigureBase, n: int, aspect: float) -> int:
-    """In how many columns `n` pictures with titles are largest in a figure."""
+    """In how many columns `n` pictures are largest in a figure, with room for their titles."""
     box = figure.bbox.transformed(figure.dpi_scale_trans.inverted())  # inches
 
     def height(columns: int) -> float:
         return min(box.width / columns / aspect, box.height / math.ceil(n / columns) - TITLE)
 
-    return max(range(1, n + 1), key=height)
+    most = n if aspect < 1.5 else int(box.width / TITLE_WIDTH)
+    return max(range(1, max(1, min(n, most)) + 1), key=height)
 
 
 def figure_blocks(
@@ -50,7 +54,7 @@ def figure_blocks(
     figsize: tuple[float, float] | None = None,  # Inches, of the whole figure
 ) -> list[SubFigure]:
     """One figure of blocks, one below the other, each to be handed on as `ctxs`."""
-    figure = plt.figure(figsize=figsize or (10, 4.8 * len(names)))
+    figure = plt.figure(figsize=figsize or (13, 5.2 * len(names)))
     blocks = list(figure.subfigures(len(names), 1, squeeze=False).flat)
     for block, name in zip(blocks, names):
         block.suptitle(name, fontweight="bold")
@@ -146,9 +150,11 @@ def plot_history(
     axes[0, 0].legend(frameon=False)
     for ax, name in zip(axes[0, 1:], metrics):
         ax.plot(epochs, history[name], "o-", markersize=3, color=WRONG, label="valid")
-        ax.set(xlabel="epoch", ylabel=name.replace("_", " "), ylim=_limits(history[name].min(), history[name].max()))
+        ax.set(xlabel="epoch", ylabel=name.replace("_", " "))
         if chance[name] is not None:
             ax.axhline(chance[name], color="grey", linestyle=":", label="guessing")
+        if limits := _limits(history[name].min(), history[name].max()):
+            ax.set_ylim(limits)
         ax.legend(frameon=False)
     for ax in axes.flat:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

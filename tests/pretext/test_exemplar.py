@@ -337,3 +337,10 @@ def test_metrics_count_first_and_first_five_of_few_classes_too():
     target = torch.arange(7)
     assert seed_found(pred, target) == pytest.approx(1 / 7) and seed_in_top_5(pred, target) == pytest.approx(5 / 7)
     assert seed_in_top_5(pred[:3, :3], target[:3]) == 1 and seed_in_top_5(F.one_hot(target).float(), target) == 1
+
+
+def test_titles_say_of_which_image_a_variant_is_and_which_was_named():
+    task, x, target = get_task("exemplar"), noise(2), torch.tensor([7, 3])
+    assert [ax.get_title() for ax in task.show((x,), (target,))] == ["of training image 7", "of training image 3"]
+    titles = [ax.get_title() for ax in task.show((x,), (target,), pred=torch.tensor([7, 5]))]
+    assert titles == ["of training image 7,\nnamed 7  ✓", "of training image 3,\nnamed 5  ✗"]
