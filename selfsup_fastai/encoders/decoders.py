@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.maps import undisturbed
 
+LAST = 32  # channels from which pixels are made
 LAID_OUT = 8  # places a side in the first of two steps, at least
 
 
@@ -21,7 +22,8 @@ class LayOut(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, times: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(n_in, n_out * times**2, 1), nn.PixelShuffle(times), *_normed(n_out))
+        places = nn.Conv2d(n_in, n_out * times**2, 1), nn.PixelShuffle(times)
+        self.layers = nn.Sequential(*places, group_norm(n_out), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -41,15 +43,15 @@ class MapDecoder(nn.Module):
         n_out: int,  # Numbers for each pixel
         size: tuple[int, int],  # Height and width of what comes out
         width: int = 64,  # Channels between the two steps
-        least: int = 32,  # Channels after them
+        last: int = LAST,  # Channels after them
     ):
         super().__init__()
         self.size = tuple(size)
         first, second = _steps(sides, size)
-        steps = [LayOut(channels, width, first), LayOut(width, least, second)]
-        self.steps = nn.Sequential(*steps) if second > 1 else LayOut(channels, least, first)
-        self.mix = nn.Sequential(nn.Conv2d(least, least, 3, padding=1), nn.ReLU())
-        self.out = nn.Conv2d(least, n_out, 1)
+        steps = [LayOut(channels, width, first), LayOut(width, last, second)]
+        self.steps = nn.Sequential(*steps) if second > 1 else LayOut(channels, last, first)
+        self.mix = nn.Sequential(nn.Conv2d(last, last, 3, padding=1), nn.ReLU())
+        self.out = nn.Conv2d(last, n_out, 1)
 
     def forward(
         self,
@@ -67,10 +69,10 @@ def _steps(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(times / second - 1e-9), second
 
 
-def _normed(channels: int) -> tuple[nn.Module, nn.Module]:
-    """What follows a convolution. Group norms, not batch norms: after some dozen steps validation would still run on
-    outdated averages, and paint far worse than training does."""
-    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels), nn.ReLU()
+def group_norm(channels: int) -> nn.GroupNorm:
+    """In groups of about 8 channels. Not a batch norm: after some dozen steps validation would still run on outdated
+    averages, and paint far worse than training does."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
 def map_decoder(
@@ -93,17 +95,16 @@ class PerPixel(nn.Module):
         encoder: Encoder,  # With feature maps
         n_out: int,  # Numbers for each pixel
         skip: bool = False,  # Let the decoder see the encoder's first map too, if that is finer than the last
-        least: int = 32,  # Channels of the decoder before the last layer, at least
     ):
         super().__init__()
         image = (encoder.side, encoder.side)
         self.encoder, self.first = encoder, first_map(encoder, encoder.side) if skip else None
         if self.first is None:
-            self.decoder = map_decoder(encoder, n_out, image, least=least)
+            self.decoder = map_decoder(encoder, n_out, image)
         else:
-            self.decoder = map_decoder(encoder, least, image, least=least)
-            self.mix = nn.Sequential(nn.Conv2d(least + self.first[1], least, 3, padding=1), nn.ReLU())
-            self.out = nn.Conv2d(least, n_out, 1)
+            self.decoder = map_decoder(encoder, LAST, image)
+            self.mix = nn.Sequential(nn.Conv2d(LAST + self.first[1], LAST, 3, padding=1), nn.ReLU())
+            self.out = nn.Conv2d(LAST, n_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.first is None:

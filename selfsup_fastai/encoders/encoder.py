@@ -101,7 +101,7 @@ class Encoder(nn.Module):
 
     def behind_map(self) -> list[str]:
         """Names of the parameters that `feature_map` does without: training through maps leaves them as they are."""
-        like, side = next(self.parameters()), self.fixed_size or self.size or 64
+        like, side = next(self.parameters()), self.side
         x = torch.zeros(1, self.in_chans, side, side, dtype=like.dtype, device=like.device)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         with undisturbed(self.body), torch.enable_grad():

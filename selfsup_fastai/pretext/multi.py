@@ -30,9 +30,9 @@ class SeveralTasks(PretextTask):
     In: the inputs of all tasks, one after the other; those of the tasks that are not asked are empty, (B, 0). Targets
     and predictions likewise; the last prediction are the log variances, (B, number of tasks), of the balanced loss.
     Loss: each task's own times its weight, the mean over the tasks that were asked: one in training, all in validation,
-    so that the two can be compared. With `weights='uncertainty'` the loss
-    of task i is exp(-s) * loss + s with a learned s for each (Kendall, Gal & Cipolla 2018, arXiv 1705.07115; the
-    factors 1/2 of theirs, which depend on the kind of loss, are left out).
+    so that the two can be compared. With `weights='uncertainty'` the loss of task i is exp(-s) * loss + s with a
+    learned s for each (Kendall, Gal & Cipolla 2018, arXiv 1705.07115; the factors 1/2 of theirs, which depend on the
+    kind of loss, are left out).
 
     Harmonized inputs (Doersch & Zisserman 2017): where a task feeds the encoder with lightness or Lab, the others get
     their images so, too. Two tasks that feed it with different things cannot be combined.

@@ -196,7 +196,7 @@ class ColorNet(nn.Module):
         super().__init__()
         image = (encoder.side, encoder.side)
         self.encoder, self.rarity = encoder, rarity
-        self.decoder = map_decoder(encoder, n_out, image, _smaller(image), least=64)
+        self.decoder = map_decoder(encoder, n_out, image, _smaller(image), last=64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder.feature_map(x), _smaller(x.shape[-2:]))

@@ -11,6 +11,7 @@ from selfsup_fastai.callbacks.rates import GameSteps
 from selfsup_fastai.callbacks.train_first import TrainFirst
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import random_view
+from selfsup_fastai.encoders.decoders import group_norm
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
 from selfsup_fastai.metrics import share
@@ -254,8 +255,9 @@ class Repair(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         first = nn.Conv2d(channels + 1, channels, 3, padding=1, bias=False)
-        norm = nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
-        self.layers = nn.Sequential(first, norm, nn.LeakyReLU(LEAK), nn.Conv2d(channels, channels, 3, padding=1))
+        self.layers = nn.Sequential(
+            first, group_norm(channels), nn.LeakyReLU(LEAK), nn.Conv2d(channels, channels, 3, padding=1)
+        )
 
     def forward(self, x: Tensor, kept: Tensor) -> Tensor:
         return x + (1 - kept) * self.layers(torch.cat([x, kept], 1))
