@@ -1,8 +1,9 @@
 """Every pretext task on the same images, with the same encoder and the same number of images through it.
 
 For each task and seed: the task's own metric beside guessing, a linear classifier on each frozen layer and 20-NN beside
-the same encoder untrained, and how fast it trained. A finished run is not done again, a killed one is: start the same
-command anew. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
+the same encoder untrained, and how fast it trains. A finished run is not done again, a killed one is: start the same
+command anew. Speeds come last, one task after the other, and are kept too (speed-*.json in --out): have the machine to
+yourself then. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
 names the folder it is looked for in).
 
     python bench/tasks.py --out bench/results                           # all tasks
@@ -21,7 +22,7 @@ from statistics import median
 import pandas as pd
 import torch
 from cifar10 import cifar10
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import set_seed
 from measure import machine, markdown, tell
 
@@ -34,6 +35,7 @@ from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 
 ARCH, NEIGHBORS, PROBED = "resnet10t", 20, 1024
+TIMED = 3, 20  # batches to warm up with, and to measure
 RATES = {"conv": 3e-3, "vit": 1e-3}  # a transformer does not bear the rate of a small convnet
 BEGIN, END = "<!-- tasks: written by bench/tasks.py -->", "<!-- end of tasks -->"
 
@@ -82,16 +84,14 @@ def result(task: str, seed: int, data: Data, args: argparse.Namespace) -> dict:
 
 
 def trained(learn: PretextLearner, budget: int) -> dict:
-    """Train for a number of images through the encoder; the task's own numbers, and the time it took."""
+    """Train for a number of images through the encoder, in whole epochs; the task's own numbers."""
     an_epoch = len(learn.dls.train) * learn.dls.train.bs * learn.task.passes
     epochs = max(1, round(budget / an_epoch))
-    pace = Pace()
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(epochs, RATES["vit" if "vit" in learn.encoder.arch else "conv"], cbs=pace)
-    seconds = pace.a_batch() / learn.dls.train.bs / learn.task.passes
+        learn.fit_one_cycle(epochs, RATES["vit" if "vit" in learn.encoder.arch else "conv"])
     values = {k: v for k, v in learn.last_values.items() if v is not None}
     own = next((name for name in values if name not in ("train_loss", "valid_loss")), "valid_loss")
-    facts = {"epochs": epochs, "passes": learn.task.passes, "images": round(learn.images_seen), "an_image": seconds}
+    facts = {"epochs": epochs, "passes": learn.task.passes, "images": round(learn.images_seen)}
     return {**facts, "arch": learn.encoder.arch, "metric": own, "value": values[own], "chance": learn.task.chance()}
 
 
@@ -101,7 +101,7 @@ def probed_as(args: argparse.Namespace, seed: int) -> str:
 
 
 class Pace(Callback):
-    """How long a batch takes, loading included, when nothing disturbs it."""
+    """How long each of the first batches takes, loading included; then the fit is over."""
 
     def __init__(self):
         self.seconds = []
@@ -110,14 +110,25 @@ class Pace(Callback):
         self.since = time.perf_counter()
 
     def after_batch(self):
-        if self.training:
-            now = time.perf_counter()
-            self.seconds.append(now - self.since)
-            self.since = now
+        now = time.perf_counter()
+        self.seconds.append(now - self.since)
+        self.since = now
+        if len(self.seconds) == sum(TIMED):
+            raise CancelFitException
 
-    def a_batch(self) -> float:
-        """The median."""
-        return median(self.seconds)
+
+def speed(task: str, data: Data, args: argparse.Namespace) -> float:
+    """Images through the encoder in a second of training: of the median batch, after a warm-up."""
+    file = args.out / "tasks" / f"speed-{task}-{args.size}-{args.bs}.json"
+    if not file.exists():
+        tell(f"{task}, speed")
+        with quiet():
+            learn, pace = data.learner(task, seed=0), Pace()
+            with learn.no_bar(), learn.no_logging():
+                learn.fit(1, cbs=pace)
+        warm_up, _ = TIMED
+        write(file, {"images_a_second": args.bs * learn.task.passes / median(pace.seconds[warm_up:])})
+    return json.loads(file.read_text())["images_a_second"]
 
 
 def untrained_result(encoder: Encoder, seed: int, data: Data, args: argparse.Namespace) -> dict:
@@ -148,8 +159,8 @@ def spread(values: list[float]) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def row(runs: list[dict]) -> dict:
-    """A line of the first table: the runs of one task."""
+def row(runs: list[dict], images_a_second: float) -> dict:
+    """A line of the first table: the runs of one task, and its speed."""
     best = [max(run["layers"], key=run["layers"].get) for run in runs]
     random = [max(run["random"]["layers"].values()) for run in runs]
     gains = [run["layers"][layer] - most for run, layer, most in zip(runs, best, random)]
@@ -164,7 +175,8 @@ def row(runs: list[dict]) -> dict:
         "20-NN": spread([run["knn"] for run in runs]),
         "20-NN, untrained": spread([run["random"]["knn"] for run in runs]),
         "epochs": str(first["epochs"]),
-        "images/s through the encoder": f"{len(runs) / sum(r['an_image'] for r in runs):,.0f}",
+        "images through the encoder": f"{first['images']:,}",
+        "a second": f"{images_a_second:,.0f}",
     }
 
 
@@ -182,14 +194,15 @@ def layer_tables(by_task: dict[str, list[dict]]) -> str:
     return "\n\n".join(markdown(pd.DataFrame(lines).set_index("task"), "task") for lines in tables.values())
 
 
-def report(by_task: dict[str, list[dict]], args: argparse.Namespace) -> str:
+def report(by_task: dict[str, list[dict]], speeds: dict[str, float], args: argparse.Namespace) -> str:
     """Both tables and what they are of."""
-    table = pd.DataFrame([row(runs) for runs in by_task.values()]).set_index("task")
+    table = pd.DataFrame([row(runs, speeds[task]) for task, runs in by_task.items()]).set_index("task")
     command = "python bench/tasks.py " + shlex.join(shown_arguments())
     about = [
         f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
-        f"{args.budget:,} images through the encoder, one cycle up to a rate of {RATES['conv']} ({RATES['vit']} for a",
-        f"ViT); {ARCH}, or the task's net. Speed is that of the median batch, loading included.",
+        f"{args.budget:,} images through the encoder (to whole epochs), one cycle up to a rate of {RATES['conv']}",
+        f"({RATES['vit']} for a ViT); {ARCH}, or the task's net. Speed is that of the median of {TIMED[1]} batches, alone",
+        "on the machine, loading included.",
         f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels",
         f"of {args.probe_images:,} of these images and are scored on {args.test_images:,} others; the best layer is",
         f"chosen there, too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is their deviation.",
@@ -235,7 +248,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     data = Data(args)
     by_task = {task: [result(task, seed, data, args) for seed in range(args.seeds)] for task in args.tasks}
-    text = report(by_task, args)
+    speeds = {task: speed(task, data, args) for task in args.tasks}
+    text = report(by_task, speeds, args)
     print(text)
     if args.docs:
         into(args.docs, text)

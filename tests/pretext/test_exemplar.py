@@ -36,7 +36,7 @@ def noise(b: int, c: int = 3, h: int = 30, w: int = 30) -> Tensor:
 def variants(x: Tensor, seed: int = 0, idx: Tensor | None = None, **settings) -> tuple[Tensor, Tensor]:
     idx = torch.arange(len(x)) if idx is None else idx
     task = get_task("exemplar", **{**STILL, **settings})
-    (patches,), (target,) = task.make_batch(x, generator=seeded(seed), train=True, idx=idx)
+    (patches,), (target, _) = task.make_batch(x, generator=seeded(seed), train=True, idx=idx)
     return patches, target
 
 
@@ -215,17 +215,17 @@ def test_validation_asks_about_training_images_and_names_their_class():
     assert len(valid.dataset) == 9 and train.is_training and not valid.is_training
     seeds = torch.cat([b[1] for b in valid])
     assert seeds.shape == (9,) and len(seeds.unique()) == 9 and not torch.equal(seeds, torch.arange(9))
-    seen = {int(c): patch for b in train.new(shuffle=False, drop_last=False) for patch, c in zip(*b)}
+    seen = {int(c): patch for b in train.new(shuffle=False, drop_last=False) for patch, c, _ in zip(*b)}
     assert sorted(seen) == list(range(21))
     for b in valid:
-        for patch, c in zip(*b):
+        for patch, c, _ in zip(*b):
             torch.testing.assert_close(patch, seen[int(c)], atol=1e-4, rtol=0)  # the very seed, unchanged here
 
 
 def test_validation_variants_are_others_than_training_has():
     learn = pretext_learner(loaders(), "exemplar", "resnet10t")
-    train = {int(c): p for b in learn.dls.train.new(shuffle=False, drop_last=False) for p, c in zip(*b)}
-    apart = [float((p - train[int(c)]).abs().max()) for b in learn.dls.valid for p, c in zip(*b)]
+    train = {int(c): p for b in learn.dls.train.new(shuffle=False, drop_last=False) for p, c, _ in zip(*b)}
+    apart = [float((p - train[int(c)]).abs().max()) for b in learn.dls.valid for p, c, _ in zip(*b)]
     assert min(apart) > 0.05
 
 
@@ -263,9 +263,9 @@ def test_seeds_stand_still_on_images_that_are_cut(tmp_path):
         fixed = learn.dls.train.new(get_idxs=lambda dls=dls: list(range(len(dls.train_ds))))
         first, second = (torch.cat([b[0] for b in fixed]) for _ in range(2))
         assert torch.equal(first, second) and learn.dls.train.is_fast == learn.dls.valid.is_fast == cache
-        by_class = {int(c): p for b in fixed for p, c in zip(*b)}
+        by_class = {int(c): p for b in fixed for p, c, _ in zip(*b)}
         for b in learn.dls.valid:
-            for patch, c in zip(*b):
+            for patch, c, _ in zip(*b):
                 if int(c) in by_class:  # the last short batch of an epoch is dropped
                     torch.testing.assert_close(patch, by_class[int(c)], atol=1e-5, rtol=0)
         seen.append(first)
@@ -276,7 +276,7 @@ def test_seeds_stand_still_on_images_that_are_cut(tmp_path):
 def test_new_images_can_be_asked_about_however_many():
     learn = pretext_learner(loaders(), "exemplar", "resnet10t")
     new = list(np.random.default_rng(3).integers(0, 256, (14, 30, 30, 3), dtype=np.uint8))
-    preds, targets = learn.get_preds(dl=learn.dls.test_dl(new))
+    preds, (targets, _) = learn.get_preds(dl=learn.dls.test_dl(new))
     assert preds.shape == (14, 21) and targets.max() < 21
     torch.testing.assert_close(preds.sum(1), torch.ones(14))
 
@@ -293,13 +293,13 @@ def test_without_a_validation_set_it_trains_and_predicts(tmp_path):
     new = np.random.default_rng(3).integers(0, 256, (40, 30, 30, 3), dtype=np.uint8)
     answer = learn.predict(new[0])
     assert answer.pred.shape == (1, learn.task.n_classes) and answer.targets[0].tolist() == [0]
-    preds, targets = learn.get_preds(dl=learn.dls.test_dl(list(new)))
+    preds, (targets, _) = learn.get_preds(dl=learn.dls.test_dl(list(new)))
     assert len(new) > learn.task.n_classes > targets.max() and len(preds) == len(new)
 
 
 def test_loaders_made_by_hand_ask_before_there_is_a_learner():
     dl = PretextDL(list(noise(6)), bs=3, batch_tfms=[PretextTransform("exemplar")])
-    x, target = dl.one_batch()
+    x, target, _ = dl.one_batch()
     assert x.shape == (3, 3, 10, 10) and target.tolist() == [0, 1, 2]
     assert get_task("exemplar").chance() is None
     with pytest.raises(DataError, match="chosen from fastai's Datasets only, not from list"):
@@ -339,8 +339,19 @@ def test_metrics_count_first_and_first_five_of_few_classes_too():
     assert seed_in_top_5(pred[:3, :3], target[:3]) == 1 and seed_in_top_5(F.one_hot(target).float(), target) == 1
 
 
-def test_titles_say_of_which_image_a_variant_is_and_which_was_named():
-    task, x, target = get_task("exemplar"), noise(2), torch.tensor([7, 3])
-    assert [ax.get_title() for ax in task.show((x,), (target,))] == ["of training image 7", "of training image 3"]
-    titles = [ax.get_title() for ax in task.show((x,), (target,), pred=torch.tensor([7, 5]))]
-    assert titles == ["of training image 7,\nnamed 7  ✓", "of training image 3,\nnamed 5  ✗"]
+def test_pictures_show_the_seed_beside_its_variant_and_say_which_was_named():
+    task, x = get_task("exemplar"), noise(2)
+    asked = task.make_batch(x, generator=seeded(), train=True, idx=torch.tensor([7, 3]))
+    _, (_, seeds) = asked
+    assert [ax.get_title() for ax in task.show(*asked)] == ["seed 7 | variant", "seed 3 | variant"]
+    axes = task.show(*asked, pred=torch.tensor([7, 5]))
+    assert [ax.get_title() for ax in axes] == ["seed 7 | variant,\nnamed 7  ✓", "seed 3 | variant,\nnamed 5  ✗"]
+    drawn = torch.as_tensor(axes[1].get_images()[0].get_array()).movedim(-1, 0).float()
+    assert torch.allclose(drawn[:, :10, :10], seeds[1], atol=1e-6)
+
+
+def test_the_seed_that_is_shown_is_the_unchanged_variant():
+    x = noise(8, 3, 47, 61)
+    task = get_task("exemplar", **STILL)
+    (patches,), (_, seeds) = task.make_batch(x, generator=seeded(), train=True, idx=torch.arange(8))
+    assert torch.allclose(patches, seeds, atol=1e-4)

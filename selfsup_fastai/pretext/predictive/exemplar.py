@@ -10,19 +10,20 @@ from torch.nn import functional as F
 from selfsup_fastai.data.blocks import Cover
 from selfsup_fastai.data.colors import bend_saturation_value, column, scale_components, turn_hue_
 from selfsup_fastai.data.loader import fit_batch_size, luma
+from selfsup_fastai.data.patches import windows
 from selfsup_fastai.data.sampling import sample_squares
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pictures import draw, grid_axes
+from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_number, class_loss
 
 
-def seed_found(pred, target):
+def seed_found(pred, target, seed=None):
     """Share of variants whose own seed is the likeliest."""
     return (pred.argmax(1) == target).float().mean()
 
 
-def seed_in_top_5(pred, target):
+def seed_in_top_5(pred, target, seed=None):
     """Share of variants whose own seed is among the five likeliest."""
     top = pred.topk(min(5, pred.shape[1]), dim=1).indices
     return (top == target.unsqueeze(1)).any(1).float().mean()
@@ -37,8 +38,8 @@ class Exemplar(PretextTask):
 
     In: a variant of one patch of each image, (B, C, p, p), with p a third of the shorter side (the paper's 32 of 96
     pixels). The patch is drawn once and for all, by the image's number and `seed`, with probability proportional to its
-    mean squared gradient. Target: the number of the seed, (B,). Prediction: (B, N) logits for N seeds. Images beyond
-    `max_classes` are left out, by a draw that is fixed, too. Each visit makes a new variant (the paper: a stock of
+    mean squared gradient. Target: the number of the seed, (B,), and for people's eyes alone the seed itself,
+    (B, C, p, p) in [0, 1]. Prediction: (B, N) logits for N seeds. Images beyond `max_classes` are left out, by a draw that is fixed, too. Each visit makes a new variant (the paper: a stock of
     150). Validation asks for other variants of training images (a fixed sample of as many as there are validation
     images), as new images have no class; `predict` and a `test_dl` of new images therefore name the seed that a patch
     resembles, and their targets mean nothing. So does `predict` where there are no validation images.
@@ -61,6 +62,7 @@ class Exemplar(PretextTask):
 
     name = "exemplar"
     paper = "Dosovitskiy et al. 2014"
+    n_targets = 2
     needs = ("index",)
     min_side = 24  # patches of 8 pixels
     metrics = (seed_found, seed_in_top_5)
@@ -124,7 +126,9 @@ class Exemplar(PretextTask):
         elif self.n_classes is not None:
             idx = idx % self.n_classes  # without a validation set these may be new images, too
         size = max(8, round(self.patch * min(x.shape[-2:])))
-        return (self.vary(x, self.corners(x, idx, size), size, generator),), (idx,)
+        corners = self.corners(x, idx, size)
+        rows, columns = (corners[:, i].view(-1, 1, 1, 1) + torch.arange(size, device=x.device) for i in (0, 1))
+        return (self.vary(x, corners, size, generator),), (idx, windows(x, rows, columns)[:, 0])
 
     def corners(self, x: Tensor, idx: Tensor, size: int) -> Tensor:
         """Row and column of the seed patch of each image, (B, 2) int64: a function of the image and its number."""
@@ -166,21 +170,22 @@ class Exemplar(PretextTask):
     def model(self, encoder):
         return Classifier(encoder, linear_head(encoder.num_features, self.n_classes))
 
-    def loss(self, pred, target, reduction="mean"):
+    def loss(self, pred, target, seed=None, reduction="mean"):
         return class_loss(pred, target, reduction)
 
     def chance(self):
         return None if self.n_classes is None else 1 / self.n_classes
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
-        """The variants with the numbers of the images they are of and, after training, of those that were named."""
-        axes = grid_axes(min(max_n, len(inputs[0])), ctxs, figsize)
-        for i, ax in enumerate(axes):
-            seed = int(targets[0][i])
-            guess = None if pred is None else int(pred[i])
-            title = f"of training image {seed}" if guess is None else f"of training image {seed},\nnamed {guess}"
-            draw(ax, inputs[0][i], title, None if guess is None else guess == seed)
-        return axes
+        """Seed and variant side by side, with the number of the training image and, after training, of the named
+        one."""
+        numbers, seeds = targets[0][:max_n].tolist(), targets[1][:max_n]
+        titles, right = [f"seed {number} | variant" for number in numbers], None
+        if pred is not None:
+            named = pred[:max_n].tolist()
+            titles = [f"{title},\nnamed {guess}" for title, guess in zip(titles, named)]
+            right = [guess == number for guess, number in zip(named, numbers)]
+        return draw_rows(list(zip(seeds, inputs[0][:max_n])), titles, ctxs, figsize, right)
 
 
 class Variants(NamedTuple):
