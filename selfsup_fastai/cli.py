@@ -267,28 +267,38 @@ def _free(folder: Path) -> Path:
 
 
 def _settings(texts: list[str]) -> dict:
-    """'turns=one' -> {'turns': 'one'}, 'rotation.turns=one' -> {'rotation': {'turns': 'one'}}."""
+    """'turns=one' -> {'turns': 'one'}, 'rotation.turns=one' -> {'rotation': {'turns': 'one'}}, at any depth."""
     settings: dict = {}
     for name, value in map(_setting, texts):
-        *task, name = name.split(".", 1)
-        (settings.setdefault(task[0], {}) if task else settings)[name] = value
+        *above, name = name.split(".")
+        place = settings
+        for part in above:
+            place = place.setdefault(part, {})
+        place[name] = value
     return settings
 
 
 def _setting(text: str) -> tuple[str, object]:
-    """'turns=one' -> ('turns', 'one'); numbers, true, false and none become values."""
+    """'turns=one' -> ('turns', 'one'); numbers, true, false and none become values, '0.3,1' a pair of numbers."""
     name, eq, value = text.partition("=")
     if not eq:
         raise typer.BadParameter(f"--set takes NAME=VALUE, got {text!r}.")
     words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return name, words[value.lower()]
+    parts = [_number(part) for part in value.split(",")]
+    if any(isinstance(part, str) for part in parts):
+        return name, value
+    return name, parts if len(parts) > 1 else parts[0]
+
+
+def _number(text: str) -> int | float | str:
     for kind in (int, float):
         try:
-            return name, kind(value)
+            return kind(text)
         except ValueError:
             continue
-    return name, value
+    return text
 
 
 def _terminate(*_):

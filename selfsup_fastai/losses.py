@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.processes import first_row, gathered
 
 
 def nt_xent(
@@ -17,7 +18,8 @@ def nt_xent(
 
     Cross-entropy over cosine similarities divided by τ; a view is not compared with itself. 'mean' is the paper's mean
     over 2B terms; the author's code adds the means of the two directions, which is twice as much.
-    Half precision and autocast are left for float32 inside, float64 stays float64.
+    Half precision and autocast are left for float32 inside, float64 stays float64. With several processes the views of
+    all of them are told apart; the terms are those of this process's images.
     Raises `TaskError` for fewer than 2 images (no negatives) or shapes that do not match.
     """
     _check_pair(z1, z2, temperature)
@@ -25,12 +27,14 @@ def nt_xent(
         raise unknown("reduction", reduction, ["mean", "none"])
     b = len(z1)
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2])
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        similarity = z @ z.T / temperature  # (2B, 2B)
-        similarity = similarity.masked_fill(torch.eye(2 * b, dtype=torch.bool, device=z.device), float("-inf"))
-        partner = torch.arange(2 * b, device=z.device).roll(b)
-        terms = F.cross_entropy(similarity, partner, reduction="none").view(2, b).mean(dim=0)
+        z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z1, z2))
+        others = torch.cat([gathered(z1), gathered(z2)])  # (2N, D), N images in all processes
+        similarity = torch.cat([z1, z2]) @ others.T / temperature  # (2B, 2N)
+        first, n = first_row(z1), len(others) // 2
+        own = torch.cat([torch.arange(b), torch.arange(b) + n]).to(z1.device) + first
+        itself = F.one_hot(own, 2 * n).bool()
+        similarity = similarity.masked_fill(itself, float("-inf"))
+        terms = F.cross_entropy(similarity, own.roll(b), reduction="none").view(2, b).mean(dim=0)
     return terms.mean() if reduction == "mean" else terms
 
 

@@ -144,6 +144,8 @@ def test_wrong_setting_of_a_task(images, tmp_path):
 
 def test_settings_of_one_task_and_of_several():
     assert _settings(["turns=one", "crop=0.25"]) == {"turns": "one", "crop": 0.25}
+    assert _settings(["views.flip=0", "views.scale=0.3,1"]) == {"views": {"flip": 0, "scale": [0.3, 1]}}
+    assert _settings(["simclr.views.kind=scan", "a=b,c"]) == {"simclr": {"views": {"kind": "scan"}}, "a": "b,c"}
     several = ["weights=uncertainty", "rotation.turns=one", "rotation.flip=0", "jigsaw.gap=false"]
     own = {"rotation": {"turns": "one", "flip": 0}, "jigsaw": {"gap": False}}
     assert _settings(several) == {"weights": "uncertainty", **own}

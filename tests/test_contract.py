@@ -50,7 +50,7 @@ SMALL = {
     },
     "autoencoder": {"error": "squared"},
     "models_genesis": {"curve": 0, "paint": 0},
-    "simclr": {"temperature": 0.5, "strength": 0.2, "min_area": 0.5},
+    "simclr": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {"mae": "test_vit"}  # of tasks for which `tiny` will not do
 FROZEN = {"mae": ["body.pos_embed"]}  # what a paper keeps fixed in its encoder

@@ -5,9 +5,14 @@ a small view is a recipe drawn at a small size.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, unknown
+
+KINDS = ("photo", "scan", "microscopy")
+"""Of images, as to how they may be changed without becoming other images; see `adapted`."""
+BLUR_FROM = 64  # Pixels: the papers leave blur out on CIFAR
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,64 @@ SWAV_LOCAL = replace(SIMCLR, scale=(0.05, 0.14))
 GREY_SCAN = Recipe(
     scale=(0.3, 1.0), flip=0.0, turn=10.0, window=0.2, brightness=0.2, contrast=0.2, grey_p=0.0, blur_p=0.5
 )
+
+
+def adapted(
+    recipe: Recipe,  # A paper's, for photographs
+    views: str | Mapping | None = None,  # A kind, or changes by field, which may have a 'kind' and a 'strength'
+    channels: int = 3,  # Of the images
+    side: int = 224,  # Of the images, in pixels
+) -> Recipe:
+    """A paper's recipe as the images need it.
+
+    'photo', the default for images of 3 channels: the recipe itself. 'scan', for those of 1 channel: `GREY_SCAN` with
+    the paper's blur; crops are at least 30 % of the area, or half the largest share where that is less. 'microscopy',
+    for all that has no up, satellite images too: turned by any angle, mirrored both ways. Nothing is blurred below 64
+    pixels. `strength` multiplies the color strengths (hue up to 0.5); fields given by name come last:
+    `{'kind': 'scan', 'turn': 0}`. Raises `TaskError` for kinds, fields and values that do not exist.
+    """
+    changes = {"kind": views} if views is None or isinstance(views, str) else dict(_mapping(views))
+    kind, strength = changes.pop("kind", None), changes.pop("strength", 1.0)
+    if kind not in (None, *KINDS):
+        raise unknown("kind of views", kind, KINDS)
+    for name in changes:
+        if name not in _FIELDS:
+            raise unknown("field of a recipe", name, (*_FIELDS, "kind", "strength"))
+    if kind == "scan" or (kind is None and channels == 1):
+        low, high = recipe.scale
+        low = max(low, min(GREY_SCAN.scale[0], high / 2))
+        recipe = replace(GREY_SCAN, scale=(low, high), blur_p=recipe.blur_p, blur_sigma=recipe.blur_sigma)
+    elif kind == "microscopy":
+        recipe = replace(recipe, flip=0.5, vertical_flip=0.5, turn=180.0)
+    if side < BLUR_FROM:
+        recipe = replace(recipe, blur_p=0.0)
+    return replace(_colored(recipe, strength), **{name: _value(name, value) for name, value in changes.items()})
+
+
+def _colored(recipe: Recipe, strength: object) -> Recipe:
+    """The recipe with its color strengths multiplied."""
+    _in_range("strength", (_value("strength", strength),), 0, math.inf, "a factor of 0 or more")
+    names = ("brightness", "contrast", "saturation")
+    return replace(
+        recipe, hue=min(0.5, recipe.hue * strength), **{name: getattr(recipe, name) * strength for name in names}
+    )
+
+
+def _mapping(views: object) -> Mapping:
+    if isinstance(views, Mapping):
+        return views
+    said = f"views is one of {', '.join(KINDS)}, or a recipe's fields by name, such as {{'flip': 0}}"
+    raise TaskError(f"{said}; got {views!r}.")
+
+
+def _value(name: str, value: object) -> float | tuple[float, ...]:
+    """A field's value as a recipe wants it; from a file or the shell, pairs come as lists."""
+    is_pair = isinstance(getattr(Recipe, name, None), tuple)
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    good = [isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers]
+    if not all(good) or len(good) != 1 + is_pair:
+        raise TaskError(f"A recipe's {name} is {'two numbers' if is_pair else 'a number'}; got {value!r}.")
+    return tuple(map(float, numbers)) if is_pair else float(value)
+
+
+_FIELDS = tuple(field.name for field in fields(Recipe))

@@ -17,7 +17,7 @@ from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext import get_task
-from selfsup_fastai.pretext.joint_embedding.simclr import found_pair
+from selfsup_fastai.pretext.joint import found_pair
 from selfsup_fastai.pretext.learner import pretext_learner
 
 
@@ -80,26 +80,23 @@ def test_views_are_two_draws_of_the_recipe(channels, h, w):
     (views,), _ = task.make_batch(x, generator=seeded(4), train=True)
     generator = seeded(4)
     for i in range(2):
-        assert torch.equal(views[:, i], apply_views(x, draw_views(task.recipe(min(h, w)), x.shape, generator)))
+        assert torch.equal(
+            views[:, i], apply_views(x, draw_views(task.recipe(i, channels, min(h, w)), x.shape, generator))
+        )
     assert views.shape == (6, 2, channels, min(h, w), min(h, w))
     apart = (views[:, 0] - views[:, 1]).abs().mean((1, 2, 3))
     assert (apart > 0.01).all()
 
 
 def test_recipe_is_the_papers_with_blur_from_64_pixels_up():
-    recipe = get_task("simclr").recipe(64)
+    recipe = get_task("simclr").recipe(0, 3, 64)
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     assert strengths == pytest.approx((0.8, 0.8, 0.8, 0.2))
     assert (recipe.scale, recipe.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     assert (recipe.flip, recipe.jitter_p, recipe.grey_p, recipe.blur_p) == (0.5, 0.8, 0.2, 0.5)
     assert recipe.blur_sigma == (0.1, 2.0) and recipe.solarize_p == 0
-    assert get_task("simclr").recipe(63).blur_p == 0
-    with pytest.raises(TaskError, match="blur is True or False, got 'off'"):
-        get_task("simclr", blur="off")
-    assert get_task("simclr", blur=True).recipe(32).blur_p == 0.5
-    assert get_task("simclr", blur=False).recipe(224).blur_p == 0
-    other = get_task("simclr", strength=0.5, min_area=0.3, flip=0).recipe(32)
-    assert (other.brightness, other.hue, other.scale, other.flip) == (0.4, 0.1, (0.3, 1.0), 0)
+    assert get_task("simclr").recipe(1, 3, 64) == recipe
+    assert get_task("simclr").recipe(0, 3, 63).blur_p == 0
 
 
 def test_one_image_alone_has_nobody_to_be_told_from():

@@ -1,0 +1,62 @@
+"""Teachers that follow their students."""
+
+import math
+
+from fastai.callback.core import Callback
+
+from selfsup_fastai.encoders.teacher import Teacher
+
+# Momenta of BYOL (Grill et al. 2020, appendix and code) for 40, 100 to 300 and 1000 epochs of 312 steps
+_STEPS = (12_500, 94_000, 312_000)
+_LEFT = (0.03, 0.01, 0.004)  # 1 - momentum
+_MOST_LEFT = 0.1  # where a run of a few hundred steps ends up: the last ten steps count
+
+
+def momentum_for(
+    steps: int,  # That the run will take
+) -> float:
+    """A start for a teacher's momentum that suits the length of the run, .9 to .996.
+
+    BYOL's own for the lengths it was run at (40 epochs: .97, 300: .99, 1000: .996), and in between and below along a
+    straight line in the logarithms of both. A teacher with the momentum of a long run would hardly have moved in a
+    short one.
+    """
+    points = [(math.log(n), math.log(left)) for n, left in zip(_STEPS, _LEFT)]
+    at = math.log(max(1, steps))
+    (x0, y0), (x1, y1) = points[:2] if at < points[1][0] else points[1:]
+    left = math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+    return 1 - min(_MOST_LEFT, max(_LEFT[-1], left))
+
+
+class EMATeacher(Callback):
+    """Lets every `Teacher` in the model follow its student after each step of the optimizer.
+
+    The momentum goes from `start` to `end` over the planned steps of a `fit`: along half a cosine (BYOL, MoCo v3,
+    DINO), along a straight line (I-JEPA), or not at all (MoCo). Steps that a callback cancels, as gradient
+    accumulation does, do not count.
+    """
+
+    order = 10
+
+    def __init__(
+        self,
+        start: float | None = None,  # Momentum at the first step; None: by the number of planned steps
+        end: float = 1.0,  # At the last
+        shape: str = "cosine",  # 'cosine' or 'linear'
+    ):
+        self.start, self.end, self.shape = start, end, shape
+
+    def before_train(self):
+        steps = self.n_epoch * max(1, len(self.dls.train))
+        self.first = momentum_for(steps) if self.start is None else self.start
+        self.teachers = [m for m in self.learn.model.modules() if isinstance(m, Teacher)]
+
+    def after_step(self):
+        for teacher in self.teachers:
+            teacher.follow(self.momentum())
+
+    def momentum(self) -> float:
+        """At this step of the run."""
+        at = self.pct_train
+        way = (1 - math.cos(math.pi * at)) / 2 if self.shape == "cosine" else at
+        return self.first + (self.end - self.first) * way

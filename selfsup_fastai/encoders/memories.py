@@ -1,0 +1,88 @@
+"""What a method remembers of earlier batches: a queue of embeddings, or a bank with a row for each image."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfsup_fastai.processes import gathered
+
+
+class Memory(nn.Module, ABC):
+    """Something that changes with each step and is no parameter.
+
+    A model calls `note` in its forward pass; the loss is that of the memory as it was. `callbacks.memories` calls
+    `commit` once the optimizer has taken the step, and `forget` where there was none (validation, `get_preds`). So
+    with accumulated gradients all parts of a step meet the same memory. Buffers: saved, resumed and moved with the
+    model.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._noted: list[tuple[Tensor, ...]] = []
+
+    def note(self, *values: Tensor) -> None:
+        """Remember this, (B, ...) each, when the step is taken; nothing outside of training."""
+        if self.training and torch.is_grad_enabled():
+            self._noted.append(tuple(v.detach() for v in values))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """What was noted, of all processes, becomes part of the memory."""
+        for values in self._noted:
+            self.remember(*(gathered(v) for v in values))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was noted and not remembered."""
+        self._noted = []
+
+    @abstractmethod
+    def remember(self, *values: Tensor) -> None:
+        """Change the buffers."""
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_noted": []}  # half a step is not worth keeping
+
+
+class FeatureQueue(Memory):
+    """The last `size` embeddings, first in, first out (MoCo, He et al. 2020): `rows` (size, dim), of length 1.
+
+    Starts with random directions, as the authors' code does. Batches of any size may enter, the latest rows of a batch
+    larger than the queue.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("place", torch.tensor(0))  # where the next row goes
+        self.register_buffer("entered", torch.tensor(0))  # rows that ever entered
+
+    def remember(self, z: Tensor) -> None:
+        self.entered += len(z)
+        z = z[-len(self.rows) :].to(self.rows.dtype)
+        places = (self.place + torch.arange(len(z), device=z.device)) % len(self.rows)
+        self.rows[places] = F.normalize(z, dim=1)
+        self.place.copy_((self.place + len(z)) % len(self.rows))
+
+
+class FeatureBank(Memory):
+    """An embedding of each training image, `rows` (images, dim) of length 1 (NPID, Wu et al. 2018).
+
+    A visit mixes the old row with the new one and normalizes again. Starts with random directions.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        dim: int,
+        momentum: float = 0.5,  # Share of the old row
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("rows", F.normalize(torch.randn(images, dim), dim=1))
+
+    def remember(self, idx: Tensor, z: Tensor) -> None:
+        mixed = torch.lerp(F.normalize(z, dim=1).to(self.rows.dtype), self.rows[idx], self.momentum)
+        self.rows[idx] = F.normalize(mixed, dim=1)

@@ -1,0 +1,108 @@
+"""`JointTask`: what tasks that compare the embeddings of several views of an image have in common."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
+from selfsup_fastai.data.views import random_view
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.messages import say
+from selfsup_fastai.pictures import draw_rows
+from selfsup_fastai.pretext.base import PretextTask
+
+
+def embeddings(pred: Tensor | Sequence) -> Tensor:
+    """Of a prediction the student's embeddings of the views, (B, V, D)."""
+    return pred if isinstance(pred, Tensor) else pred[0]
+
+
+def found_pair(pred: Tensor | Sequence, target: Tensor, *_) -> Tensor:
+    """Share of images whose second view is nearest to the first among all second views of the batch.
+
+    An image alone in its batch counts as not found: there was nothing to find it among.
+    """
+    z = embeddings(pred)
+    if len(z) == 1:
+        return z.new_zeros((), dtype=torch.float32)
+    z = F.normalize(z.float(), dim=-1)
+    return ((z[:, 0] @ z[:, 1].T).argmax(1) == target).float().mean()
+
+
+class JointTask(PretextTask):
+    """A task whose input are random views of each image, (B, V, C, S, S), and whose first target is the image's row.
+
+    `recipes` has a recipe for each view; the setting `views` adapts them (`data.recipes.adapted`). A prediction is, or
+    begins with, the embeddings of the views, (B, V, D). Validation draws the same views every time.
+    """
+
+    recipes: ClassVar[tuple[Recipe, ...]] = (SIMCLR, SIMCLR)
+    tells_apart: ClassVar[bool] = True  # Whether an image is compared with others of its batch
+    metrics = (found_pair,)
+    views: str | Mapping | None = None
+
+    def check_views(self, views: object) -> None:
+        """Raises `TaskError` unless a setting `views` makes sense. For constructors."""
+        for recipe in self.recipes:
+            adapted(recipe, views)
+
+    def setup(self, dls, encoder):
+        if dls.train.bs is not None and dls.train.bs < 2:
+            raise TaskError(f"{self.name} compares images of a batch: it needs a batch size of 2 or more, not 1.")
+        for dl in dls.loaders[1:] if self.tells_apart else ():
+            if dl.n == 1:
+                say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
+            dl.bs = none_alone(dl.n, dl.bs)
+        if self.views is None and encoder.image_channels == 1:
+            say(
+                f"{self.name}: grey images get views for scans, which are never mirrored. "
+                "views='photo' gives the paper's, views='microscopy' any turn."
+            )
+
+    def recipe(self, view: int, channels: int, side: int) -> Recipe:
+        """Of one view of images of so many channels and pixels a side."""
+        return adapted(self.recipes[view], self.views, channels, side)
+
+    def draw_views(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One view of each recipe of each image, (B, V, C, S, S)."""
+        channels, side = x.shape[1], min(x.shape[-2:])
+        views = range(len(self.recipes))
+        return torch.stack([random_view(x, self.recipe(v, channels, side), generator) for v in views], 1)
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        return (self.draw_views(x, generator),), (torch.arange(len(x), device=x.device),)
+
+    def activation(self, pred):
+        """Embeddings of length 1; what else there is stays as it is."""
+        units = F.normalize(embeddings(pred), dim=-1)
+        return units if isinstance(pred, Tensor) else (units, *pred[1:])
+
+    def decode(self, pred):
+        """Cosine of the first two views of each image, (B,)."""
+        z = embeddings(pred)
+        return F.cosine_similarity(z[:, 0], z[:, 1], dim=-1)
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """The views of each image side by side; after training with the cosine of the first two."""
+        views = inputs[0][:max_n]
+        count = {2: "two", 3: "three"}.get(views.shape[1], views.shape[1])
+        said = [f"{count} views of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
+        return draw_rows(views, said, ctxs, figsize)
+
+
+def each_view(
+    net: Callable[[Tensor], Tensor] | nn.Module,  # (B, C, H, W) -> (B, D)
+    x: Tensor,  # (B, V, C, H, W)
+) -> Tensor:  # (B, V, D)
+    """Views one after the other, as most authors' codes do: batch norms never see two views of one image together."""
+    return torch.stack([net(x[:, v]) for v in range(x.shape[1])], 1)
+
+
+def none_alone(n: int, bs: int) -> int:
+    """The smallest batch size from `bs` up that leaves no batch of one image (unless there is only one)."""
+    while n > 1 and n % bs == 1 % bs:
+        bs += 1
+    return bs
