@@ -201,8 +201,8 @@ def report(by_task: dict[str, list[dict]], speeds: dict[str, float], args: argpa
     about = [
         f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
         f"{args.budget:,} images through the encoder (to whole epochs), one cycle up to a rate of {RATES['conv']}",
-        f"({RATES['vit']} for a ViT); {ARCH}, or the task's net. Speed is that of the median of {TIMED[1]} batches, alone",
-        "on the machine, loading included.",
+        f"({RATES['vit']} for a ViT); {ARCH}, or the task's net. Speed is that of the median of {TIMED[1]} batches,",
+        "alone on the machine, loading included.",
         f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels",
         f"of {args.probe_images:,} of these images and are scored on {args.test_images:,} others; the best layer is",
         f"chosen there, too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is their deviation.",

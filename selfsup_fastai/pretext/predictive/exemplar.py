@@ -39,10 +39,11 @@ class Exemplar(PretextTask):
     In: a variant of one patch of each image, (B, C, p, p), with p a third of the shorter side (the paper's 32 of 96
     pixels). The patch is drawn once and for all, by the image's number and `seed`, with probability proportional to its
     mean squared gradient. Target: the number of the seed, (B,), and for people's eyes alone the seed itself,
-    (B, C, p, p) in [0, 1]. Prediction: (B, N) logits for N seeds. Images beyond `max_classes` are left out, by a draw that is fixed, too. Each visit makes a new variant (the paper: a stock of
-    150). Validation asks for other variants of training images (a fixed sample of as many as there are validation
-    images), as new images have no class; `predict` and a `test_dl` of new images therefore name the seed that a patch
-    resembles, and their targets mean nothing. So does `predict` where there are no validation images.
+    (B, C, p, p) in [0, 1]. Prediction: (B, N) logits for N seeds. Images beyond `max_classes` are left out, by a draw
+    that is fixed, too. Each visit makes a new variant (the paper: a stock of 150). Validation asks for other variants
+    of training images (a fixed sample of as many as there are validation images), as new images have no class;
+    `predict` and a `test_dl` of new images therefore name the seed that a patch resembles, and their targets mean
+    nothing. So does `predict` where there are no validation images.
 
     Order of a variant: shift, turn and scale in one sampling that reads around the patch, principal components of the
     colors, saturation and value to a power, times a factor, plus an offset, hue. Ours: factors and powers are uniform
