@@ -41,7 +41,7 @@ class SimCLR(JointTask):
         self,
         temperature: float = 0.1,  # Of NT-Xent; the paper's is 0.1, on CIFAR-10 0.5
         dim: int = 128,  # Width of the projection
-        views=None,  # 'photo', 'scan', 'microscopy', or fields of a recipe: {'strength': 0.5} is the paper's on CIFAR-10
+        views=None,  # 'photo', 'scan', 'microscopy'; or fields of a recipe: {'strength': 0.5} as the paper's on CIFAR
     ):
         check_number("temperature", temperature, above=0)
         check_number("dim", dim, 1, whole=True)
