@@ -74,7 +74,8 @@ def reported(command: Callable) -> Callable:
             if "--debug" in sys.argv:
                 traceback.print_exc()
             expected = isinstance(error, SelfsupError | OSError)
-            line = error if expected else f"{type(error).__name__}: {error} (selfsup --debug shows where)"
+            said = str(error).rpartition(":\n\t")[2]  # without fastai's line about the callback that it came through
+            line = said if expected else f"{type(error).__name__}: {said} (selfsup --debug shows where)"
             code = 1
         typer.echo(f"selfsup: {line}", err=True)
         raise typer.Exit(code)
@@ -144,6 +145,9 @@ def pretrain(
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the same command's run that was stopped or killed, if any.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
     """Pretrain an encoder on a folder of unlabeled images."""
@@ -153,9 +157,9 @@ def pretrain(
     settings = _settings(set_ or [])
     from selfsup_fastai import runs
 
-    out = out or _free(Path("runs") / task)
+    out = out or (resume and _unfinished(Path("runs"), task)) or _free(Path("runs") / task)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
-    data |= dict(cache=cache.argument, max_gb=max_gb)
+    data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume)
     runs.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     typer.echo(out / "encoder.safetensors")
 
@@ -255,6 +259,14 @@ def demo(
 
 def _text(table) -> str:
     return table.to_string(float_format="{:.3f}".format, na_rep="")
+
+
+def _unfinished(folder: Path, task: str) -> Path | None:
+    """The last run of a task in this folder that was stopped, if there is one."""
+    from selfsup_fastai.runs import STATE
+
+    states = [*folder.glob(f"{task}/{STATE}"), *folder.glob(f"{task}-[0-9]*/{STATE}")]
+    return max(states, key=lambda state: state.stat().st_mtime).parent if states else None
 
 
 def _free(folder: Path) -> Path:

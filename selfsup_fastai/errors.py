@@ -4,6 +4,7 @@ SelfsupError
 ├── UnknownNameError    a task, an architecture, an option that does not exist (the nearest name is suggested)
 ├── DataError           a folder, file, array or DataFrame that cannot be used as it is
 ├── EncoderFileError    a saved encoder that is damaged, foreign, or does not fit
+├── ResumeError         the state of a killed run that is damaged, or of another run
 └── TaskError           images or settings that a pretext task or a fine-tuning run cannot work with
 """
 
@@ -25,6 +26,10 @@ class DataError(SelfsupError):
 
 class EncoderFileError(SelfsupError):
     """A file that is no encoder of ours, is damaged, or does not fit where it is to be used."""
+
+
+class ResumeError(SelfsupError):
+    """A state that is damaged, or of another run than the one that should go on."""
 
 
 class TaskError(SelfsupError):

@@ -7,9 +7,10 @@
     history.png          losses and the first metric over the epochs; of several tasks, the first of each
     encoder.safetensors  the encoder and its card
     results.png neighbors.png, or predictions.csv confusion.png learner.pkl
+    resume/              while a pretraining run is under way: its state, from which a killed run goes on
 
 Stopped by Ctrl-C or a termination signal after its first epoch, a run still saves what it has trained, then passes the
-signal on. A folder that holds an encoder is not written to, unless asked for.
+signal on. A folder that holds an encoder or a stopped run is not written to, unless asked for.
 """
 
 import json
@@ -29,6 +30,8 @@ from matplotlib import pyplot as plt
 
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile
+from selfsup_fastai.callbacks.resume import Resume
+from selfsup_fastai.callbacks.state import StateFolder
 from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
@@ -42,7 +45,8 @@ from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
 
-ENCODER = "encoder.safetensors"
+RESUMES = " The same command with --resume goes on."
+ENCODER, STATE = "encoder.safetensors", "resume"
 
 
 def pretrain(
@@ -57,25 +61,38 @@ def pretrain(
     seed: int = 42,
     settings: dict | None = None,  # Of the task
     overwrite: bool = False,  # Replace what an earlier run left in `out`
+    resume: bool = False,  # Go on with the run of these arguments that was stopped or killed in `out`
     **data,  # Arguments of `UnlabeledDataLoaders.from_folder`
 ) -> PretextLearner:
-    """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner."""
+    """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner.
+
+    While it trains its state is kept (`callbacks.resume`). With `resume` and no state it begins at the beginning.
+    """
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
-    check_out(out, folder, overwrite)
+    goes_on = resume and is_unfinished(out)
+    check_out(out, folder, overwrite or goes_on)
     task = get_task(task, **(settings or {}))  # names and settings first: checking the images may take minutes
+    run = dict(task=task.name, settings=task.settings(), epochs=epochs, lr=lr, arch=arch, pretrained=pretrained)
+    run |= {name: value for name, value in data.items() if name not in ("num_workers", "cache", "max_gb")}
+    state = Resume(Path(out) / STATE, about={**run, "seed": seed})
+    if goes_on:
+        state.check_about()
     source = get_encoder(encoder or arch or task.arch)  # a new net is made again later, to suit the images
     set_seed(seed, reproducible=True)
     dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
     learn = pretext_learner(dls, task, arch, pretrained=pretrained, **given)
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
+    if not goes_on:
+        state.clear()
     out = _run_folder(out, learn, dls.report, {**args, "seed": seed, **data})
     learn.show_batch()
     save_picture(out / "batch.png")
     chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
     with _finished(learn, out, chance):
-        learn.fit_one_cycle(epochs, lr, cbs=MetricsFile(out / "metrics.csv"))
+        learn.fit_one_cycle(epochs, lr, cbs=[MetricsFile(out / "metrics.csv"), state])
+    state.clear()
     with learn.no_bar(), learn.no_logging():
         learn.show_results()
     save_picture(out / "results.png")
@@ -135,11 +152,21 @@ def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh:
         learn.fine_tune(epochs, lr, gradual=gradual, cbs=log)
 
 
+def is_unfinished(out: str | Path) -> bool:
+    """Whether a pretraining run was stopped in this folder and can go on."""
+    return StateFolder(Path(out) / STATE).is_there
+
+
 def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> None:
     """Raises `DataError` unless a run over `folder` may write to `out`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{str(out)!r} is a file; the run needs a folder to write to.")
+    if is_unfinished(out) and not overwrite:
+        raise DataError(
+            f"{str(out)!r} holds a run that was stopped. Go on with it (resume), choose another folder, or have it "
+            "overwritten."
+        )
     if (out / ENCODER).exists() and not overwrite:
         raise DataError(
             f"{str(out)!r} holds an encoder of an earlier run. Choose another folder, or have it overwritten."
@@ -185,7 +212,7 @@ def _finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterato
     except KeyboardInterrupt:
         if (out / "metrics.csv").exists():
             _save(learn, out, chance)
-            say("Stopped; the encoder is saved as it is.")
+            say("Stopped; the encoder is saved as it is." + RESUMES * is_unfinished(out))
         raise
     finally:
         learn.remove_cb(lines)

@@ -8,6 +8,8 @@ import time
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from selfsup_fastai.cli import _settings
 from selfsup_fastai.encoders.checkpoint import read_card
@@ -155,6 +157,25 @@ def test_closed_pipe_is_quiet(tmp_path):
     command = f"{sys.executable} -m selfsup_fastai.cli --help | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
     assert "Traceback" not in done.stderr and done.stdout.startswith("Usage")
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again(images, tmp_path):
+    words = ["pretrain", images, *("6" if word == "2" else word for word in QUICK), "--resume"]
+    (tmp_path / "one").mkdir()
+    done = selfsup(*words, cwd=tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    run = subprocess.Popen([sys.executable, "-m", "selfsup_fastai.cli", *map(str, words)], cwd=tmp_path)
+    state, deadline = tmp_path / "runs" / "rotation" / "resume" / "state.safetensors", time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    again = selfsup(*words, cwd=tmp_path)
+    assert again.returncode == 0 and "The run goes on in epoch" in again.stderr, again.stderr
+    assert again.stdout.strip() == "runs/rotation/encoder.safetensors"
+    first, second = (load_file(at / again.stdout.strip()) for at in (tmp_path / "one", tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from selfsup_fastai import runs
-from selfsup_fastai.errors import DataError, TaskError
+from selfsup_fastai.callbacks.log import MetricsFile
+from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
+from selfsup_fastai.errors import DataError, ResumeError, TaskError
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
 from selfsup_fastai.runs import check_out, finetune, pretrain, wilson
@@ -43,6 +46,45 @@ def test_a_run_never_writes_over_an_encoder_unasked(images, tmp_path):
     short(out, images, seed=1, overwrite=True)
     assert (out / "encoder.safetensors").read_bytes() != kept
     assert json.loads((out / "settings.json").read_text())["seed"] == 1
+
+
+class Dying(MetricsFile):
+    """The process ends as the second epoch does."""
+
+    def after_epoch(self):
+        super().after_epoch()
+        if self.rows == 2:
+            raise RuntimeError("killed")
+
+
+def test_a_killed_run_goes_on_where_it_was_and_nowhere_else(images, tmp_path, monkeypatch, capsys):
+    args = dict(arch="resnet10t", size=16, bs=4, num_workers=0, epochs=3)
+    pretrain(images, tmp_path / "whole", **args)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "MetricsFile", Dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            pretrain(images, out, **args)
+    with pytest.raises(DataError, match="holds a run that was stopped"):
+        pretrain(images, out, **args)
+    for other, said in (({"epochs": 4}, r"epochs \(3 there, 4 here\)"), ({"seed": 1}, "seed"), ({"lr": 1e-4}, "lr")):
+        with pytest.raises(ResumeError, match=f"differs from this one in {said}"):
+            pretrain(images, out, **{**args, **other}, resume=True)
+    assert len((out / "metrics.csv").read_text().splitlines()) == 3  # nothing was touched
+    capsys.readouterr()
+    pretrain(images, out, **args, resume=True)
+    assert "The run goes on in epoch 2 of 3." in capsys.readouterr().err
+    first, second = (load_encoder(tmp_path / name / "encoder").state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (out / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    assert read_card(out / "encoder.safetensors")["epochs"] == 3
+    assert not (out / "resume").exists() and not (tmp_path / "whole" / "resume").exists()
+
+
+def test_with_nothing_to_go_on_from_a_run_begins(images, tmp_path):
+    short(tmp_path / "out", images, resume=True)
+    with pytest.raises(DataError, match="holds an encoder of an earlier run"):  # it is finished
+        short(tmp_path / "out", images, resume=True)
 
 
 def test_a_failed_run_saves_no_encoder(images, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.encoders.split import CHANNELS as HALVES
 from selfsup_fastai.encoders.split import SplitBody
 from selfsup_fastai.errors import EncoderFileError, SelfsupError, TaskError, UnknownNameError
+from selfsup_fastai.writing import write_whole
 
 KEY = "selfsup_fastai"  # Where the card stands in the safetensors metadata
 SUFFIX = ".safetensors"
@@ -52,7 +53,7 @@ def save_encoder(
     card["digest"] = _digest(card, tensors)
     header = {KEY: json.dumps(card, sort_keys=True, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, to_bytes(tensors, header))
+    write_whole(path, to_bytes(tensors, header))
     return path
 
 
@@ -205,19 +206,6 @@ def _digest(card: dict, tensors: dict[str, Tensor]) -> str:
         sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """All of it or nothing: a neighbor is written, flushed to the disk and renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _found(file: str | os.PathLike) -> Path:
