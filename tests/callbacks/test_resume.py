@@ -221,7 +221,7 @@ def test_looking_and_searching_a_rate_leave_the_state_alone(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.validate()
         learn.get_preds()
-        learn.lr_find(num_it=3, show_plot=False)
+        learn.lr_find(num_it=3, show_plot=False, suggest_funcs=())
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
