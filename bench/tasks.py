@@ -8,6 +8,7 @@ names the folder it is looked for in).
 
     python bench/tasks.py --out bench/results                           # all tasks
     python bench/tasks.py --tasks rotation simclr rotation+simclr --seeds 3 --docs docs/benchmarks.md
+    python bench/tasks.py --tasks aet aet:transform=affine,border=reflect
 """
 
 import argparse
@@ -21,6 +22,7 @@ from statistics import median
 
 import pandas as pd
 import torch
+import yaml
 from cifar10 import cifar10
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import set_seed
@@ -32,6 +34,7 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.features import embed, knn_accuracy, linear_probe
 from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext import TASKS, get_task
+from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 
 ARCH, NEIGHBORS, PROBED = "resnet10t", 20, 1024
@@ -55,7 +58,7 @@ class Data:
     def learner(self, task: str, seed: int) -> PretextLearner:
         """Of a task, with the common encoder; a task for another kind of net takes its own."""
         set_seed(seed, reproducible=True)
-        made = get_task(task)
+        made = named(task)
         dls = UnlabeledDataLoaders.from_files(self.train["file"], size=self.size, bs=self.bs)
         return pretext_learner(dls, made, ARCH if made.arch.startswith("resnet") else None)
 
@@ -98,6 +101,13 @@ def trained(learn: PretextLearner, budget: int) -> dict:
 def probed_as(args: argparse.Namespace, seed: int) -> str:
     """What a result of the probes depends on besides the net, for a file's name."""
     return f"{args.size}-{args.probe_images}-{args.test_images}-{seed}"
+
+
+def named(task: str) -> PretextTask:
+    """A task by its name, with settings behind a colon: 'aet:transform=affine,border=reflect'."""
+    name, _, texts = task.partition(":")
+    pairs = [text.partition("=") for text in texts.split(",") if text]
+    return get_task(name, **{key: yaml.safe_load(value) for key, _, value in pairs})
 
 
 class Pace(Callback):
@@ -236,7 +246,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for what is found")
     parser.add_argument("--docs", type=Path, help="page to put the tables in")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names; several at once: rotation+jigsaw")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="rotation, rotation+jigsaw, aet:border=gray")
     parser.add_argument("--budget", type=int, default=50_000, help="images through the encoder")
     parser.add_argument("--images", type=int, default=10_000, help="to pretrain on")
     parser.add_argument("--probe-images", type=int, default=3_000, help="with labels, for the probes")

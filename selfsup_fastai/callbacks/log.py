@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from fastai.callback.core import Callback, CancelValidException
 from tqdm.auto import tqdm
 
@@ -14,6 +15,23 @@ class OnlyInFit(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
+
+
+class LossesAsNumbers(Callback):
+    """On the CPU the Recorder's list of losses holds numbers, not tensors.
+
+    A tensor kept for each step lies where larger ones were freed and are wanted again. The C library then finds no room
+    for those and asks for more: some megabytes a step where a layer is large, until no memory is left. On a GPU, where
+    a number would have to be waited for, the list stays as fastai makes it.
+    """
+
+    order = 51  # after the Recorder
+    run_valid = False
+
+    def after_batch(self):
+        losses = self.recorder.losses
+        if losses and isinstance(losses[-1], torch.Tensor) and losses[-1].device.type == "cpu":
+            losses[-1] = losses[-1].item()
 
 
 class EpochLines(OnlyInFit):

@@ -20,6 +20,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from selfsup_fastai.callbacks.count import CountImages
+from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
@@ -64,7 +65,7 @@ class DownstreamLearner(Learner):
         **kwargs,  # Passed to `Learner`
     ):
         self.epochs_done, self.images_seen, self.last_values = 0, 0, {}
-        super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), *L(cbs)], **kwargs)
+        super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), LossesAsNumbers(), *L(cbs)], **kwargs)
         self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
 
     def create_opt(self) -> None:

@@ -17,6 +17,7 @@ from fasttransform import Transform
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.count import CountImages
+from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.encoders.card import ROUND
@@ -218,7 +219,7 @@ class PretextLearner(Learner):
         **kwargs,  # Of `Learner`
     ):
         self.data, self.epochs_done, self.images_seen, self.last_values = data or {}, 0, 0, {}
-        cbs = [CountImages(task.passes), *task.callbacks(), *L(cbs)]
+        cbs = [CountImages(task.passes), LossesAsNumbers(), *task.callbacks(), *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), cbs=cbs, **kwargs)
         self.task = task
 

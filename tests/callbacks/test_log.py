@@ -1,5 +1,9 @@
 """callbacks/log.py: what is written while a learner trains."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from fastai.callback.core import Callback
@@ -56,3 +60,54 @@ def test_skip_validation_trains_and_measures_nothing(learn):
         learn.fit(1, 1e-2, cbs=[SkipValidation(), Watch()])
     assert steps == [True, True, True]  # 11 images in batches of 3
     assert any((a != b).any() for a, b in zip(before, learn.model.parameters()))
+
+
+def test_losses_are_kept_as_the_numbers_that_they_were(learn):
+    class Watch(Callback):
+        order = 50.5  # between the Recorder and ours
+
+        def after_batch(self):
+            if self.training:
+                seen.append(float(self.recorder.losses[-1]))
+
+    seen = []
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=Watch())
+        assert learn.recorder.losses == seen and all(type(loss) is float for loss in seen)
+        learn.recorder.plot_loss(skip_start=0)
+        learn.lr_find(num_it=10, show_plot=False, suggest_funcs=())
+
+
+MANY_STEPS = """
+import torch
+from torch import nn
+from selfsup_fastai.all import *
+
+class Watch(Callback):
+    order = 99
+
+    def after_batch(self):
+        if self.training and self.train_iter in (60, 260):
+            fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+            seen.append(int(fields["VmRSS"].split()[0]) / 1024)
+
+def net():
+    wide = [nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 9000)]
+    return nn.Sequential(nn.Conv2d(3, 48, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *wide)
+
+seen = []
+dls = UnlabeledDataLoaders.from_array(np.zeros((1000, 16, 16, 3), np.uint8), size=16, bs=8, num_workers=0)
+learn = pretext_learner(dls, "rotation", net, turns="one")
+with learn.no_bar(), learn.no_logging():
+    learn.fit(3, cbs=Watch())
+print(seen[1] - seen[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_many_steps_take_no_more_memory_than_some():
+    """A network with a large layer: with a tensor kept for each step this grows by hundreds of megabytes."""
+    done = subprocess.run([sys.executable, "-c", MANY_STEPS], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 100, done.stdout

@@ -13,6 +13,7 @@ from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
 
 GRAY = 128 / 255  # What lies beyond the image
+FAR = 5.0  # Further away nobody looks, in half sides from the center
 CORNERS = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))  # x then y, clockwise from above left
 # Deviations of the eight free coefficients of a projective map, in coordinates -1..1; their means are 0, because turns
 # and mirror images are equally likely. Measured once, and averaged over coefficients that are equal by symmetry:
@@ -62,9 +63,11 @@ class AET(PretextTask):
         shear: float = 30,  # Greatest shear in degrees, either way (affine)
         crop: float = 0.125,  # Before warping, a shift by up to this share of the side (authors: 4 of 32 pixels)
         flip: float = 0.5,  # Probability of a mirror image before warping; 0 where left and right matter
+        border: str = "gray",  # What the copy shows beyond the image: 'gray', as in the authors' code, or 'reflect'
     ):
         check_choice("transform", transform, ("affine", "projective"))
         check_choice("compare", compare, ("parameters", "matrix"))
+        check_choice("border", border, ("gray", "reflect"))
         check_number("turn", turn, 0, 180)
         check_number("shift", shift, 0, 1)
         check_number("scale", scale, 0, 0.9)
@@ -75,7 +78,7 @@ class AET(PretextTask):
             raise TaskError("turn, shift, scale and shear are all 0: there is nothing to ask about.")
         self.transform, self.compare = transform, compare
         self.turn, self.shift, self.scale, self.shear = turn, shift, scale, shear
-        self.crop, self.flip = crop, flip
+        self.crop, self.flip, self.border = crop, flip, border
         if transform == "projective":
             self.check_idle("transform='projective'", "turn", "shift", "scale", "shear")
         self.metrics = (self.explained,)
@@ -87,7 +90,7 @@ class AET(PretextTask):
         if train:
             x = random_shift_flip(x, generator, pad=round(self.crop * x.shape[-1]), flip=self.flip)
         target = self.draw(len(x), generator)
-        return (torch.stack([x, warp(x, self.matrix(target))], 1),), (target,)
+        return (torch.stack([x, warp(x, self.matrix(target), self.border)], 1),), (target,)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """The parameters of `n` random maps, as the network is to name them: (n, 6) or (n, 8)."""
@@ -198,15 +201,19 @@ def homographies(start: Tensor, end: Tensor) -> Tensor:
     return torch.cat([free, torch.ones_like(free[:, :1])], 1).unflatten(1, (3, 3))
 
 
-def warp(x: Tensor, maps: Tensor) -> Tensor:
-    """Images (B, C, S, S) seen through maps (B, 3, 3): at place p of the result is what lies at map(p) of x."""
+def warp(x: Tensor, maps: Tensor, border: str = "gray") -> Tensor:
+    """Images (B, C, S, S) seen through maps (B, 3, 3): at place p of the result is what lies at map(p) of x.
+
+    Beyond the image lies gray or, with 'reflect', its mirror image, again and again.
+    """
     side = x.shape[-1]
     steps = (torch.arange(side, device=x.device, dtype=maps.dtype) + 0.5) * (2 / side) - 1
     places = torch.stack([*torch.meshgrid(steps, steps, indexing="xy"), torch.ones_like(steps).expand(side, side)])
     across, down, depth = (maps @ places.flatten(1)).unflatten(2, (side, side)).unbind(1)  # (B, S, S) each
     seen = torch.stack([across, down], -1) / depth.clamp(min=1e-6)[..., None]
-    seen = torch.where(depth[..., None] > 1e-6, seen, 2.0).clamp(-2, 2)  # behind the eye there is nothing
-    return F.grid_sample(x - GRAY, seen.to(x.dtype), padding_mode="zeros", align_corners=False) + GRAY
+    seen = torch.where(depth[..., None] > 1e-6, seen, FAR).clamp(-FAR, FAR)  # behind the eye there is nothing
+    padding = "reflection" if border == "reflect" else "zeros"
+    return F.grid_sample(x - GRAY, seen.to(x.dtype), padding_mode=padding, align_corners=False) + GRAY
 
 
 def inverse(maps: Tensor) -> Tensor:
