@@ -36,8 +36,7 @@ class MoCo(JointTask):
     nothing is known. The batch's keys enter the queue after the step. The loss is one-sided, as the paper's: the key's
     view brings no gradient. The encoder of the queries is kept.
 
-    Ours: the queue's length, a quarter of the training images (at least a batch, at most the paper's 65,536). The
-    longer it is, the likelier it holds an image's own key of the epoch before, as a negative: at a quarter for 3 % of
+    Ours: the queue's length, a quarter of the training images (at most the paper's 65,536). The longer it is, the likelier it holds an image's own key of the epoch before, as a negative: at a quarter for 3 % of
     the queries, at the number of images for half of them. And the momentum, constant as the authors', which suits the
     run's length: theirs are .999 for a million steps and .99 for the 19,400 of their CIFAR-10 notebook.
 
@@ -84,7 +83,7 @@ class MoCo(JointTask):
         super().setup(dls, encoder)
         n, bs = len(dls.train_ds), dls.train.bs or 2
         if self.queue is None:
-            self.queue = min(MOST_KEYS, max(bs, n // 4))
+            self.queue = min(MOST_KEYS, max(1, n // 4))
             say(f"moco: the queue holds {self.queue:,} keys, for {n:,} training images.")
         elif self.queue > n:
             say(f"moco: with {self.queue:,} keys of {n:,} images the queue holds an image's own keys as negatives.")

@@ -31,15 +31,15 @@ class MoCoV3(JointTask):
     each step the teacher follows, with a momentum that goes from `momentum` to 1 along half a cosine. The student's
     encoder is kept.
 
-    Convnets and vision transformers have recipes of their own, the authors'. Convnets: crops of 20-100 % of the area,
-    temperature 1, a projector of 2 layers, nothing behind the predictor. Transformers (whatever has a patch embedding):
-    crops of 8-100 %, temperature .2, a projector of 3 layers, a batch norm behind the predictor, and the patch
-    embedding frozen as it is at the start, without which the authors' training was unstable; in what is saved it is
-    weights as any other. The authors' vision transformers have fixed positions and start from other random weights;
-    ours are timm's.
+    Convnets and vision transformers have recipes of their own, the authors'. Convnets: crops of 20-100 % of the area, a
+    projector of 2 layers, nothing behind the predictor. Transformers (whatever has a patch embedding): crops of
+    8-100 %, a projector of 3 layers, a batch norm behind the predictor, and the patch embedding frozen as it is at the
+    start, without which the authors' training was unstable; in what is saved it is weights as any other. The authors'
+    vision transformers have fixed positions and start from other random weights; ours are timm's.
 
-    Ours: hidden layers of 1,024, twice the features of a ResNet-18 as the paper's 4,096 is of a ResNet-50; and a
-    momentum that suits the run's length (the paper's .99 is for 300 epochs). The authors train with batches of 4,096.
+    Ours: the temperature is .2 for convnets, too, where the authors' is 1 in batches of 4,096: among the few images of
+    a small batch that asks too little. Hidden layers of 1,024, twice the features of a ResNet-18 as the paper's 4,096
+    is of a ResNet-50. A momentum that suits the run's length; the paper's .99 is for 300 epochs.
 
     Guards: color jitter and grey, without which color histograms would be enough to find the partner. Each view goes
     through the networks by itself, so batch norms see both views of an image in no batch.
@@ -57,14 +57,13 @@ class MoCoV3(JointTask):
 
     def __init__(
         self,
-        temperature: float | None = None,  # None: 1 for convnets, .2 for transformers, as the authors'
+        temperature: float = 0.2,  # The authors' for transformers; for convnets, in batches of 4,096, theirs is 1
         momentum: float | None = None,  # Of the teacher at the start; the paper's .99; None: by the number of steps
         dim: int = 256,  # Width of the projection
         hidden: int = 1024,  # Width of the hidden layers of projector and predictor; the paper's 4,096
         views=None,  # 'photo', 'scan', 'microscopy'; or fields of a recipe: {'strength': 0.5}
     ):
-        if temperature is not None:
-            check_number("temperature", temperature, above=0)
+        check_number("temperature", temperature, above=0)
         if momentum is not None:
             check_number("momentum", momentum, 0, below=1)
         check_number("dim", dim, 2, whole=True)
@@ -74,10 +73,7 @@ class MoCoV3(JointTask):
 
     def setup(self, dls, encoder):
         super().setup(dls, encoder)
-        transformer = patch_embedding(encoder) is not None
-        if self.temperature is None:
-            self.temperature = 0.2 if transformer else 1.0
-        if transformer:
+        if patch_embedding(encoder) is not None:
             self.recipes = (BYOL_1, BYOL_2)
 
     def model(self, encoder):

@@ -20,15 +20,16 @@ class SimSiam(JointTask):
 
     In: two views of each image, one input (B, 2, C, H, W): crop of 20-100 % of the area, flip, color jitter (half of
     SimCLR's), grey, blur (none under 64 pixels). Target: the image's row, (B,). Prediction: projections z and
-    predictions p of both views, (B, 2, dim) each; loss: -cos(p1, z2) / 2 - cos(p2, z1) / 2, in which no gradient flows
-    through z: -1 is perfect, 0 where nothing is known. The last batch norm of the projector has no scale and shift, and
-    its last layer no bias. The predictor's learning rate does not fall: it stays at the highest that the schedule has
-    come to (the code's is constant; the paper found that better). Each view goes through the network by itself.
+    predictions p of both views, (B, 2, dim) each; loss: 1 - cos(p1, z2) / 2 - cos(p2, z1) / 2, in which no gradient
+    flows through z: 0 is perfect, 1 where nothing is known. It is 1 more than the paper's, since fastai's `lr_find`
+    stops at once where a loss is below 0. The last batch norm of the projector has no scale and shift, and its last
+    layer no bias. The predictor's learning rate does not fall: it stays at the highest that the schedule has come to
+    (the code's is constant; the paper found that better). Each view goes through the network by itself.
 
     The projector has 2 layers, as the paper's for CIFAR-10; for ImageNet it has 3. The authors train with SGD; here the
     learner's optimizer takes the steps.
 
-    Guards against the collapse to one answer for all images, at which the loss would be -1: that no gradient flows
+    Guards against the collapse to one answer for all images, at which the loss would be 0: that no gradient flows
     through z, and the predictor. Without either of them this network does collapse. So look at the metric `spread`: it
     falls to 0 in a collapse, whatever the loss says. Color jitter and grey hide color histograms.
 
@@ -69,7 +70,7 @@ class SimSiam(JointTask):
     def loss(self, pred, target, reduction="mean"):
         projections, predictions = pred
         cosines = (units(predictions) * units(projections.detach().flip(1))).sum(-1)  # p1 with z2, p2 with z1
-        return per_image(-cosines, reduction)
+        return per_image(1 - cosines, reduction)
 
 
 class Siamese(nn.Module):
