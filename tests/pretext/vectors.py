@@ -32,8 +32,8 @@ def net() -> nn.Module:
 def learner(task: PretextTask, n: int = 256, bs: int = 32, cbs=(), seed: int = 0) -> Learner:
     """A learner of the task on `pairs`, with its own model, loss and callbacks, without its views."""
     set_seed(seed)
-    data = TensorDataset(pairs(n), torch.arange(n))
-    dls = DataLoaders(*(DataLoader(data, bs, shuffle=True, drop_last=True) for _ in range(2)))
+    data, few = (TensorDataset(pairs(k), torch.arange(k)) for k in (n, bs))
+    dls = DataLoaders(DataLoader(data, bs, shuffle=True, drop_last=True), DataLoader(few, bs))
     model = task.model(create_encoder(net()))
     learn = Learner(dls, model, loss_func=PretextLoss(task), cbs=[*task.callbacks(), *cbs])
     learn.remove_cb(ProgressCallback)

@@ -43,7 +43,7 @@ class BYOL(JointTask):
     recipes = (BYOL_1, BYOL_2)
     tells_apart = False
     accumulates = True
-    passes = 2 + 2 / 3  # two of the student and two, without gradients, of the teacher
+    passes = 4  # two of the student and two of the teacher
     metrics = (found_pair, spread)
 
     def __init__(

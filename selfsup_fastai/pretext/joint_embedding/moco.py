@@ -56,7 +56,7 @@ class MoCo(JointTask):
     recipes = (MOCO, MOCO)
     tells_apart = False
     accumulates = True
-    passes = 1 + 1 / 3  # the second view's is without gradients
+    passes = 2  # one of each network
 
     def __init__(
         self,
