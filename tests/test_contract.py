@@ -50,7 +50,7 @@ SMALL = {
     },
     "autoencoder": {"error": "squared"},
     "models_genesis": {"curve": 0, "paint": 0},
-    "moco": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "moco": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "mocov3": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "simclr": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "byol": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},

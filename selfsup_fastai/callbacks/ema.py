@@ -52,7 +52,7 @@ class EMATeacher(OfModel):
         self.teachers = [m for m in self.task_model.modules() if isinstance(m, Teacher)]
         if self.start is None and self.epoch == 0 and not hasattr(self.learn, "lr_finder"):
             way = f"goes from {self.first:.3f} to {self.last:g}" if self.last != self.first else f"is {self.first:.3f}"
-            say(f"The teacher's momentum {way}, for the {steps:,} steps of this run.")
+            say(f"The teacher's momentum {way}, for the {steps:,} step{'s' * (steps > 1)} of this run.")
 
     def _ends(self, suits: float) -> tuple[float, float]:
         """Momentum at the first and at the last step."""

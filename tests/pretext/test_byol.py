@@ -149,11 +149,11 @@ def test_the_spread_of_embeddings_tells_a_collapse():
 
 @pytest.mark.slow
 def test_pairs_are_found_and_embeddings_stay_apart():
-    learn = learner(BYOL(dim=64, hidden=128))
-    before = measured(learn, found_pair)[0]
+    learn = learner(BYOL(dim=64, hidden=256))
+    assert measured(learn, found_pair)[0] < 0.09  # one of 64 by guessing
     learn.fit(30, 3e-3)
     found, apart = measured(learn, found_pair, spread)
-    assert before < 0.06 and found > 0.1 and apart > 0.5  # one of 64 by guessing
+    assert found > 0.12 and apart > 0.6
 
 
 class NoPredictor(BYOL):
@@ -163,7 +163,6 @@ class NoPredictor(BYOL):
         return model
 
 
-@pytest.mark.slow
 def test_without_the_predictor_it_collapses():
     learn = learner(NoPredictor(dim=64, hidden=128))
     before = measured(learn, spread)[0]

@@ -184,7 +184,6 @@ def test_under_autocast_similarities_are_float32():
     torch.testing.assert_close(negatives, expected)
 
 
-@pytest.mark.slow
 def test_pairs_are_found():
     learn = learner(MoCo(queue=64, groups=2, dim=32))
     assert measured(learn, found_pair)[0] < 0.06  # one of 64 by guessing

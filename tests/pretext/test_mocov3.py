@@ -119,7 +119,6 @@ def test_the_loss_of_the_learner_is_of_predictions_against_the_teachers_projecti
     torch.testing.assert_close(loss, 0.4 * (first + second))
 
 
-@pytest.mark.slow
 def test_pairs_are_found():
     learn = learner(MoCoV3(dim=64, hidden=128))
     assert measured(learn, found_pair)[0] < 0.06  # one of 64 by guessing

@@ -131,7 +131,6 @@ class NoPredictor(SimSiam):
         return []
 
 
-@pytest.mark.slow
 def test_pairs_are_found_and_embeddings_stay_apart():
     learn = learner(SimSiam(dim=128, bottleneck=32))
     assert measured(learn, found_pair)[0] < 0.06  # one of 64 by guessing
@@ -140,7 +139,6 @@ def test_pairs_are_found_and_embeddings_stay_apart():
     assert found > 0.15 and apart > 0.9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task, rate", [(NoStop, 3e-3), (NoPredictor, 1e-2)])
 def test_it_collapses_without_the_stop_of_gradients_or_the_predictor(task, rate):
     learn = learner(task(dim=128, bottleneck=32))

@@ -36,9 +36,10 @@ class MoCo(JointTask):
     nothing is known. The batch's keys enter the queue after the step. The loss is one-sided, as the paper's: the key's
     view brings no gradient. The encoder of the queries is kept.
 
-    Ours: the queue's length, a quarter of the training images (at most the paper's 65,536). The longer it is, the likelier it holds an image's own key of the epoch before, as a negative: at a quarter for 3 % of
-    the queries, at the number of images for half of them. And the momentum, constant as the authors', which suits the
-    run's length: theirs are .999 for a million steps and .99 for the 19,400 of their CIFAR-10 notebook.
+    Ours: the queue's length, a quarter of the training images (at most the paper's 65,536). The longer it is, the
+    likelier it holds an image's own key of the epoch before, as a negative: at a quarter for 3 % of the queries, at the
+    number of images for half of them. And the momentum, constant as the authors', which suits the run's length: theirs
+    are .999 for a million steps and .99 for the 19,400 of their CIFAR-10 notebook.
 
     Guards: an own key could be known by its batch norms, which have seen the query's batch, while the queue's have seen
     other batches. The authors shuffle the keys over 8 devices, and on one device split all batch norms into 8 groups
