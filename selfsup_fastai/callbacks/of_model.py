@@ -1,6 +1,7 @@
 """Callbacks that look for parts of one task's model."""
 
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from torch import nn
 
 
@@ -15,4 +16,4 @@ class OfModel(Callback):
     @property
     def task_model(self) -> nn.Module:
         """The model of the task whose callback this is."""
-        return self.learn.model.get_submodule(self.place)
+        return get_model(self.learn.model).get_submodule(self.place)  # on several devices it is wrapped
