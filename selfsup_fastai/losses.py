@@ -8,6 +8,13 @@ from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.processes import first_row, gathered
 
 
+def units(
+    z: Tensor,  # (..., D)
+) -> Tensor:
+    """Embeddings scaled to length 1, in float32 at least."""
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+
+
 def nt_xent(
     z1: Tensor,  # (B, D) embeddings of the first views, any scale
     z2: Tensor,  # (B, D) embeddings of the second views, row i from the same image as in z1
@@ -27,7 +34,7 @@ def nt_xent(
         raise unknown("reduction", reduction, ["mean", "none"])
     b = len(z1)
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z1, z2))
+        z1, z2 = units(z1), units(z2)
         others = torch.cat([gathered(z1), gathered(z2)])  # (2N, D), N images in all processes
         similarity = torch.cat([z1, z2]) @ others.T / temperature  # (2B, 2N)
         first, n = first_row(z1), len(others) // 2

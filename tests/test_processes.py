@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.pretext.joint_embedding.mocov3 import MoCoV3
 from selfsup_fastai.processes import first_row, gathered, n_processes, summed
 
 TWO = """
@@ -18,10 +19,14 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(60))
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.processes import gathered, summed
+def mocov3(z1, z2):  # predictions, and keys of both views
+    from selfsup_fastai.pretext.joint_embedding.mocov3 import MoCoV3
+    return MoCoV3().loss((torch.stack([z1, z2], 1), torch.stack([z1 + z2, z1 - z2], 1)), None)
 LOSSES = {
     "nt_xent": lambda z1, z2: nt_xent(z1, z2, 0.5),
     "sum": lambda z1, z2: summed((z1 * z2).sum(0)).square().sum(),
     "gather": lambda z1, z2: (gathered(z1) @ z2.T).square().mean(),
+    "mocov3": mocov3,
 }
 z = torch.load(f"{folder}/z.pt", weights_only=True)[:, rank * 4 : rank * 4 + 4].requires_grad_()
 loss = LOSSES[sys.argv[3]](*z)
@@ -49,6 +54,7 @@ ONE = {
     "nt_xent": lambda z1, z2: nt_xent(z1, z2, 0.5),
     "sum": lambda z1, z2: (z1 * z2).sum(0).square().sum(),
     "gather": lambda z1, z2: (z1 @ z2.T).square().mean(),
+    "mocov3": lambda z1, z2: MoCoV3().loss((torch.stack([z1, z2], 1), torch.stack([z1 + z2, z1 - z2], 1)), None),
 }
 
 

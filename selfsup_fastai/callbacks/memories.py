@@ -1,11 +1,10 @@
 """Memories of a model, brought up to date after each step."""
 
-from fastai.callback.core import Callback
-
+from selfsup_fastai.callbacks.of_model import OfModel
 from selfsup_fastai.encoders.memories import Memory
 
 
-class KeepMemories(Callback):
+class KeepMemories(OfModel):
     """What the model's memories noted in a step enters them after it; what they noted without one is forgotten."""
 
     order = 10
@@ -22,4 +21,4 @@ class KeepMemories(Callback):
         self.before_train()
 
     def _memories(self) -> list[Memory]:
-        return [m for m in self.learn.model.modules() if isinstance(m, Memory)]
+        return [m for m in self.task_model.modules() if isinstance(m, Memory)]

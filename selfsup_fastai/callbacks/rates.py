@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 
-from fastai.callback.core import Callback
-from fastai.torch_core import params
+from fastai.torch_core import trainable_params
 from torch import nn
 
+from selfsup_fastai.callbacks.of_model import OfModel
 
-class OwnSteps(Callback):
+
+class OwnSteps(OfModel):
     """Changes the optimizer's learning rates and momentum for the time of a step.
 
     Between steps they are what the schedule made of them, so schedules, `lr_find` and the Recorder see that alone.
@@ -38,11 +39,26 @@ class OwnSteps(Callback):
         self.opt.set_hyper("lr", [rate * factor for rate, factor in zip(rates, factors, strict=True)])
 
 
-class RateOfPart(OwnSteps):
+class PartSteps(OwnSteps):
+    """Steps in which one part of the model has a learning rate of its own.
+
+    The optimizer gets two groups of parameters, the part's first.
+    """
+
+    def after_create(self):
+        self.learn.splitter = self.split
+
+    def split(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """Trained parameters of the part, and of the rest; `unfreeze` would wake what else there is."""
+        own = trainable_params(model.get_submodule(self.place).get_submodule(self.part))
+        ids = {id(p) for p in own}
+        return [own, [p for p in trainable_params(model) if id(p) not in ids]]
+
+
+class RateOfPart(PartSteps):
     """Steps one part of the model with `factor` times the learning rate of the rest, whatever schedule sets that.
 
-    With Adam, scaling the part's gradients or loss would change nothing. The optimizer gets two groups of parameters,
-    the part's first.
+    With Adam, scaling the part's gradients or loss would change nothing.
     """
 
     def __init__(
@@ -52,17 +68,31 @@ class RateOfPart(OwnSteps):
     ):
         self.part, self.factor = part, factor
 
-    def after_create(self):
-        self.learn.splitter = self.split
-
-    def split(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Parameters of the part, and of the rest."""
-        own = params(model.get_submodule(self.part))
-        ids = {id(p) for p in own}
-        return [own, [p for p in params(model) if id(p) not in ids]]
-
     def change(self):
         self._scale([self.factor, *[1.0] * (len(self.opt.hypers) - 1)])
+
+
+class RateThatStays(PartSteps):
+    """Steps one part of the model with the highest learning rate that the schedule has come to in this `fit`.
+
+    It warms up with the rest and does not fall with it (the predictor of SimSiam, Chen & He 2020).
+    """
+
+    _highest = 0.0
+
+    def __init__(
+        self,
+        part: str,  # Name of the submodule
+    ):
+        self.part = part
+
+    def before_fit(self):
+        self._highest = 0.0
+
+    def change(self):
+        first, *others = [hypers["lr"] for hypers in self.opt.hypers]
+        self._highest = max(self._highest, first)
+        self.opt.set_hyper("lr", [self._highest, *others])
 
 
 class GameSteps(OwnSteps):

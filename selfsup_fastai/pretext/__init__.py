@@ -26,7 +26,11 @@ TASKS = {
     "models_genesis": "generative.models_genesis:ModelsGenesis",
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
+    "moco": "joint_embedding.moco:MoCo",
+    "mocov3": "joint_embedding.mocov3:MoCoV3",
     "simclr": "joint_embedding.simclr:SimCLR",
+    "byol": "joint_embedding.byol:BYOL",
+    "simsiam": "joint_embedding.simsiam:SimSiam",
 }
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import random_view
+from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows
@@ -32,6 +34,18 @@ def found_pair(pred: Tensor | Sequence, target: Tensor, *_) -> Tensor:
     return ((z[:, 0] @ z[:, 1].T).argmax(1) == target).float().mean()
 
 
+def spread(pred: Tensor | Sequence, *_) -> Tensor:
+    """How different the embeddings of different images are: about 1 where they lie in all directions, 0 if in one.
+
+    The mean deviation of the coordinates of first views scaled to length 1, times sqrt(D) (Chen & He 2020, figure 2).
+    Where it falls to 0 the network has collapsed: it says the same of every image. One image alone counts as 0.
+    """
+    z = F.normalize(embeddings(pred)[:, 0].float(), dim=-1)
+    if len(z) == 1:
+        return z.new_zeros(())
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
 class JointTask(PretextTask):
     """A task whose input are random views of each image, (B, V, C, S, S), and whose first target is the image's row.
 
@@ -52,8 +66,8 @@ class JointTask(PretextTask):
     def setup(self, dls, encoder):
         if dls.train.bs is not None and dls.train.bs < 2:
             raise TaskError(f"{self.name} compares images of a batch: it needs a batch size of 2 or more, not 1.")
-        for dl in dls.loaders[1:] if self.tells_apart else ():
-            if dl.n == 1:
+        for dl in dls.loaders[1:]:
+            if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
         if self.views is None and encoder.image_channels == 1:
@@ -99,6 +113,22 @@ def each_view(
 ) -> Tensor:  # (B, V, D)
     """Views one after the other, as most authors' codes do: batch norms never see two views of one image together."""
     return torch.stack([net(x[:, v]) for v in range(x.shape[1])], 1)
+
+
+class StudentTeacher(nn.Module):
+    """Views (B, V, C, H, W) to the student's predictions and its teacher's projections of them, (B, V, D) each."""
+
+    def __init__(self, encoder: Encoder, projector: nn.Module, predictor: nn.Module):
+        super().__init__()
+        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+        self.teacher = Teacher(nn.Sequential(encoder, projector))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return each_view(self.predicted, x), each_view(self.teacher, x)
+
+    def predicted(self, view: Tensor) -> Tensor:
+        """What the student makes of one view of each image, (B, D)."""
+        return self.predictor(self.projector(self.encoder(view)))
 
 
 def none_alone(n: int, bs: int) -> int:

@@ -11,6 +11,7 @@ from fastai.learner import Metric
 from fastcore.basics import listify
 from torch import Tensor, nn
 
+from selfsup_fastai.callbacks.of_model import OfModel
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import OfSums, average
@@ -112,7 +113,12 @@ class SeveralTasks(PretextTask):
             task.setup(dls, encoder)
 
     def callbacks(self):
-        return [callback for task in self.tasks for callback in task.callbacks()]
+        """Those of all tasks, each told where in `SharedEncoder` its task's model is."""
+        made = [(i, callback) for i, task in enumerate(self.tasks) for callback in task.callbacks()]
+        for i, callback in made:
+            if isinstance(callback, OfModel):
+                callback.place = f"models.{i}"
+        return [callback for _, callback in made]
 
     def _seen(self, task: PretextTask, channels: int) -> tuple[int, ...]:
         """`channels`, if images of so many become something that the task can work with."""

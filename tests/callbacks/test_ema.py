@@ -2,6 +2,7 @@
 
 import math
 
+import fastai.callback.schedule  # noqa: F401  (lr_find)
 import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -61,6 +62,33 @@ def test_the_momentum_goes_from_start_to_end_over_the_planned_steps(shape):
     for k, momentum in enumerate(seen):
         way = 1 - (math.cos(math.pi * k / 12) + 1) / 2 if shape == "cosine" else k / 12
         assert momentum == pytest.approx(1 - (1 - 0.9) * (1 - way))
+
+
+@pytest.mark.parametrize("start, momentum", [(0.7, 0.7), (None, 0.95)])
+def test_a_constant_momentum_is_the_start_or_the_mean_of_the_way_to_one(start, momentum):
+    seen, ema = [], EMATeacher(start, shape="constant")
+    learn = learner([ema, KeepMemories()])
+    learn.model.teacher.follow = seen.append
+    learn.fit(2)
+    assert seen == pytest.approx([momentum] * 8)
+    assert (momentum_for(19_400) + 1) / 2 == pytest.approx(0.99, abs=0.002)  # 200 epochs of CIFAR-10: the authors' .99
+
+
+@pytest.mark.parametrize(
+    "ema, said",
+    [
+        (EMATeacher(), "The teacher's momentum goes from 0.900 to 1, for the 8 steps of this run.\n"),
+        (EMATeacher(shape="constant"), "The teacher's momentum is 0.950, for the 8 steps of this run.\n"),
+        (EMATeacher(0.5), ""),
+    ],
+)
+def test_a_momentum_that_nobody_chose_is_told_once_a_run(ema, said, capsys):
+    learn = learner([ema, KeepMemories()])
+    learn.lr_find(num_it=4, show_plot=False)
+    assert capsys.readouterr().err == ""
+    learn.fit(2)
+    learn.validate()
+    assert capsys.readouterr().err == said
 
 
 def test_a_teacher_follows_each_step_and_steps_alone():

@@ -15,7 +15,13 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 
-from selfsup_fastai.callbacks.rates import GameSteps, RateOfPart
+from selfsup_fastai.callbacks.rates import GameSteps, RateOfPart, RateThatStays
+
+CHANGED = [
+    (RateOfPart("last", 0.1), (0.1, 1.0)),
+    (RateThatStays("last"), (1.0, 1.0)),
+    (GameSteps(0.1, 0.5), (0.1,)),
+]  # each with the factor of every group at a constant rate
 
 
 class Steps(Callback):
@@ -70,7 +76,29 @@ def test_a_part_has_a_rate_of_its_own():
     assert learn.steps.shown == [[(1e-3, 0.9)] * 2] * 8
 
 
-@pytest.mark.parametrize("callback, factors", [(RateOfPart("last", 0.1), (0.1, 1.0)), (GameSteps(0.1, 0.5), (0.1,))])
+def test_a_rate_that_stays_is_the_highest_so_far():
+    learn = learner(RateThatStays("last"))
+    learn.fit_one_cycle(2, 1e-2)
+    own, rest = ([rate for rate, _ in group] for group in zip(*learn.steps.taken))
+    assert learn.opt.param_lists[0] == list(learn.model.last.parameters())
+    assert rest == learn.recorder.lrs and rest[-1] < rest[0] < max(rest)
+    assert own == [max(rest[: i + 1]) for i in range(16)]
+    assert [shown[0] for shown in learn.steps.shown] == [shown[1] for shown in learn.steps.shown]
+    learn.fit(1, 1e-4)
+    assert {rate for step in learn.steps.taken for rate, _ in step} == {1e-4}
+
+
+def test_what_is_frozen_is_in_no_group():
+    callback = RateThatStays("last")
+    learn = learner(callback)
+    learn.model.first.bias.requires_grad_(False)
+    learn.fit(1, 1e-3)
+    assert learn.opt.param_lists[1] == [learn.model.first.weight]
+    learn.unfreeze()
+    assert not learn.model.first.bias.requires_grad
+
+
+@pytest.mark.parametrize("callback, factors", CHANGED)
 @pytest.mark.parametrize("other, n_steps", [(GradientAccumulation(8), 2), (Cancels(), 4)])
 def test_a_batch_without_a_step_leaves_the_rates_alone(callback, factors, other, n_steps):
     learn = learner(callback, other)

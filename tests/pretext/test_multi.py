@@ -207,3 +207,27 @@ def test_what_cannot_be_combined_is_said():
             get_task(BOTH, weights=weights)
     assert get_task("rotation+jigsaw").names == BOTH
     assert get_task(["rotation"], turns="one").settings()["turns"] == "one"
+
+
+def test_teachers_memories_and_rates_of_several_tasks_are_each_their_own():
+    small = {"byol": {"dim": 8, "hidden": 8}, "moco": {"dim": 8, "queue": 8}, "simsiam": {"dim": 8, "bottleneck": 4}}
+    learn = learner(
+        list(small),
+        byol={**small["byol"], "momentum": 0.5},
+        moco={**small["moco"], "momentum": 0.7},
+        simsiam=small["simsiam"],
+    )
+    followed = {"byol": [], "moco": []}
+    for name, model in zip(small, learn.model.models):
+        if name in followed:
+            model.teacher.follow = followed[name].append
+    learn.fit_one_cycle(1, 1e-2)
+    n = len(learn.recorder.losses)
+    assert len(followed["byol"]) == len(followed["moco"]) == n == 6
+    assert followed["byol"][0] == 0.5 and followed["byol"][-1] > 0.9 and followed["moco"] == [0.7] * n
+    predictor = learn.model.models[2].predictor
+    assert [id(p) for p in learn.opt.param_lists[0]] == [id(p) for p in predictor.parameters()]
+    teachers = {id(p) for model in learn.model.models[:2] for p in model.teacher.parameters()}
+    assert not teachers & {id(p) for group in learn.opt.param_lists for p in group}
+    assert learn.model.models[1].queue.entered % 4 == 0
+    assert learn.validate()[0] > 0
