@@ -18,8 +18,10 @@ def mlp(
     n_out: int,  # Features that come out
     n_layers: int = 2,  # Linear layers; 1 is a linear head
     batchnorm: bool = False,  # Normalize each hidden layer before its ReLU
+    last_batchnorm: str | None = None,  # Normalize what comes out: 'affine', or 'plain' (without scale and shift)
+    last_bias: bool = True,  # Of the last linear layer; a batch norm takes it away again
 ) -> nn.Sequential:
-    """A projector or predictor: `(B, n_in)` to `(B, n_out)`, linear, (batch norm,) ReLU, ..., linear.
+    """A projector or predictor: `(B, n_in)` to `(B, n_out)`, linear, (batch norm,) ReLU, ..., linear (, batch norm).
 
     With 2 layers the projection head of SimCLR (Chen et al., 2020), whose code has the batch norms.
     """
@@ -27,4 +29,7 @@ def mlp(
     for width_in in [n_in, *[n_hidden] * (n_layers - 2)][: n_layers - 1]:
         layers.append(nn.Linear(width_in, n_hidden, bias=not batchnorm))  # A batch norm has a bias of its own
         layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(n_hidden if n_layers > 1 else n_in, n_out))
+    layers.append(nn.Linear(n_hidden if n_layers > 1 else n_in, n_out, bias=last_bias and last_batchnorm is None))
+    if last_batchnorm is not None:
+        layers.append(nn.BatchNorm1d(n_out, affine=last_batchnorm == "affine"))
+    return nn.Sequential(*layers)

@@ -26,7 +26,12 @@ TASKS = {
     "models_genesis": "generative.models_genesis:ModelsGenesis",
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
+    "npid": "joint_embedding.npid:NPID",
+    "pirl": "joint_embedding.pirl:PIRL",
     "simclr": "joint_embedding.simclr:SimCLR",
+    "nnclr": "joint_embedding.nnclr:NNCLR",
+    "barlow_twins": "joint_embedding.barlow_twins:BarlowTwins",
+    "vicreg": "joint_embedding.vicreg:VICReg",
 }
 
 
