@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import random_view
+from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import ContrastBank
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_number
+from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
 
 NEGATIVES = 4096  # NPID's
 
@@ -102,7 +103,7 @@ class BankTask(JointTask):
 
     The last inputs are the place of each image in the training set, (B,), and places drawn uniformly from it. New
     images have no row there: outside of training an image comes in two views, and the second stands for its row.
-    Settings: `negatives` that are drawn, `temperature`, `dim` and `bank_momentum`.
+    Settings: `negatives` that are drawn, `temperature`, `dim`, `bank_momentum`, and whether embeddings are `centered`.
     """
 
     needs = ("index",)
@@ -123,8 +124,13 @@ class BankTask(JointTask):
         check_number("temperature", self.temperature, above=0)
         check_number("dim", self.dim, 1, whole=True)
         check_number("bank_momentum", self.bank_momentum, 0, below=1)
+        check_flag("centered", self.centered)
         if self.negatives is not None:
             check_number("negatives", self.negatives, 1, whole=True)
+
+    def embedding(self, n_in: int) -> nn.Module:
+        """A layer that makes embeddings of features, (B, n_in) -> (B, dim)."""
+        return mlp(n_in, self.dim, self.dim, n_layers=1, last_batchnorm="plain" if self.centered else None)
 
     def bank(self) -> ContrastBank:
         """A new one."""

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.recipes import PIRL_PATCHES, PIRL_VIEW
 from selfsup_fastai.data.views import random_view
-from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.encoders.memories import ContrastBank
 from selfsup_fastai.losses import nce
 from selfsup_fastai.pictures import draw_rows, mosaic
@@ -38,7 +37,8 @@ class PIRL(BankTask):
     the patches against the bank, plus the rest times that of the image (see npid); Z is that of the first batch of
     patches. Two heads: the image's is one linear layer; the patches' one for each patch, and one on the nine together.
     The bank keeps embeddings of images, not of patches. No permutation is classified. As in the authors' code but for
-    posterizing, sharpening, solarizing and stretched contrast, which are left out.
+    posterizing, sharpening, solarizing and stretched contrast, which are left out; the temperature and the batch norms
+    on the embeddings are ours (see npid).
 
     Images that are not for training have no row. Validation and `predict` show two views beside the patches, and the
     second takes the row's place. found_pair is the share of images whose patches are nearest among those of the batch.
@@ -62,16 +62,17 @@ class PIRL(BankTask):
         transform: str = "jigsaw",  # What is done to the image: 'jigsaw' or 'rotation'
         weight: float = 0.5,  # Of the transformed image's loss; the image's own has the rest
         negatives: int | None = None,  # Images drawn; None: as many as training images, 4096 at most (paper: 32,000)
-        temperature: float = 0.07,  # Of the softmax
+        temperature: float = 0.2,  # Of the softmax; the paper's 0.07
         dim: int = 128,  # Width of an embedding
         bank_momentum: float = 0.5,  # Share of the old row in the new one
+        centered: bool = True,  # Embeddings through batch norms without scale and shift; False: as in the paper
         views=None,  # 'photo', 'scan', 'microscopy'; or fields of a recipe: {'strength': 0.5} for weaker colors
     ):
         check_choice("transform", transform, ("jigsaw", "rotation"))
         check_number("weight", weight, 0, 1)
         self.transform, self.weight = transform, weight
         self.negatives, self.temperature, self.dim, self.bank_momentum = negatives, temperature, dim, bank_momentum
-        self.views = views
+        self.centered, self.views = centered, views
         self.check_bank()
         self.check_views(views)
         self.min_side = 33 if transform == "jigsaw" else 8  # patches of 8 pixels
@@ -112,11 +113,11 @@ class PIRL(BankTask):
         return turns[torch.arange(len(x), device=x.device).unsqueeze(1), k]
 
     def model(self, encoder):
-        changed = [nn.Linear(encoder.num_features, self.dim), nn.Flatten()]  # (B, V, features) -> (B, V * dim)
+        n = encoder.num_features
+        changed = nn.Sequential(nn.Flatten(), self.embedding(n))  # of (B, 1, n), the turned view
         if self.transform == "jigsaw":
-            changed.append(nn.Linear(9 * self.dim, self.dim))
-        image = linear_head(encoder.num_features, self.dim)
-        return InvariantNet(encoder, image, nn.Sequential(*changed), self.bank())
+            changed = nn.Sequential(nn.Linear(n, self.dim), nn.Flatten(), self.embedding(9 * self.dim))
+        return InvariantNet(encoder, self.embedding(n), changed, self.bank())
 
     def loss(self, pred, target, reduction="mean"):
         of_changed, of_image = pred[1].unbind(1)
