@@ -8,7 +8,7 @@ from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.joint_embedding.barlow_twins import barlow_loss
-from tests.pretext.small_runs import blots, found_before_and_after, learner, seeded
+from tests.pretext.small_runs import MILD, blots, found_before_and_after, learner, seeded
 
 
 def pair(b: int = 6, d: int = 4) -> Tensor:
@@ -119,7 +119,7 @@ def test_accumulating_would_change_the_loss():
 
 
 def test_pairs_are_found_after_a_few_dozen_steps():
-    learn = learner("barlow_twins", dim=32, views={"strength": 0.2, "scale": [0.5, 1.0]})
+    learn = learner("barlow_twins", n=96, valid_pct=1 / 3, dim=64, views=MILD)
     start = learn.validate()[0]
-    _, after = found_before_and_after(learn, 10)
-    assert after > 3 / 16 and learn.validate()[0] < start - 2
+    before, after = found_before_and_after(learn, 12, 3e-3)
+    assert after > max(before, 3 / 16) and learn.validate()[0] < 0.8 * start

@@ -8,10 +8,15 @@ from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import off_diagonal_squares
 from selfsup_fastai.pretext.base import check_number
-from selfsup_fastai.pretext.joint import JointTask, ViewByView, of_batch
+from selfsup_fastai.pretext.joint import JointTask, ViewByView, found_pair, of_batch
 from selfsup_fastai.processes import gathered
 
 EPSILON = 1e-4  # Added to a variance before its root is taken
+
+
+def deviation(pred: Tensor, *_) -> Tensor:
+    """Standard deviation of the features of first views over the batch, the mean: near 1, or 0 after a collapse."""
+    return pred[:, 0].float().std(0, correction=min(1, len(pred) - 1)).mean()
 
 
 class VICReg(JointTask):
@@ -30,8 +35,8 @@ class VICReg(JointTask):
     beside the diagonal, divided by dim and summed for the two views. The loss is one number for the batch:
     reduction='none' gives that number for each image. One image alone has variances of 0.
 
-    Guards: without its variance term embeddings collapse to a point; found_pair shows it. As in SimCLR the views'
-    colors hide color histograms.
+    Guards: without its variance term embeddings shrink to a point. The metric deviation shows it, their standard
+    deviation; found_pair does not, as it knows directions only. As in SimCLR the views' colors hide color histograms.
 
     Suits most data that views do not destroy. Covariances of a small batch are noise of the size dim / batch, against
     which the variances shrink: hence 512 features for batches of 64 (the paper: 8192 for 2048); take fewer for smaller
@@ -43,6 +48,7 @@ class VICReg(JointTask):
     paper = "Bardes et al. 2021"
     recipes = (BYOL_1, BYOL_2)
     passes = 2
+    metrics = (found_pair, deviation)
     accumulates = False  # variances and covariances are those of a whole batch
 
     def __init__(
