@@ -45,6 +45,25 @@ def nt_xent(
     return terms.mean() if reduction == "mean" else terms
 
 
+def nce(
+    logits: Tensor,  # (B, 1 + K): log(p / (K / N)) of the truth and of K draws, as `ContrastBank.logits` gives it
+    reduction: str = "mean",
+) -> Tensor:  # scalar, or (B,) with reduction='none'
+    """Noise-contrastive estimation (NPID, Wu et al. 2018): tell the truth from K uniform draws out of N possibilities.
+
+    -log(p / (p + K/N)) of the truth, and the sum of -log((K/N) / (p + K/N)) over the draws.
+    """
+    terms = F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)
+    return terms.mean() if reduction == "mean" else terms
+
+
+def off_diagonal_squares(
+    matrix: Tensor,  # (D, D)
+) -> Tensor:  # scalar
+    """Sum of squares beside the diagonal: how much the features of embeddings tell about each other."""
+    return (matrix - matrix.diagonal().diag()).square().sum()
+
+
 def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise TaskError(

@@ -86,6 +86,21 @@ def side_by_side(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
     return canvas
 
 
+def mosaic(
+    tiles: torch.Tensor,  # (9, C, t, t) in [0, 1], row by row
+    side: int | None = None,  # In pixels, white around; None: as the tiles need, 3 * (t + 2)
+) -> torch.Tensor:  # (C, side, side)
+    """Nine tiles in a 3 x 3 grid with white borders."""
+    _, c, t, _ = tiles.shape
+    tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=1.0).view(3, 3, c, t + 2, t + 2)
+    whole = tiles.permute(2, 0, 3, 1, 4).reshape(c, 3 * (t + 2), 3 * (t + 2))
+    if side is None:
+        return whole
+    before = (side - whole.shape[-1]) // 2
+    after = side - whole.shape[-1] - before
+    return torch.nn.functional.pad(whole, (before, after, before, after), value=1.0)
+
+
 def draw_rows(
     rows: Sequence[Sequence[torch.Tensor]],  # Of each question the pictures, all (C, H, W), values in [0, 1]
     titles: Sequence[str],  # One for each question

@@ -50,11 +50,16 @@ SMALL = {
     },
     "autoencoder": {"error": "squared"},
     "models_genesis": {"curve": 0, "paint": 0},
+    "npid": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "pirl": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "moco": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "mocov3": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "simclr": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "nnclr": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "byol": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "simsiam": {"dim": 32, "bottleneck": 8, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "barlow_twins": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "vicreg": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
 }  # settings with which a task can learn something in twenty steps
 ARCH: dict[str, str] = {"mae": "test_vit"}  # of tasks for which `tiny` will not do
 FROZEN = {

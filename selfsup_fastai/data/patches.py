@@ -57,6 +57,23 @@ def windows(
     return x[image, channel, rows.unsqueeze(-1), columns.unsqueeze(-2)]
 
 
+def random_tiles(
+    x: Tensor,  # (B, C, S, S)
+    size: int,  # Side of a tile, S // 3 at most
+    generator: torch.Generator,
+    reach: int = 0,  # Channels of a tile are shifted by up to so many pixels each
+) -> Tensor:  # (B, 9, C, size, size), row by row
+    """A tile at a random place in each cell of a 3 x 3 grid, without interpolation."""
+    (b, c, side, _), cell = x.shape, x.shape[-1] // 3
+    corner = torch.randint(cell - size + 1, (2, b, 9, 1), generator=generator, device=x.device)
+    grid = torch.arange(9, device=x.device).view(1, 9, 1)
+    corner = corner + torch.stack([grid // 3, grid % 3]) * cell
+    apart = torch.randint(-reach, reach + 1, (2, b, 9, c), generator=generator, device=x.device)
+    start = (corner + apart).clamp(0, side - size)  # (2, B, 9, C)
+    rows, columns = start[..., None] + torch.arange(size, device=x.device)  # (B, 9, C, size) each
+    return windows(x, rows, columns)
+
+
 def boxes_mask(
     starts: tuple[Tensor, Tensor],  # (B, N) whole numbers each: first row and first column of N boxes in every image
     lengths: tuple[Tensor, Tensor],  # (B, N) each: their heights and widths; a box of height 0 is none

@@ -79,6 +79,12 @@ def _byol_recipe(blur_p: float, solarize_p: float) -> Recipe:
     return Recipe(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur_p=blur_p, solarize_p=solarize_p)
 
 
+# NPID (Wu et al. 2018), whose code draws grey before color
+NPID_VIEW = Recipe(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, jitter_p=1.0)
+# PIRL (Misra & van der Maaten 2020): the image, and what its patches are cut from. The authors' code also posterizes,
+# sharpens, solarizes and stretches two in three of them.
+PIRL_VIEW = Recipe(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, jitter_p=1.0)
+PIRL_PATCHES = replace(PIRL_VIEW, scale=(0.6, 1.0))
 SIMCLR = simclr_recipe()
 # MoCo v2 (Chen et al. 2020) and SimSiam (Chen & He 2021)
 MOCO = Recipe(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur_p=0.5)

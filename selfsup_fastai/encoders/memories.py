@@ -1,5 +1,6 @@
 """What a method remembers of earlier batches: a queue of embeddings, or a bank with a row for each image."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -66,6 +67,12 @@ class FeatureQueue(Memory):
         self.rows[places] = F.normalize(z, dim=1)
         self.place.copy_((self.place + len(z)) % len(self.rows))
 
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """The row of greatest cosine for each embedding, both (..., dim)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.rows[(z.to(self.rows.dtype) @ self.rows.T).argmax(-1)]
+
 
 class FeatureBank(Memory):
     """An embedding of each training image, `rows` (images, dim) of length 1 (NPID, Wu et al. 2018).
@@ -86,3 +93,47 @@ class FeatureBank(Memory):
     def remember(self, idx: Tensor, z: Tensor) -> None:
         mixed = torch.lerp(F.normalize(z, dim=1).to(self.rows.dtype), self.rows[idx], self.momentum)
         self.rows[idx] = F.normalize(mixed, dim=1)
+
+
+class ContrastBank(FeatureBank):
+    """A bank that says how much likelier an image is its own row than one drawn at random (NPID, Wu et al. 2018; PIRL).
+
+    The model's probability of a row is exp(cos / temperature) / Z. Z, which would be a sum over all rows, is estimated
+    from the first batch of training and fixed from then on, as in the authors' code: the buffer `log_z`, minus infinity
+    until then. `losses.nce` makes a loss of what `logits` gives.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        dim: int,
+        momentum: float = 0.5,  # Share of the old row
+        temperature: float = 0.07,
+    ):
+        super().__init__(images, dim, momentum)
+        self.temperature = temperature
+        self.register_buffer("log_z", torch.tensor(-math.inf))
+
+    def logits(
+        self,
+        z: Tensor,  # (B, dim) of length 1
+        own: Tensor,  # (B, dim): the image's row, or what stands for it
+        negatives: Tensor,  # (B, K) places of rows that were drawn uniformly from all
+    ) -> Tensor:  # (B, 1 + K), the own row first
+        """log(p / (K / N)) of the image's own row and of K rows drawn at random, where N rows are in the bank."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            rows, own, (n, k) = self.rows.to(z.dtype), own.to(z.dtype), (len(self.rows), negatives.shape[1])
+            drawn = (z @ rows.T).gather(1, negatives)  # to fetch the rows that were drawn would take 50 times as long
+            scores = torch.cat([(z * own).sum(1, keepdim=True), drawn], 1) / self.temperature
+            return scores - self._log_z(scores.detach()) - math.log(k / n)
+
+    def _log_z(self, scores: Tensor) -> Tensor:
+        """log Z as it was fixed; in the first batch, and before training, N times the mean of the exponentials."""
+        if self.log_z.isfinite():
+            return self.log_z.to(scores.dtype)
+        scores = gathered(scores)
+        log_z = scores.flatten().logsumexp(0) - math.log(scores.numel()) + math.log(len(self.rows))
+        if self.training and torch.is_grad_enabled():
+            self.log_z.copy_(log_z)
+        return log_z

@@ -26,11 +26,16 @@ TASKS = {
     "models_genesis": "generative.models_genesis:ModelsGenesis",
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
+    "npid": "joint_embedding.npid:NPID",
+    "pirl": "joint_embedding.pirl:PIRL",
     "moco": "joint_embedding.moco:MoCo",
     "mocov3": "joint_embedding.mocov3:MoCoV3",
     "simclr": "joint_embedding.simclr:SimCLR",
+    "nnclr": "joint_embedding.nnclr:NNCLR",
     "byol": "joint_embedding.byol:BYOL",
     "simsiam": "joint_embedding.simsiam:SimSiam",
+    "barlow_twins": "joint_embedding.barlow_twins:BarlowTwins",
+    "vicreg": "joint_embedding.vicreg:VICReg",
 }
 
 

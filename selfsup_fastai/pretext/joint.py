@@ -7,14 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.heads import mlp
+from selfsup_fastai.encoders.memories import ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask
+from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
+
+NEGATIVES = 4096  # NPID's
 
 
 def embeddings(pred: Tensor | Sequence) -> Tensor:
@@ -80,10 +85,10 @@ class JointTask(PretextTask):
         """Of one view of images of so many channels and pixels a side."""
         return adapted(self.recipes[view], self.views, channels, side)
 
-    def draw_views(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """One view of each recipe of each image, (B, V, C, S, S)."""
+    def draw_views(self, x: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
+        """One view of each recipe (of the first `n`) of each image, (B, V, C, S, S)."""
         channels, side = x.shape[1], min(x.shape[-2:])
-        views = range(len(self.recipes))
+        views = range(len(self.recipes) if n is None else n)
         return torch.stack([random_view(x, self.recipe(v, channels, side), generator) for v in views], 1)
 
     def make_batch(self, x, *, generator, train, idx=None):
@@ -102,9 +107,55 @@ class JointTask(PretextTask):
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The views of each image side by side; after training with the cosine of the first two."""
         views = inputs[0][:max_n]
-        count = {2: "two", 3: "three"}.get(views.shape[1], views.shape[1])
-        said = [f"{count} views of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
+        count = {1: "one view", 2: "two views", 3: "three views"}.get(views.shape[1], f"{views.shape[1]} views")
+        said = [f"{count} of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
         return draw_rows(views, said, ctxs, figsize)
+
+
+class BankTask(JointTask):
+    """A task that tells an image from others by a bank with a row for each training image (NPID, PIRL).
+
+    The last inputs are the place of each image in the training set, (B,), and places drawn uniformly from it. New
+    images have no row there: outside of training an image comes in two views, and the second stands for its row.
+    Settings: `negatives` that are drawn, `temperature`, `dim`, `bank_momentum`, and whether embeddings are `centered`.
+    """
+
+    needs = ("index",)
+    tells_apart = False
+    accumulates = True
+    negatives: int | None = None
+    n_rows, n_negatives = 1, 1  # known after setup
+
+    def setup(self, dls, encoder):
+        super().setup(dls, encoder)
+        self.n_rows = len(dls.train_ds)
+        self.n_negatives = self.negatives or min(NEGATIVES, self.n_rows)
+        if self.negatives is None and self.n_rows < NEGATIVES:
+            say(f"{self.name}: each image is told from {self.n_negatives:,} draws out of as many training images.")
+
+    def check_bank(self) -> None:
+        """Raises `TaskError` unless the settings make sense. For constructors."""
+        check_number("temperature", self.temperature, above=0)
+        check_number("dim", self.dim, 1, whole=True)
+        check_number("bank_momentum", self.bank_momentum, 0, below=1)
+        check_flag("centered", self.centered)
+        if self.negatives is not None:
+            check_number("negatives", self.negatives, 1, whole=True)
+
+    def embedding(self, n_in: int) -> nn.Module:
+        """A layer that makes embeddings of features, (B, n_in) -> (B, dim)."""
+        return mlp(n_in, self.dim, self.dim, n_layers=1, last_batchnorm="plain" if self.centered else None)
+
+    def bank(self) -> ContrastBank:
+        """A new one."""
+        return ContrastBank(self.n_rows, self.dim, self.bank_momentum, self.temperature)
+
+    def draw_negatives(self, *shape: int, generator: torch.Generator) -> Tensor:
+        """Places of rows of the bank, (*shape, n_negatives)."""
+        return torch.randint(self.n_rows, (*shape, self.n_negatives), generator=generator, device=generator.device)
+
+    def callbacks(self):
+        return [KeepMemories()]
 
 
 def each_view(
@@ -129,6 +180,26 @@ class StudentTeacher(nn.Module):
     def predicted(self, view: Tensor) -> Tensor:
         """What the student makes of one view of each image, (B, D)."""
         return self.predictor(self.projector(self.encoder(view)))
+
+
+class ViewByView(nn.Module):
+    """Encoder and projector on every view of every image, one view after the other: (B, V, C, S, S) -> (B, V, D)."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module):
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return each_view(self.embed, x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Of one view, (B, C, S, S) -> (B, D)."""
+        return self.projector(self.encoder(x))
+
+
+def of_batch(loss: Tensor, n: int, reduction: str) -> Tensor:
+    """A loss that a batch of `n` images has as a whole: itself, or the same number for each of them, (n,)."""
+    return loss if reduction == "mean" else loss.expand(n)
 
 
 def none_alone(n: int, bs: int) -> int:

@@ -7,13 +7,12 @@ import numpy as np
 import torch
 from fastai.metrics import accuracy
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from selfsup_fastai.data.colors import FRINGES, some_grey, without_fringes
-from selfsup_fastai.data.patches import windows
+from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.views import center_square
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw_rows
+from selfsup_fastai.pictures import draw_rows, mosaic
 from selfsup_fastai.pretext.base import PretextTask, check_choice, check_flag, check_number, class_loss
 
 TAKEN = 2**30  # More tiles than any order can have in common with all others
@@ -118,16 +117,10 @@ class Jigsaw(PretextTask):
 
     def cut(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, S, S) -> tiles (B, 9, C, t, t), row by row, at random places in their cells."""
-        (b, c, side, _), cell = x.shape, x.shape[-1] // 3
+        cell = x.shape[-1] // 3
         size = cell * 3 // 4 if self.gap else cell
-        corner = torch.randint(cell - size + 1, (2, b, 9, 1), generator=generator, device=x.device)
-        grid = torch.arange(9, device=x.device).view(1, 9, 1)
-        corner = corner + torch.stack([grid // 3, grid % 3]) * cell
-        reach = max(1, round(size / 32)) if self.shift and c == 3 else 0
-        apart = torch.randint(-reach, reach + 1, (2, b, 9, c), generator=generator, device=x.device)
-        start = (corner + apart).clamp(0, side - size)  # (2, B, 9, C)
-        rows, columns = start[..., None] + torch.arange(size, device=x.device)  # (B, 9, C, t) each
-        return windows(x, rows, columns)
+        reach = max(1, round(size / 32)) if self.shift and x.shape[1] == 3 else 0
+        return random_tiles(x, size, generator, reach)
 
     def model(self, encoder):
         return JigsawNet(encoder, self.n_permutations, self.tile_features, self.hidden, self.dropout)
@@ -177,8 +170,6 @@ def _standardized(tiles: Tensor) -> Tensor:
 
 
 def _mosaic(tiles: Tensor) -> Tensor:
-    """Tiles (9, C, t, t) in a 3 x 3 grid with white gaps, each stretched to [0, 1]."""
+    """Tiles (9, C, t, t) in a 3 x 3 grid, each stretched to [0, 1]."""
     low, high = tiles.amin((1, 2, 3), keepdim=True), tiles.amax((1, 2, 3), keepdim=True)
-    tiles = F.pad((tiles - low) / (high - low).clamp(min=1e-6), (1, 1, 1, 1), value=1.0)
-    _, c, t, _ = tiles.shape
-    return tiles.view(3, 3, c, t, t).permute(2, 0, 3, 1, 4).reshape(c, 3 * t, 3 * t)
+    return mosaic((tiles - low) / (high - low).clamp(min=1e-6))
