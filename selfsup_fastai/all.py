@@ -7,6 +7,7 @@ from fastai.vision.all import *
 
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
+from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
@@ -67,6 +68,7 @@ OURS = [
     "PretextTask",
     "PretextTransform",
     "Recipe",
+    "Resume",
     "SelfsupError",
     "SkipValidation",
     "UnlabeledBlock",
