@@ -52,7 +52,7 @@ SMALL = {
     "models_genesis": {"curve": 0, "paint": 0},
     "npid": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "pirl": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
-    "moco": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "moco": {"temperature": 0.7, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "mocov3": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "simclr": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "nnclr": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
