@@ -18,6 +18,7 @@ def mlp(
     n_out: int,  # Features that come out
     n_layers: int = 2,  # Linear layers; 1 is a linear head
     batchnorm: bool = False,  # Normalize each hidden layer before its ReLU
+    gelu: bool = False,  # GELU in place of ReLU
 ) -> nn.Sequential:
     """A projector or predictor: `(B, n_in)` to `(B, n_out)`, linear, (batch norm,) ReLU, ..., linear.
 
@@ -26,5 +27,13 @@ def mlp(
     layers = []
     for width_in in [n_in, *[n_hidden] * (n_layers - 2)][: n_layers - 1]:
         layers.append(nn.Linear(width_in, n_hidden, bias=not batchnorm))  # A batch norm has a bias of its own
-        layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.ReLU(inplace=True)]
+        layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.GELU() if gelu else nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(n_hidden if n_layers > 1 else n_in, n_out))
+
+
+def draw_small_weights(module: nn.Module) -> None:
+    """Draws the weights of a linear layer anew, deviation 0.02, bias 0 (ViT, DINO, I-JEPA); for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

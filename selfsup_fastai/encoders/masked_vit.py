@@ -57,7 +57,7 @@ def visible_tokens(
     tokens = _placed(body, body.patch_embed(x))
     prefix, patches = tokens.split([body.num_prefix_tokens, tokens.shape[1] - body.num_prefix_tokens], 1)
     patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    return _through_blocks(body, torch.cat([prefix, patches], 1))
+    return through_blocks(body, torch.cat([prefix, patches], 1))
 
 
 def covered_tokens(
@@ -70,7 +70,7 @@ def covered_tokens(
     patches = body.patch_embed(x)
     covered = hidden.view(len(x), *patches.shape[1:-1], 1)
     patches = torch.where(covered, token.to(patches.dtype), patches)
-    return _through_blocks(body, _placed(body, patches))
+    return through_blocks(body, _placed(body, patches))
 
 
 def sincos_positions(
@@ -104,5 +104,6 @@ def _placed(body: VisionTransformer, patches: Tensor) -> Tensor:
     return body._pos_embed(patches)
 
 
-def _through_blocks(body: VisionTransformer, tokens: Tensor) -> Tensor:
+def through_blocks(body: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What the network makes of tokens that have their positions, (B, N, D)."""
     return body.norm(body.blocks(body.norm_pre(tokens)))

@@ -27,6 +27,7 @@ TASKS = {
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
     "simclr": "joint_embedding.simclr:SimCLR",
+    "swav": "clustering.swav:SwAV",
 }
 
 
