@@ -45,6 +45,28 @@ def patched_side(encoder: Encoder) -> int:
     return encoder.fixed_size or max(1, encoder.side // patch) * patch
 
 
+def fitting_patch(
+    side: int,  # Of the images, in pixels
+) -> int:
+    """Pixels a side of patches that are neither few nor many: 16 from 128 pixels on, 8 from 48 on, else 4."""
+    return 16 if side >= 128 else 8 if side >= 48 else 4
+
+
+def fix_positions(encoder: Encoder) -> None:
+    """Sines and cosines, frozen. A net from an earlier round or with published weights keeps its own, frozen."""
+    if not encoder.lineage:
+        set_sincos_positions(encoder.body)
+    if encoder.body.pos_embed is not None:
+        encoder.body.pos_embed.requires_grad_(False)
+
+
+def pool_patches(encoder: Encoder) -> None:
+    """Have the features be the mean of the patches, where they were a class token or a learned pooling of timm's."""
+    if encoder.source == "timm" and encoder.body.global_pool != "avg":
+        encoder.body.global_pool, encoder.body.attn_pool = "avg", None
+        encoder.kwargs = {**encoder.kwargs, "global_pool": "avg", "fc_norm": False}  # the norm stays with the tokens
+
+
 def visible_tokens(
     body: VisionTransformer,
     x: Tensor,  # (B, C, S, S) images

@@ -27,6 +27,8 @@ TASKS = {
     "mae": "generative.mae:MAE",
     "simmim": "generative.simmim:SimMIM",
     "simclr": "joint_embedding.simclr:SimCLR",
+    "dino": "joint_embedding.dino:DINO",
+    "ijepa": "joint_embedding.ijepa:IJEPA",
     "swav": "clustering.swav:SwAV",
 }
 
