@@ -23,4 +23,5 @@ class TendPrototypes(Callback):
 
     def after_step(self):
         for prototypes in self.tended:
-            prototypes.shorten()
+            if not prototypes.is_frozen:
+                prototypes.shorten()

@@ -57,11 +57,11 @@ def crop_features(
         return encoder(x)
     body = encoder.body
     patches = body.patch_embed.norm(body.patch_embed.proj(x).permute(0, 2, 3, 1))  # (B, h, w, D)
-    body.dynamic_img_size = True  # has timm interpolate
+    before, body.dynamic_img_size = body.dynamic_img_size, True  # has timm interpolate
     try:
         tokens = body._pos_embed(patches)
     finally:
-        body.dynamic_img_size = False
+        body.dynamic_img_size = before
     return pooled(body.forward_head(through_blocks(body, tokens)))
 
 

@@ -211,7 +211,7 @@ def _beside(large: Tensor, small: Tensor, gap: int = 2) -> Tensor:
     side, n = large.shape[-1], small.shape[-1]
     column = max(1, (side + gap) // (n + gap))
     parts = [side_by_side(large, gap)]
-    for crops in small.split(column):
+    for crops in small.split(column) if len(small) else ():
         room = side - (len(crops) * (n + gap) - gap)
         rows = side_by_side(crops.mT, gap).mT  # one below the other
         parts.append(F.pad(rows, (gap, 0, room // 2, room - room // 2), value=1.0))

@@ -37,18 +37,20 @@ class DINO(MultiCropTask):
     `found_pair` on the large crops, and `clusters`, the number of groups that the teacher sorts images into: 1 when all
     has collapsed, to one class or to all of them equally.
 
-    The center is a running average of the teacher's logits, of all processes, that changes after the step. The
-    teacher follows the student's weights, with a momentum that rises along half a cosine to 1 from a start for the
-    run's length (the paper's .996 is for 100 epochs of ImageNet and more); its temperature rises in the first 30 % of a
-    run (the authors': in 30 epochs of 100 to 800). The last layer, whose rows count by direction only, stays as it is in
-    the first epoch (ours: in the first tenth of runs of less than ten). Where the student's network drops paths
-    (`arch=create_encoder('vit_small_patch16_224', size=64, patch_size=8, drop_path_rate=0.1)`, as the authors'), the
-    teacher's does not.
+    The center is a running average of the teacher's logits, of all processes, that changes after the step. The teacher
+    follows the student's weights, with a momentum that rises along half a cosine to 1 from a start for the run's length
+    (the paper's .996 is for 100 epochs of ImageNet and more). Its temperature stays at .04, the default of the authors'
+    code, or rises in the first 30 % of a run (theirs: in 30 epochs of 100 to 800). The last layer, whose rows count by
+    direction only, stays as it is in the first epoch (ours: in the first tenth of runs of less than ten). Where the
+    student's network drops paths (`arch=create_encoder('vit_small_patch16_224', size=64, patch_size=8,
+    drop_path_rate=0.1)`, as the authors'), the teacher's does not.
 
-    Small data: 1,024 prototypes and a head 1,024 wide (the paper's: 65,536 and 2,048). For their ViTs the authors use
-    AdamW with weight decay that rises from .04 to .4 and clip each gradient at a norm of 3; with fastai that is
-    `cbs=[ParamScheduler({'wd': SchedCos(0.04, 0.4)}), GradientClip(3.0)]`, clipped all together. For ResNets they use
-    SGD, decay 1e-4 and `border=0.14`.
+    Small data: 1,024 prototypes and a head 1,024 wide (the paper's: 65,536 and 2,048) that normalizes by batches (an
+    option of the authors' code, off there): the features of a fresh network are so alike that without it runs of a few
+    hundred steps ended with all classes equally likely, of a convnet and of a vision transformer. For their ViTs the
+    authors use AdamW with weight decay that rises from .04 to .4, and clip each gradient at a norm of 3; with fastai
+    that is `cbs=[ParamScheduler({'wd': SchedCos(0.04, 0.4)}), GradientClip(3.0)]`, clipped all together. For ResNets
+    they use SGD, decay 1e-4 and `border=0.14`.
 
     Guards against one answer for everything: centering alone would make all classes equally likely, a low temperature
     alone would leave one; together they hold each other. Against answers without understanding: color jitter, grey,
@@ -78,10 +80,10 @@ class DINO(MultiCropTask):
         temperature: float = 0.1,  # The student's
         teacher_temperature: float = 0.04,  # The teacher's, in the end; in the paper's long runs: 0.07
         first_temperature: float = 0.04,  # The teacher's, at first; lower where the loss does not fall
-        warm_up: float = 0.3,  # Share of the run in which the teacher's temperature rises; the paper's: 30 of 100 epochs
+        warm_up: float = 0.3,  # Share of the run in which the teacher's temperature rises
         momentum: float | None = None,  # The teacher's, at first; None: by the number of steps; the paper's: 0.996
         center_momentum: float = 0.9,  # Of the center
-        batchnorm: bool | None = None,  # In the head; None: where the network has batch norms; the paper's: False
+        batchnorm: bool = True,  # In the head; the paper's: False
         hidden: int = 1024,  # Width of the head's hidden layers; the paper's: 2048
         dim: int = 256,  # Width of the embeddings
         views=None,  # 'photo', 'scan', 'microscopy'; or fields of a recipe: {'strength': 0.5}
@@ -95,8 +97,7 @@ class DINO(MultiCropTask):
         if momentum is not None:
             check_number("momentum", momentum, 0, 1)
         check_number("center_momentum", center_momentum, 0, below=1)
-        if batchnorm is not None:
-            check_flag("batchnorm", batchnorm)
+        check_flag("batchnorm", batchnorm)
         check_number("hidden", hidden, 1, whole=True)
         check_number("dim", dim, 1, whole=True)
         self.keep_crops(n_small, border, views)
@@ -131,8 +132,7 @@ class Sorter(nn.Module):
     def __init__(self, encoder: Encoder, task: DINO):
         super().__init__()
         self.encoder = encoder
-        norm = has_batchnorm(encoder) if task.batchnorm is None else task.batchnorm
-        self.projector = mlp(encoder.num_features, task.hidden, task.dim, n_layers=3, batchnorm=norm, gelu=True)
+        self.projector = mlp(encoder.num_features, task.hidden, task.dim, 3, task.batchnorm, gelu=True)
         self.projector.apply(draw_small_weights)
         self.prototypes = Prototypes(task.dim, task.prototypes, task.frozen_epochs, unit=False)
 
@@ -165,11 +165,6 @@ class DINONet(nn.Module):
         _, seen = self.teacher(large, small[:, :0])
         self.center.note(seen.mean(1))
         return z, logits, self.center.codes(seen, self.temperature(self.clock.share))
-
-
-def has_batchnorm(net: nn.Module) -> bool:
-    """Whether a network normalizes by batches anywhere."""
-    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in net.modules())
 
 
 class Center(Memory):
