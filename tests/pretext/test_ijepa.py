@@ -29,8 +29,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def learner(encoder=None, n: int = 12, bs: int = 4, size: int = 48, **settings):
-    coarse = torch.rand(n, 3, 6, 6, generator=seeded(1))
+def learner(encoder=None, n: int = 12, bs: int = 4, size: int = 48, parts: int = 6, **settings):
+    coarse = torch.rand(n, 3, parts, parts, generator=seeded(1))
     x = F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
     array = (x.permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
     dls = UnlabeledDataLoaders.from_array(array, size=None, bs=bs, num_workers=0, valid_pct=0.34)
