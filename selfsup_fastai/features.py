@@ -138,7 +138,7 @@ def _check(encoder: nn.Module, dl: DataLoader) -> None:
     if not isinstance(encoder, nn.Module):
         raise TaskError(
             f"Features are computed by an encoder (an nn.Module), not by a {type(encoder).__name__}. "
-            f"The encoder of a learner is `learn.model.encoder`."
+            f"The encoder of a learner is `learn.encoder`, of a fine-tuned one `learn.model.encoder`."
         )
     if isinstance(dl, DataLoaders):
         raise DataError("These are several loaders; pass one of them: dls.train or dls.valid.")

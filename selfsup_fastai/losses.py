@@ -64,6 +64,25 @@ def off_diagonal_squares(
     return (matrix - matrix.diagonal().diag()).square().sum()
 
 
+def crop_cross_entropy(
+    codes: Tensor,  # (B, 2, K) probabilities of K classes, given to the two large crops of each image; no gradient
+    logits: Tensor,  # (B, V, K) of all its crops, the large ones first
+    reduction: str = "mean",  # 'mean', or 'none': the mean over the pairs of each image
+) -> Tensor:  # scalar, or (B,) with reduction='none'
+    """Every crop is to answer with the code of another one: the loss of SwAV and DINO (Caron et al. 2020 and 2021).
+
+    Cross-entropy, the mean over all pairs of a code and a crop, but for a large crop with its own code. Half precision
+    and autocast are left for float32 inside, float64 stays float64.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        terms = -torch.einsum("bck,bvk->bcv", codes.to(dtype), logits.to(dtype).log_softmax(-1))
+        n_codes, n_crops = terms.shape[1:]
+        own = torch.eye(n_codes, n_crops, dtype=torch.bool, device=terms.device)
+        each = terms.masked_fill(own, 0).sum((1, 2)) / (n_codes * (n_crops - 1))
+    return each.mean() if reduction == "mean" else each
+
+
 def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise TaskError(

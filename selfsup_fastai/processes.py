@@ -23,6 +23,13 @@ def first_row(
     return len(x) * dist.get_rank() if n_processes() > 1 else 0
 
 
+def own_share(
+    x: Tensor,  # (N, ...), the same in all processes
+) -> Tensor:  # (about N / processes, ...)
+    """The rows that fall to this process, so that each is counted once in a sum over the processes."""
+    return x[dist.get_rank() :: n_processes()] if n_processes() > 1 else x
+
+
 def gathered(
     x: Tensor,  # (B, ...), of one shape in all processes
 ) -> Tensor:  # (processes * B, ...), in the order of the processes

@@ -60,13 +60,25 @@ SMALL = {
     "simsiam": {"dim": 32, "bottleneck": 8, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "barlow_twins": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "vicreg": {"dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "dino": {
+        "n_small": 2,
+        "border": 0.5,
+        "prototypes": 32,
+        "center_momentum": 0,
+        "hidden": 32,
+        "dim": 16,
+        "views": {"strength": 0.2},
+    },
+    "ijepa": {"predictor_depth": 1, "predictor_width": 32, "min_area": 0.9},
+    "swav": {"n_small": 2, "border": 0.5, "frozen_epochs": 0, "views": {"strength": 0.2}},
 }  # settings with which a task can learn something in twenty steps
-ARCH: dict[str, str] = {"mae": "test_vit"}  # of tasks for which `tiny` will not do
+ARCH: dict[str, str] = {"mae": "test_vit", "ijepa": "test_vit"}  # of tasks for which `tiny` will not do
 FROZEN = {
     "mae": ["body.pos_embed"],
+    "ijepa": ["body.pos_embed"],
     "mocov3": ["body.patch_embed.proj.weight", "body.patch_embed.proj.bias"],
 }  # what a paper keeps fixed in its encoder
-FILLED = ("moco",)  # of which the loss is against a queue that starts with random directions, far from everything
+FILLED = ("moco", "dino")  # of which the loss depends on a queue that starts at random, or on an average from 0 on
 
 
 class Numbered(PretextTask):
@@ -249,6 +261,8 @@ def test_batches_are_the_tasks_own_question(task, channels, size):
         for b, (inputs, targets) in zip(batches, questions):
             assert {len(t) for t in (*inputs, *targets)} == {4}
             assert {len(part) for part in parts(learn.model(*b[: learn.dls.n_inp]))} == {4}
+            pred = learn.model(*b[: learn.dls.n_inp])
+            assert {len(t) for t in (pred if isinstance(pred, tuple) else (pred,))} == {4}
             assert_question(b, inputs, targets, learn)
 
 
@@ -420,7 +434,7 @@ def test_gradient_reaches_every_parameter_of_the_encoder(task):
     b = learn.dls.train.one_batch()
     learn.loss_func(learn.model(*b[: learn.dls.n_inp]), *b[learn.dls.n_inp :]).backward()
     biases_before_norm = (".0.bias", ".3.bias")  # which the norm takes away again
-    for name, p in learn.encoder.named_parameters():
+    for name, p in learn.model.encoder.named_parameters():  # the one that is trained
         if name in FROZEN.get(task, ()):
             assert not p.requires_grad
             continue
@@ -436,7 +450,7 @@ def test_what_lies_behind_the_last_map_is_trained_or_named(task, capsys):
     learn = learner(task, loaders(pictures(6), bs=4), arch="mobilenetv3_small_050")
     b = learn.dls.train.one_batch()
     learn.loss_func(learn.model(*b[: learn.dls.n_inp]), *b[learn.dls.n_inp :]).backward()
-    missed = [name for name, p in learn.encoder.named_parameters() if p.grad is None]
+    missed = [name for name, p in learn.model.encoder.named_parameters() if p.grad is None]
     said = f"of mobilenetv3_small_050 lies behind its last map, where {task} does not train it"
     if learn.task.by_map:
         assert missed == learn.encoder.behind_map() and {name.split(".")[-2] for name in missed} == {"conv_head"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selfsup_fastai.errors import TaskError, UnknownNameError
-from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.losses import crop_cross_entropy, nt_xent
 
 
 def pair(b: int, d: int = 5, seed: int = 0, dtype=torch.float64) -> tuple[Tensor, Tensor]:
@@ -107,3 +107,41 @@ def test_mistakes():
         nt_xent(z1, z2, temperature=0)
     with pytest.raises(UnknownNameError, match="'mean'"):
         nt_xent(z1, z2, reduction="means")
+
+
+# --- codes of crops ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crops", [2, 5])
+def test_crop_cross_entropy_is_the_loop_over_codes_and_other_crops(crops):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(4, 2, 6, generator=generator, dtype=torch.float64)
+    codes = codes / codes.sum(-1, keepdim=True)
+    logits = torch.randn(4, crops, 6, generator=generator, dtype=torch.float64)
+    plain, ours = (logits.clone().requires_grad_() for _ in range(2))
+    total = 0
+    for code in range(2):  # as SwAV's code: the mean over the other crops, then over the two codes
+        others = 0
+        for crop in range(crops):
+            if crop != code:
+                p = plain[:, crop].exp() / plain[:, crop].exp().sum(1, keepdim=True)
+                others = others - (codes[:, code] * p.log()).sum(1).mean()
+        total = total + others / (crops - 1)
+    expected = total / 2
+    loss = crop_cross_entropy(codes, ours)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+    rows = crop_cross_entropy(codes, logits, "none")
+    assert rows.shape == (4,)
+    torch.testing.assert_close(rows.mean(), loss)
+    torch.testing.assert_close(rows[1], crop_cross_entropy(codes[1:2], logits[1:2]))
+
+
+def test_crop_cross_entropy_keeps_half_precision_out():
+    codes, logits = torch.rand(3, 2, 5).half(), 200 * torch.randn(3, 4, 5).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = crop_cross_entropy(codes, logits)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, crop_cross_entropy(codes.float(), logits.float()))

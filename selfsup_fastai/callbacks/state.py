@@ -16,7 +16,7 @@ import torch
 from fastai.learner import Learner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfsup_fastai.errors import ResumeError
 from selfsup_fastai.seeding import rng_state, set_rng_state
@@ -37,6 +37,7 @@ class State(NamedTuple):
 def captured(learn: Learner) -> State:
     """The learner's state between two steps: weights, buffers, optimizer, what was recorded."""
     tensors = {f"model/{name}": value for name, value in _weights(learn).items()}
+    tensors |= {f"further/{name}": module.get_extra_state() for name, module in _with_further_state(learn).items()}
     optimizer = []
     for i, (p, _, state, _) in enumerate(learn.opt.all_params()):
         tensors |= {f"optimizer/{i}/{name}": value for name, value in state.items() if isinstance(value, Tensor)}
@@ -65,6 +66,8 @@ def restore(learn: Learner, state: State) -> None:
     """Weights, buffers and optimizer as they were."""
     for name, value in _weights(learn).items():
         value.copy_(state.tensors[f"model/{name}"])
+    for name, module in _with_further_state(learn).items():
+        module.set_extra_state(state.tensors[f"further/{name}"])
     for i, (p, _, own, _) in enumerate(learn.opt.all_params()):
         saved = state.facts["optimizer"][i]
         mark = f"optimizer/{i}/"
@@ -116,6 +119,12 @@ def _weights(learn: Learner) -> dict[str, Tensor]:
     """Every parameter and buffer once, under its first name."""
     model = learn.model
     return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _with_further_state(learn: Learner) -> dict[str, nn.Module]:
+    """Modules that keep something besides parameters and buffers (`get_extra_state`), as a tensor."""
+    modules = learn.model.named_modules()
+    return {name: m for name, m in modules if type(m).get_extra_state is not nn.Module.get_extra_state}
 
 
 def _scaler(learn: Learner):

@@ -102,9 +102,9 @@ def get_encoder(
     **kwargs,  # For the constructor of a fresh network
 ) -> Encoder:
     """An encoder from whatever stands for one. Encoders and learners give their own, not a copy."""
-    inside = getattr(getattr(source, "model", None), "encoder", None)
-    if isinstance(source, Encoder) or isinstance(inside, Encoder):
-        return source if isinstance(source, Encoder) else inside
+    own = _own_encoder(source)
+    if own is not None:
+        return own
     if not is_fresh(source) and _means_file(source):
         if kwargs:
             raise SelfsupError(f"A saved encoder comes as it is; {', '.join(kwargs)} would need a fresh network.")
@@ -180,6 +180,13 @@ def _beside(name: str) -> str | None:
 
 def _is_learner(source: object) -> bool:
     return hasattr(source, "model") and not isinstance(source, nn.Module | type)
+
+
+def _own_encoder(source: object) -> Encoder | None:
+    """The encoder that an Encoder is or a learner has: of a task's, the one that it keeps."""
+    kept = getattr(source, "encoder", None) if _is_learner(source) else None
+    found = (source, kept, getattr(getattr(source, "model", None), "encoder", None))
+    return next((e for e in found if isinstance(e, Encoder)), None)
 
 
 def _check_finite(body: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ def mlp(
     batchnorm: bool = False,  # Normalize each hidden layer before its ReLU
     last_batchnorm: str | None = None,  # Normalize what comes out: 'affine', or 'plain', without scale and shift
     last_bias: bool = True,  # Whether the last layer has a bias; none before a batch norm, which takes it away again
+    gelu: bool = False,  # GELU in place of ReLU
 ) -> nn.Sequential:
     """A projector or predictor: `(B, n_in)` to `(B, n_out)`, linear, (batch norm,) ReLU, ..., linear (, batch norm).
 
@@ -28,8 +29,16 @@ def mlp(
     layers = []
     for width_in in [n_in, *[n_hidden] * (n_layers - 2)][: n_layers - 1]:
         layers.append(nn.Linear(width_in, n_hidden, bias=not batchnorm))  # A batch norm has a bias of its own
-        layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.ReLU(inplace=True)]
+        layers += [nn.BatchNorm1d(n_hidden)] * batchnorm + [nn.GELU() if gelu else nn.ReLU(inplace=True)]
     layers.append(nn.Linear(n_hidden if n_layers > 1 else n_in, n_out, bias=last_bias and not last_batchnorm))
     if last_batchnorm:
         layers.append(nn.BatchNorm1d(n_out, affine=last_batchnorm == "affine"))
     return nn.Sequential(*layers)
+
+
+def draw_small_weights(module: nn.Module) -> None:
+    """Draws the weights of a linear layer anew, deviation 0.02, bias 0 (ViT, DINO, I-JEPA); for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

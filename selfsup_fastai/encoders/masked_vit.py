@@ -45,6 +45,28 @@ def patched_side(encoder: Encoder) -> int:
     return encoder.fixed_size or max(1, encoder.side // patch) * patch
 
 
+def fitting_patch(
+    side: int,  # Of the images, in pixels
+) -> int:
+    """Pixels a side of patches that are neither few nor many: 16 from 128 pixels on, 8 from 48 on, else 4."""
+    return 16 if side >= 128 else 8 if side >= 48 else 4
+
+
+def fix_positions(encoder: Encoder) -> None:
+    """Sines and cosines, frozen. A net from an earlier round or with published weights keeps its own, frozen."""
+    if not encoder.lineage:
+        set_sincos_positions(encoder.body)
+    if encoder.body.pos_embed is not None:
+        encoder.body.pos_embed.requires_grad_(False)
+
+
+def pool_patches(encoder: Encoder) -> None:
+    """Have the features be the mean of the patches, where they were a class token or a learned pooling of timm's."""
+    if encoder.source == "timm" and encoder.body.global_pool != "avg":
+        encoder.body.global_pool, encoder.body.attn_pool = "avg", None
+        encoder.kwargs = {**encoder.kwargs, "global_pool": "avg", "fc_norm": False}  # the norm stays with the tokens
+
+
 def visible_tokens(
     body: VisionTransformer,
     x: Tensor,  # (B, C, S, S) images
@@ -57,7 +79,7 @@ def visible_tokens(
     tokens = _placed(body, body.patch_embed(x))
     prefix, patches = tokens.split([body.num_prefix_tokens, tokens.shape[1] - body.num_prefix_tokens], 1)
     patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    return _through_blocks(body, torch.cat([prefix, patches], 1))
+    return through_blocks(body, torch.cat([prefix, patches], 1))
 
 
 def covered_tokens(
@@ -70,7 +92,7 @@ def covered_tokens(
     patches = body.patch_embed(x)
     covered = hidden.view(len(x), *patches.shape[1:-1], 1)
     patches = torch.where(covered, token.to(patches.dtype), patches)
-    return _through_blocks(body, _placed(body, patches))
+    return through_blocks(body, _placed(body, patches))
 
 
 def sincos_positions(
@@ -104,5 +126,6 @@ def _placed(body: VisionTransformer, patches: Tensor) -> Tensor:
     return body._pos_embed(patches)
 
 
-def _through_blocks(body: VisionTransformer, tokens: Tensor) -> Tensor:
+def through_blocks(body: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What the network makes of tokens that have their positions, (B, N, D)."""
     return body.norm(body.blocks(body.norm_pre(tokens)))

@@ -31,8 +31,8 @@ class Memory(nn.Module, ABC):
     @torch.no_grad()
     def commit(self) -> None:
         """What was noted, of all processes, becomes part of the memory."""
-        for values in self._noted:
-            self.remember(*(gathered(v) for v in values))
+        if self._noted:  # the parts of an accumulated batch enter as one
+            self.remember(*(gathered(torch.cat(parts)) for parts in zip(*self._noted)))
         self.forget()
 
     def forget(self) -> None:
@@ -59,6 +59,11 @@ class FeatureQueue(Memory):
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("place", torch.tensor(0))  # where the next row goes
         self.register_buffer("entered", torch.tensor(0))  # rows that ever entered
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all rows are embeddings, none a random start."""
+        return bool(self.entered >= len(self.rows))
 
     def remember(self, z: Tensor) -> None:
         self.entered += len(z)

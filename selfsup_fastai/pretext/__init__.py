@@ -36,6 +36,9 @@ TASKS = {
     "simsiam": "joint_embedding.simsiam:SimSiam",
     "barlow_twins": "joint_embedding.barlow_twins:BarlowTwins",
     "vicreg": "joint_embedding.vicreg:VICReg",
+    "dino": "joint_embedding.dino:DINO",
+    "ijepa": "joint_embedding.ijepa:IJEPA",
+    "swav": "clustering.swav:SwAV",
 }
 
 

@@ -1,6 +1,10 @@
-"""`JointTask`: what tasks that compare the embeddings of several views of an image have in common."""
+"""`JointTask`: what tasks that compare the embeddings of several views of an image have in common.
+
+`MultiCropTask`: likewise, for those that add small crops.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,17 +13,21 @@ from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
-from selfsup_fastai.data.views import random_view
+from selfsup_fastai.data.views import multi_crop, random_view
+from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
-from selfsup_fastai.pictures import draw_rows
+from selfsup_fastai.metrics import OfSums
+from selfsup_fastai.pictures import draw_rows, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
 
 NEGATIVES = 4096  # NPID's
+SMALL = 96 / 224  # Side of small crops, as a share of the image's
+LEAST_AREA = 0.05  # Share of the image in the smallest crops
 
 
 def embeddings(pred: Tensor | Sequence) -> Tensor:
@@ -49,6 +57,24 @@ def spread(pred: Tensor | Sequence, *_) -> Tensor:
     if len(z) == 1:
         return z.new_zeros(())
     return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def _shares(pred: Sequence, *_) -> tuple[Tensor, Tensor, Tensor]:
+    """Of codes (B, 2, K): the sum of all, the sum of their entropies, and their number."""
+    codes = pred[2].flatten(0, 1).double()
+    return codes.sum(0), torch.special.entr(codes).sum(), torch.tensor(len(codes))
+
+
+def _told_apart(total: Tensor, entropy: Tensor, n: Tensor) -> Tensor:
+    return (torch.special.entr(total / n).sum() - entropy / n).exp()
+
+
+clusters = OfSums("clusters", _shares, _told_apart)
+"""How many groups the codes of a prediction (embeddings, logits, codes) sort the images into.
+
+e to the mutual information of image and prototype: 1 where all images get the same code, whether it is one prototype or
+all of them a little; K where every image has one of K prototypes, each as often as the others.
+"""
 
 
 class JointTask(PretextTask):
@@ -158,6 +184,71 @@ class BankTask(JointTask):
         return [KeepMemories()]
 
 
+class MultiCropTask(JointTask):
+    """A `JointTask` with small crops too (SwAV, Caron et al. 2020): two large ones and `n_small` small ones.
+
+    Inputs: (B, 2, C, S, S), and (B, n_small, C, s, s), s about 96 / 224 of S. Large crops have more than the share
+    `border` of the image's area, small ones less. A prediction is (embeddings, logits, codes): of all crops, the large
+    ones first, (B, 2 + n_small, D) and (B, 2 + n_small, K), and of the large ones, (B, 2, K). Constructors call
+    `keep_crops`. Fields of `views` are for all crops, but for `scale`, which is for the large ones.
+    """
+
+    n_inp = 2
+    normalized = (True, True)
+    min_side = 16
+    metrics = (found_pair, clusters)
+    small: Recipe = SIMCLR
+    further: ClassVar[float] = 0  # Image-sized passes besides those of the student
+    small_side: int | None = None  # Pixels; known after `setup`
+
+    def keep_crops(self, n_small: int, border: float, views: object) -> None:
+        """Check and keep the settings about crops, and what follows from them."""
+        check_number("n_small", n_small, 0, whole=True)
+        check_number("border", border, above=LEAST_AREA, below=1)
+        self.check_views(views)
+        self.n_small, self.border, self.views = n_small, border, views
+        self.recipes = tuple(replace(recipe, scale=(border, 1.0)) for recipe in type(self).recipes)
+        self.small = replace(type(self).small, scale=(LEAST_AREA, border))
+        self.passes = 2 + n_small * SMALL**2 + self.further
+
+    def setup(self, dls, encoder):
+        super().setup(dls, encoder)
+        if not self.n_small:
+            return
+        self.small_side = crop_side(encoder, SMALL)
+        cost = crop_cost(encoder, self.small_side)
+        self.passes = 2 + self.n_small * cost + self.further
+        if cost == 1:
+            said = f"takes images of {encoder.side} pixels only" if encoder.fixed_size else "runs on no smaller ones"
+            say(f"{self.name}: {encoder.arch} {said}: a small crop costs as much as a large one.")
+
+    def small_recipe(self, channels: int, side: int) -> Recipe:
+        """Of small crops with so many channels and pixels a side."""
+        views = {k: v for k, v in self.views.items() if k != "scale"} if isinstance(self.views, Mapping) else self.views
+        return adapted(self.small, views, channels, side)
+
+    def draw_small(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The small crops of each image, (B, n_small, C, s, s)."""
+        channels, whole = x.shape[1], min(x.shape[-2:])
+        side = self.small_side or min(nearest_side(SMALL * whole), whole)
+        crops = multi_crop(x, [self.small_recipe(channels, side)] * self.n_small, generator, [side] * self.n_small)
+        return torch.stack(crops, 1) if crops else x.new_empty(len(x), 0, channels, side, side)
+
+    def make_batch(self, x, *, generator, train, idx=None):
+        inputs = self.draw_views(x, generator), self.draw_small(x, generator)
+        return inputs, (torch.arange(len(x), device=x.device),)
+
+    def activation(self, pred):
+        """Embeddings of length 1; what else the loss needs is left out."""
+        return F.normalize(embeddings(pred), dim=-1)
+
+    def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
+        """The crops of each image side by side; after training with the cosine of the two large ones."""
+        pictures = [[_beside(*crops)] for crops in zip(*(t[:max_n] for t in inputs))]
+        said = [f"crops of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(pictures))]
+        return draw_rows(pictures, said, ctxs, figsize)
+
+
 def each_view(
     net: Callable[[Tensor], Tensor] | nn.Module,  # (B, C, H, W) -> (B, D)
     x: Tensor,  # (B, V, C, H, W)
@@ -200,6 +291,30 @@ class ViewByView(nn.Module):
 def of_batch(loss: Tensor, n: int, reduction: str) -> Tensor:
     """A loss that a batch of `n` images has as a whole: itself, or the same number for each of them, (n,)."""
     return loss if reduction == "mean" else loss.expand(n)
+
+
+def each_crop(
+    encoder: Encoder,
+    large: Tensor,  # (B, 2, C, S, S)
+    small: Tensor,  # (B, n, C, s, s)
+) -> Tensor:  # (B, 2 + n, num_features)
+    """Features of large and small crops. Those of one size go through together, as in SwAV's and DINO's codes."""
+    found = [encoder(large.flatten(0, 1)).unflatten(0, large.shape[:2])]
+    if small.shape[1]:
+        found.append(crop_features(encoder, small.flatten(0, 1)).unflatten(0, small.shape[:2]))
+    return torch.cat(found, 1)
+
+
+def _beside(large: Tensor, small: Tensor, gap: int = 2) -> Tensor:
+    """The large crops side by side, then the small ones as many to a column as fit: (C, S, W)."""
+    side, n = large.shape[-1], small.shape[-1]
+    column = max(1, (side + gap) // (n + gap))
+    parts = [side_by_side(large, gap)]
+    for crops in small.split(column) if len(small) else ():
+        room = side - (len(crops) * (n + gap) - gap)
+        rows = side_by_side(crops.mT, gap).mT  # one below the other
+        parts.append(F.pad(rows, (gap, 0, room // 2, room - room // 2), value=1.0))
+    return torch.cat(parts, -1)
 
 
 def none_alone(n: int, bs: int) -> int:

@@ -49,6 +49,25 @@ def test_the_parts_of_a_step_enter_together_in_their_order():
     torch.testing.assert_close(queue.rows, torch.cat([rows(2, 1), rows(2, 2)]))
 
 
+def test_the_parts_of_a_step_are_remembered_at_once():
+    queue, remembered = FeatureQueue(4, 3), []
+    queue.remember = remembered.append
+    queue.note(rows(2, 1))
+    queue.note(rows(1, 2))
+    queue.commit()
+    queue.commit()
+    assert len(remembered) == 1
+    assert torch.equal(remembered[0], torch.cat([rows(2, 1), rows(1, 2)]))
+
+
+def test_a_queue_is_full_when_no_random_row_is_left():
+    queue = FeatureQueue(4, 3)
+    for full in (False, True, True):
+        queue.note(rows(2))
+        queue.commit()
+        assert queue.is_full == full
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_a_bank_mixes_the_rows_of_the_images_that_were_seen(momentum):
     bank = FeatureBank(5, 3, momentum)

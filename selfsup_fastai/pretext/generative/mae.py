@@ -12,9 +12,10 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import (
     check_takes_some_patches,
+    fitting_patch,
+    fix_positions,
     patch_size,
     patched_side,
-    set_sincos_positions,
     sincos_positions,
     visible_tokens,
 )
@@ -97,7 +98,7 @@ class MAE(HiddenTask):
         self.side = self.patch = self.mean = self.std = None  # the encoder's, known after `setup`
 
     def arch_settings(self, side):
-        return {"patch_size": 16 if side >= 128 else 8 if side >= 48 else 4}
+        return {"patch_size": fitting_patch(side)}
 
     def setup(self, dls, encoder):
         check_takes_some_patches(encoder, self.name)
@@ -133,10 +134,7 @@ class MAE(HiddenTask):
 
     def model(self, encoder):
         if self.fixed_positions:
-            if not encoder.lineage:
-                set_sincos_positions(encoder.body)
-            if encoder.body.pos_embed is not None:
-                encoder.body.pos_embed.requires_grad_(False)
+            fix_positions(encoder)
         n = (patched_side(encoder) // patch_size(encoder.body)) ** 2
         return MAENet(encoder, self.n_visible(n), self.decoder_depth, self.decoder_width, self.decoder_heads)
 
