@@ -45,6 +45,28 @@ def nt_xent(
     return terms.mean() if reduction == "mean" else terms
 
 
+def view_distance(
+    z: Tensor,  # (B, D) embeddings of the images
+    changed: Tensor,  # (B, V, D) of what was made of them
+    kind: str = "cosine",  # 'cosine': 1 - cosine, 0..2; 'mse': mean squared difference of the coordinates as they are
+    reduction: str = "mean",  # 'mean', or 'none': the mean over the V of each image
+) -> Tensor:  # scalar, or (B,) with reduction='none'
+    """How far the embeddings of changed images are from the images' own. Both sides have a gradient.
+
+    'mse' falls, too, if embeddings only become smaller. Half precision and autocast are left for float32 inside.
+    Raises `UnknownNameError` for another kind.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z, changed = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z.unsqueeze(1), changed))
+        if kind == "cosine":
+            terms = 1 - F.cosine_similarity(z, changed, dim=-1)
+        elif kind == "mse":
+            terms = (z - changed).square().mean(-1)
+        else:
+            raise unknown("distance of views", kind, ["cosine", "mse"])
+    return terms.mean() if reduction == "mean" else terms.mean(1)
+
+
 def nce(
     logits: Tensor,  # (B, 1 + K): log(p / (K / N)) of the truth and of K draws, as `ContrastBank.logits` gives it
     reduction: str = "mean",

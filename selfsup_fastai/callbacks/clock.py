@@ -8,8 +8,8 @@ from selfsup_fastai.encoders.clock import Clock
 class SetClocks(OnlyInFit, OfModel):
     """Tells every `Clock` in the task's model how many batches and epochs are over, and how many batches are planned.
 
-    What is planned is told before a fit begins, so that a run that goes on (`Resume`) finds it as it was; batches that
-    such a run passes over are not counted again.
+    In a run that goes on (`Resume`) they go on, too: what was planned stays, and batches that are passed over are not
+    counted again.
     """
 
     order = 9  # before what follows the clocks
@@ -17,8 +17,11 @@ class SetClocks(OnlyInFit, OfModel):
     def before_fit(self):
         super().before_fit()
         self.clocks, self.trained = [m for m in self.task_model.modules() if isinstance(m, Clock)], False
-        if self.run:
-            for clock in self.clocks:
+        self.stood = [(clock.batches, clock.planned) for clock in self.clocks]
+
+    def before_train(self):  # validation never comes here
+        for clock, stood in zip(self.clocks, self.stood):
+            if self.epoch == 0 and (clock.batches, clock.planned) == stood:  # else `Resume` set it
                 clock.planned = clock.batches + self.n_epoch * len(self.dls.train)
 
     def after_loss(self):

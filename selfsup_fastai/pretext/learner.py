@@ -13,9 +13,9 @@ from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastcore.foundation import L
-from fasttransform import Transform
 from torch import Tensor, nn
 
+from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.data.blocks import OpenImage
@@ -44,6 +44,9 @@ def pretext_learner(
     encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
     pretrained: bool = False,  # Start from timm's weights for `arch`
     n_in: int | None = None,  # Channels, 1 or 3; None: what the images need
+    consistency: float
+    | Consistency
+    | None = None,  # Weight of a term that pulls images and what is made of them together
     metrics=None,  # None: the task's
     opt_func: Callable = Adam,
     lr: float = defaults.lr,
@@ -68,7 +71,12 @@ def pretext_learner(
     plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, drop=(PretextTransform,))
     own = task.arch_settings if arch is None and encoder is None and not pretrained else lambda side: {}
     encoder, plain, measured = _prepare(plain, _source(arch, encoder, task), n_in, pretrained, task, own)
-    asked = [PretextTransform(task)] if task.input or encoder.input not in CHANNELS else _eaten(encoder, task)
+    if consistency is not None and not isinstance(consistency, Consistency):
+        consistency = Consistency(consistency)
+    asked = [PretextTransform(task, consistency)]
+    if not task.input and encoder.input in CHANNELS:
+        task.check_shape((1, encoder.in_chans, task.min_side, task.min_side))
+        asked.insert(0, ToInput(encoder.input))
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     task.setup(pretext, encoder)
     if task.by_map:
@@ -76,7 +84,11 @@ def pretext_learner(
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
     fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
     fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": cbs}
-    return PretextLearner(pretext, task, task.model(encoder), data=_data_print(pretext, measured), **fastai_args)
+    model = task.model(encoder)
+    if consistency is not None:
+        consistency.setup(task, model, pretext)
+    data = _data_print(pretext, measured)
+    return PretextLearner(pretext, task, model, data=data, consistency=consistency, **fastai_args)
 
 
 def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
@@ -160,12 +172,6 @@ def _say_untrained(task: PretextTask, encoder: Encoder) -> None:
         )
 
 
-def _eaten(encoder: Encoder, task: PretextTask) -> list[Transform]:
-    """Transforms for a task about images whose encoder, from an earlier round, eats something made of them."""
-    task.check_shape((1, encoder.in_chans, task.min_side, task.min_side))
-    return [ToInput(encoder.input), PretextTransform(task)]
-
-
 def _is_kept(source: object) -> bool:
     """Whether the encoder exists already; else one is made for these images, as from a module given as `arch`."""
     return isinstance(source, Encoder) or not (isinstance(source, nn.Module) or is_fresh(source))
@@ -209,18 +215,25 @@ def _said(values: Tensor | tuple) -> str:
 class PretextLearner(Learner):
     """A fastai `Learner` of a pretext task. `learn.encoder` is what it is all about."""
 
+    consistency: Consistency | None = None  # fastai puts the callback here, if there is one
+
     def __init__(
         self,
         dls: DataLoaders,  # Of `PretextDL`s
         task: PretextTask,
         model: nn.Module,  # The task's, with `.encoder`
         data: dict | None = None,  # What the card says of the images: their counts and a print
+        consistency: Consistency | None = None,  # The one that the loaders carry, set up
+        metrics=None,
         cbs=None,
         **kwargs,  # Of `Learner`
     ):
         self.data, self.epochs_done, self.images_seen, self.last_values = data or {}, 0, 0, {}
-        cbs = [CountImages(task.passes), LossesAsNumbers(), *task.callbacks(), *L(cbs)]
-        super().__init__(dls, model, loss_func=PretextLoss(task), cbs=cbs, **kwargs)
+        passes, own = task.passes, task.callbacks()
+        if consistency is not None:
+            passes, own, metrics = passes + 1, own + consistency.callbacks(), [*L(metrics), consistency.metric()]
+        cbs = [CountImages(passes), LossesAsNumbers(), *own, *L(cbs)]
+        super().__init__(dls, model, loss_func=PretextLoss(task), metrics=metrics, cbs=cbs, **kwargs)
         self.task = task
 
     @property
@@ -251,10 +264,13 @@ class PretextLearner(Learner):
         card = self._card()
         return {key: card[key] for key in ROUND}
 
+    def _consistency_settings(self) -> dict:
+        return {"consistency": self.consistency.settings()} if self.consistency else {}
+
     def _card(self) -> dict:
         return {
             "task": self.task.name,
-            "settings": self.task.settings(),
+            "settings": self.task.settings() | self._consistency_settings(),
             "epochs": self.epochs_done,
             "images": round(self.images_seen),
             "data": self.data,

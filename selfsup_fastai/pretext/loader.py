@@ -9,6 +9,7 @@ from fasttransform import Pipeline, Transform
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.data.loader import IndexedDL, TensorIndex
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
@@ -28,10 +29,11 @@ class PretextTransform(Transform):
     def __init__(
         self,
         task: str | PretextTask,  # A name in TASKS, or a task
+        consistency: Consistency | None = None,  # Which takes what it needs of a batch with it, behind the targets
         **settings,  # Of the task
     ):
         super().__init__()
-        self.task = get_task(task, **settings)
+        self.task, self.consistency = get_task(task, **settings), consistency
         self.seed = self._generator = None
 
     def reseed(self, seed: int) -> None:
@@ -49,8 +51,9 @@ class PretextTransform(Transform):
             raise TaskError("A PretextTransform draws as its loader says: make the loaders with dl_type=PretextDL.")
         items = list(b) if isinstance(b, (tuple, list)) else [b]
         idx = items.pop().as_subclass(Tensor) if isinstance(items[-1], TensorIndex) else None
-        x = items[0]
-        return self.task.batch(x, generator=self.generator(x.device), train=split_idx == 0, idx=idx)
+        x, generator = items[0], self.generator(items[0].device)
+        made = self.task.batch(x, generator=generator, train=split_idx == 0, idx=idx)
+        return made if self.consistency is None else (*made, *self.consistency.extras(x, idx, generator))
 
     def decode(self, b, **kwargs):
         return b
@@ -94,7 +97,8 @@ class PretextDL(IndexedDL):
 
     @property
     def with_index(self) -> bool:
-        return "index" in self.task.needs
+        consistency = self.transform.consistency
+        return "index" in self.task.needs or (consistency is not None and consistency.needs_index)
 
     def before_iter(self):
         super().before_iter()
@@ -107,7 +111,7 @@ class PretextDL(IndexedDL):
             if tfm.order > PretextTransform.order:
                 b = tfm.decode(b, split_idx=self.after_batch.split_idx)
         b = tuple(t.as_subclass(Tensor) for t in to_cpu(b))
-        return b[: self.n_inp], b[self.n_inp :]
+        return b[: self.n_inp], b[self.n_inp : self.n_inp + self.task.n_targets]
 
     def show_batch(
         self, b=None, max_n: int = 9, ctxs=None, show: bool = True, unique: bool = False, **kwargs

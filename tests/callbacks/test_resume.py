@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from selfsup_fastai.callbacks import resume as module
+from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.callbacks.state import StateFolder
@@ -25,7 +26,13 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.errors import ResumeError
 from selfsup_fastai.pretext.learner import pretext_learner
 
-TASKS = ["rotation", "simclr", "rotation+relative_position"]
+TASKS = {
+    "rotation": {},
+    "simclr": {},
+    "rotation+relative_position": {},
+    "dino": {"prototypes": 16, "n_small": 1, "hidden": 16, "dim": 8, "warm_up": 1.0, "first_temperature": 0.1},
+    "jigsaw": {"consistency": ("nce", 8)},  # with a bank
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +60,10 @@ def learner(folder: Path | None = None, task: str = "rotation", workers: int = 0
         dls = UnlabeledDataLoaders.from_array(array, **settings)
     else:
         dls = UnlabeledDataLoaders.from_folder(folder, **settings, cache=cache)
+    kwargs = {**TASKS[task], **kwargs}
+    if "consistency" in kwargs:
+        term, dim = kwargs["consistency"]
+        kwargs["consistency"] = Consistency(0.5, term, dim)
     return pretext_learner(dls, task.split("+") if "+" in task else task, tiny, **kwargs)
 
 

@@ -283,4 +283,4 @@ def test_a_short_run_finds_more_pairs_and_more_groups():
         _, _, groups = learn.validate(dl=same)
         learn.fit(50, 2e-3)
         _, found, after = learn.validate(dl=same)
-    assert found > 4 / 32 and after > groups + 0.4  # guessing finds one of 32
+    assert found > 4 / 32 and after > groups + 0.3  # guessing finds one of 32

@@ -362,9 +362,9 @@ def test_before_a_net_is_known_patches_are_a_fourteenth_of_the_side():
 
 
 def test_a_short_run_finds_more_blocks():
-    learn = learner(n=48, bs=32, min_area=0.9)
+    learn = learner(n=48, bs=32, parts=2, min_area=0.9)
     same = learn.dls.train.new(shuffle=False)
     with learn.no_bar(), learn.no_logging():
         before = learn.validate(dl=same)[1]
         learn.fit(60, 3e-3)
-        assert learn.validate(dl=same)[1] > max(before, 1 / 31) + 0.1
+        assert learn.validate(dl=same)[1] > max(before, 1 / 31) + 0.05

@@ -35,7 +35,7 @@ def question(n: int = 3, tiles: int = 9, views: int = 1) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("weight", [0.5, 0.25, 1.0])
 def test_loss_and_gradients_are_two_terms_against_the_rows_before_the_step(weight):
     """As in the authors' code: first the patches, in whose first batch the constant is found, then the images."""
-    bank = net(temperature=0.5).bank.double()
+    bank = net(temperature=0.5).heads.bank.double()
     task, idx, negatives = get_task("pirl", weight=weight), [5, 0, 8], question()[3]
     embedded = [F.normalize(torch.randn(3, 4, generator=seeded(i), dtype=torch.float64), dim=1) for i in range(2)]
     ours, theirs = ([z.clone().requires_grad_() for z in embedded] for _ in range(2))  # patches, images
@@ -51,31 +51,33 @@ def test_loss_and_gradients_are_two_terms_against_the_rows_before_the_step(weigh
 
 def test_patches_go_through_one_layer_each_and_one_together():
     model, (x, tiles, idx, negatives) = net().eval(), question()
-    one, _, together = model.changed
+    one, _, together = model.heads.changed
     each = torch.stack([one(model.encoder(tiles[:, j])) for j in range(9)], 1)  # (3, 9, 4), in the order shown
     g = F.normalize(together(each.flatten(1)), dim=1)
-    f = F.normalize(model.image(model.encoder(x[:, 0])), dim=1)
+    f = F.normalize(model.heads.image(model.encoder(x[:, 0])), dim=1)
     found, logits = model(x, tiles, idx, negatives)
-    torch.testing.assert_close(found, torch.stack([f, g, model.bank.rows[idx]], 1))
+    torch.testing.assert_close(found, torch.stack([f, g, model.heads.bank.rows[idx]], 1))
     for i, z in enumerate((g, f)):
-        torch.testing.assert_close(logits[:, i], model.bank.logits(z, model.bank.rows[idx], negatives[:, i]))
-    kinds = [type(m).__name__ for m in (one, *together, *model.image)]
+        torch.testing.assert_close(
+            logits[:, i], model.heads.bank.logits(z, model.heads.bank.rows[idx], negatives[:, i])
+        )
+    kinds = [type(m).__name__ for m in (one, *together, *model.heads.image)]
     assert kinds == ["Linear", "Linear", "BatchNorm1d", "Linear", "BatchNorm1d"]
-    assert (one.in_features, together[0].in_features, model.image[0].in_features) == (6, 36, 6)
-    assert isinstance(net(centered=False).image[-1], nn.Linear)
+    assert (one.in_features, together[0].in_features, model.heads.image[0].in_features) == (6, 36, 6)
+    assert isinstance(net(centered=False).heads.image[-1], nn.Linear)
 
 
 def test_new_images_are_compared_with_another_view():
     model, (x, tiles, idx, negatives) = net().eval(), question(views=2)
-    second = F.normalize(model.image(model.encoder(x[:, 1])), dim=1)
+    second = F.normalize(model.heads.image(model.encoder(x[:, 1])), dim=1)
     found, logits = model(x, tiles, idx, negatives)
     torch.testing.assert_close(found[:, 2], second)
-    torch.testing.assert_close(logits[:, 1], model.bank.logits(found[:, 0], second, negatives[:, 1]))
+    torch.testing.assert_close(logits[:, 1], model.heads.bank.logits(found[:, 0], second, negatives[:, 1]))
 
 
 def test_rows_take_in_the_images_not_the_patches_after_the_step():
     learn = learner("pirl", n=16, bs=4, side=36, dim=4, views=MILD)
-    bank, seen = learn.model.bank, []
+    bank, seen = learn.model.heads.bank, []
 
     class Watch(KeepMemories):
         order = KeepMemories.order - 1
@@ -158,7 +160,7 @@ def test_rotation_turns_another_view():
     ]
     assert torch.tensor(turns).sum(1).eq(1).all() and torch.tensor(turns).any(0).all()
     model, (view, one, idx, negatives) = net(transform="rotation").eval(), question(tiles=1)
-    g = F.normalize(model.changed[1](model.encoder(one[:, 0])), dim=1)
+    g = F.normalize(model.heads.changed[1](model.encoder(one[:, 0])), dim=1)
     torch.testing.assert_close(model(view, one, idx, negatives)[0][:, 1], g)
     learn = learner("pirl", n=16, bs=4, dim=4, transform="rotation", views=MILD)
     with learn.no_logging():
@@ -201,8 +203,8 @@ def test_pictures_show_image_and_patches_then_their_cosine():
 def test_logits_of_a_batch_are_those_of_each_image():
     model, (x, tiles, idx, negatives) = net().eval(), question()
     _, logits = model(x, tiles, idx, negatives)
-    model.bank.train()
-    model.bank.log_z.fill_(2.0)
+    model.heads.bank.train()
+    model.heads.bank.log_z.fill_(2.0)
     whole = model(x, tiles, idx, negatives)[1]
     alone = torch.cat(
         [model(x[i : i + 1], tiles[i : i + 1], idx[i : i + 1], negatives[i : i + 1])[1] for i in range(3)]

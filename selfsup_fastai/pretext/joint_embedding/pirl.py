@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.recipes import PIRL_PATCHES, PIRL_VIEW
 from selfsup_fastai.data.views import random_view
-from selfsup_fastai.encoders.memories import ContrastBank
-from selfsup_fastai.losses import nce
+from selfsup_fastai.encoders.invariant import InvariantHeads, invariant_heads, invariant_loss
 from selfsup_fastai.pictures import draw_rows, mosaic
 from selfsup_fastai.pretext.base import check_choice, check_number
 from selfsup_fastai.pretext.joint import BankTask
@@ -113,15 +111,11 @@ class PIRL(BankTask):
         return turns[torch.arange(len(x), device=x.device).unsqueeze(1), k]
 
     def model(self, encoder):
-        n = encoder.num_features
-        changed = nn.Sequential(nn.Flatten(), self.embedding(n))  # of (B, 1, n), the turned view
-        if self.transform == "jigsaw":
-            changed = nn.Sequential(nn.Linear(n, self.dim), nn.Flatten(), self.embedding(9 * self.dim))
-        return InvariantNet(encoder, self.embedding(n), changed, self.bank())
+        parts = 9 if self.transform == "jigsaw" else 1
+        return InvariantNet(encoder, invariant_heads(encoder.num_features, parts, self.dim, self.bank(), self.centered))
 
     def loss(self, pred, target, reduction="mean"):
-        of_changed, of_image = pred[1].unbind(1)
-        return self.weight * nce(of_changed, reduction) + (1 - self.weight) * nce(of_image, reduction)
+        return invariant_loss(pred[1], self.weight, reduction)
 
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """Each image beside its patches as they were shuffled, or beside its turned view; then with their cosine."""
@@ -135,23 +129,13 @@ class PIRL(BankTask):
 class InvariantNet(nn.Module):
     """Views, patches or turned view, and places -> embeddings of image and patches with rows, and two logits."""
 
-    def __init__(self, encoder: nn.Module, image: nn.Module, changed: nn.Module, bank: ContrastBank):
+    def __init__(self, encoder: nn.Module, heads: InvariantHeads):
         super().__init__()
-        self.encoder, self.image, self.changed, self.bank = encoder, image, changed, bank
+        self.encoder, self.heads = encoder, heads
 
     def forward(self, views: Tensor, changed: Tensor, idx: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-        f, g = self.embed(views[:, 0]), self.embed_changed(changed)
-        own = self.embed(views[:, 1]) if views.shape[1] == 2 else self.bank.rows[idx]
-        logits = [self.bank.logits(z, own, negatives[:, i]) for i, z in enumerate((g, f))]
-        if views.shape[1] == 1:
-            self.bank.note(idx, f)
-        return torch.stack([f, g, own], 1), torch.stack(logits, 1)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Of one view, (B, C, S, S) -> (B, dim) of length 1."""
-        return F.normalize(self.image(self.encoder(x)), dim=1)
-
-    def embed_changed(self, x: Tensor) -> Tensor:
-        """Of the patches or the turned view, (B, V, C, t, t) -> (B, dim) of length 1."""
-        features = self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return F.normalize(self.changed(features), dim=1)
+        image = self.encoder(views[:, 0])
+        parts = self.encoder(changed.flatten(0, 1)).unflatten(0, changed.shape[:2])
+        own = self.encoder(views[:, 1]) if views.shape[1] == 2 else None
+        found = self.heads(image, parts, idx, negatives, own)
+        return torch.stack([found.image, found.changed, found.own], 1), found.logits
