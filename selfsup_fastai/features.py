@@ -312,3 +312,41 @@ def effective_rank(
         return 0.0
     p = singular / singular.sum() + eps
     return torch.exp(-(p * p.log()).sum()).item()
+
+
+def feature_std(
+    x: Tensor,  # (N, C) embeddings, any scale
+) -> float:  # 0 where all are alike, about 1 where they lie in all directions
+    """How different the directions of embeddings are (Chen & He 2020, figure 2): the mean deviation of the coordinates
+    of rows scaled to length 1, times the root of their number.
+    """
+    z = F.normalize(_finite(_rows_of_two(x)).float(), dim=1)
+    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
+
+
+def alignment(
+    x: Tensor,  # (N, C) embeddings of images
+    y: Tensor,  # (N, C) embeddings of other views of them
+) -> float:  # 0 .. 4
+    """How far apart two views of an image are: the mean squared distance of embeddings of length 1 (Wang & Isola 2020,
+    arXiv 2005.10242, with their exponent of 2). Less is better, but of one and the same answer for everything it is 0.
+    """
+    a, b = (F.normalize(_finite(z).float(), dim=1) for z in (x, y))
+    return (a - b).square().sum(1).mean().item()
+
+
+def uniformity(
+    x: Tensor,  # (N, C) embeddings
+    t: float = 2.0,
+) -> float:  # -4 t .. 0
+    """How evenly embeddings of length 1 lie on the sphere: the logarithm of the mean over all pairs of
+    exp(-t * squared distance) (Wang & Isola 2020). Less is better, 0 if all are alike.
+    """
+    z = F.normalize(_finite(_rows_of_two(x)).float(), dim=1)
+    return torch.pdist(z).square().mul(-t).exp().mean().log().item()
+
+
+def _rows_of_two(x: Tensor) -> Tensor:
+    if x.ndim != 2 or len(x) < 2:
+        raise TaskError(f"How images differ takes embeddings (N, C) of at least two of them; got {tuple(x.shape)}.")
+    return x

@@ -37,7 +37,7 @@ SMALL = {
     "counting": {"counts": 32, "hidden": 64},
     "exemplar": {"contrast": 1.2, "power": 1.2, "factor": 1.1, "offset": 0.02},
     "relative_position": {"color": "keep", "shrink": 0, "patch_features": 32, "hidden": 32},
-    "aet": {"turn": 20},
+    "aet": {"transform": "affine", "turn": 20},
     "mae": {"mask_ratio": 0.5, "min_area": 0.9, "flip": 0, "decoder_depth": 1, "decoder_width": 32},
     "simmim": {"mask_ratio": 0.3, "min_area": 0.9, "flip": 0},
     "spot_artifacts": {

@@ -47,6 +47,8 @@ class PretextTask(ABC):
     by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
+    length_counts: ClassVar[bool] = False  # Whether the length of `embedded` is part of the loss
+    collapse_hint: ClassVar[str] = ""  # What usually makes the task collapse, and what to try
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
     metrics: Sequence = ()
 
@@ -83,6 +85,10 @@ class PretextTask(ABC):
 
     def chance(self) -> float | None:
         """What the first metric would be by guessing, where that is known."""
+        return None
+
+    def embedded(self, pred) -> Tensor | None:
+        """Of a prediction what would be the same for all images if the task had collapsed, (B, D); None: it cannot."""
         return None
 
     def product(self, model: nn.Module) -> nn.Module:

@@ -89,6 +89,15 @@ class JointTask(PretextTask):
     metrics = (found_pair,)
     views: str | Mapping | None = None
 
+    collapse_hint = (
+        "one embedding for all images. Usually the rate is too high, or the images are too much alike: try a tenth of "
+        "the rate, larger batches, or stronger views."
+    )
+
+    def embedded(self, pred):
+        """The embeddings of the first views."""
+        return embeddings(pred)[:, 0]
+
     def check_views(self, views: object) -> None:
         """Raises `TaskError` unless a setting `views` makes sense. For constructors."""
         for recipe in self.recipes:

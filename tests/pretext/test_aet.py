@@ -37,7 +37,7 @@ def through(matrix: np.ndarray, x: float, y: float) -> np.ndarray:
 
 
 def test_affine_maps_are_the_composition_of_their_parameters():
-    task = get_task("aet")
+    task = get_task("aet", transform="affine")
     target = task.draw(50, seeded())
     for row, matrix in zip(target.double().tolist(), task.matrix(target).double().numpy()):
         cos, sin, across, down, scale, shear = row
@@ -50,7 +50,7 @@ def test_affine_maps_are_the_composition_of_their_parameters():
 
 
 def test_affine_parameters_fill_their_ranges_evenly():
-    target = get_task("aet").draw(20_000, seeded())
+    target = get_task("aet", transform="affine").draw(20_000, seeded())
     torch.testing.assert_close(target[:, :2].norm(dim=1), torch.ones(20_000))
     turn = torch.atan2(target[:, 1], target[:, 0]) / math.pi
     for values in (turn, *target[:, 2:].T):
@@ -58,7 +58,7 @@ def test_affine_parameters_fill_their_ranges_evenly():
         shares = torch.histc(values, 10, -1, 1) / 20_000
         assert (shares - 0.1).abs().max() < 5 * math.sqrt(0.09 / 20_000)
     assert np.abs(np.corrcoef(target[:, 2:].T) - np.eye(4)).max() < 0.05
-    still = get_task("aet", turn=0, shift=0, shear=0, scale=0.5)
+    still = get_task("aet", transform="affine", turn=0, shift=0, shear=0, scale=0.5)
     target = still.draw(100, seeded())
     assert torch.equal(target[:, [0, 1, 2, 3, 5]], torch.tensor([1.0, 0, 0, 0, 0]).expand(100, 5))
     size = 1 / still.matrix(target)[:, 0, 0]
@@ -178,7 +178,7 @@ def test_losses_are_those_of_the_code_and_of_the_paper(transform, n):
     "settings", [{}, {"turn": 30}, {"turn": 0, "shear": 0}, {"scale": 0}, {"transform": "projective"}]
 )
 def test_the_metric_is_nought_for_the_best_guess_and_one_for_the_truth(settings):
-    task = get_task("aet", **settings)
+    task = get_task("aet", **{"transform": "affine", **settings})
     target = task.draw(50_000, seeded())
     guess = target.mean(0, keepdim=True).expand_as(target)
     assert task.explained(guess, target).item() == pytest.approx(task.chance(), abs=0.02)
@@ -186,7 +186,7 @@ def test_the_metric_is_nought_for_the_best_guess_and_one_for_the_truth(settings)
 
 
 def test_what_is_named_is_a_map_with_a_true_turn():
-    task = get_task("aet")
+    task = get_task("aet", transform="affine")
     pred = torch.rand(5, 6, generator=seeded()) * 0.8
     turn, size = torch.atan2(pred[:, 1], pred[:, 0]), 1 + 0.3 * pred[:, 4]
     decoded = task.decode(pred)
@@ -223,13 +223,13 @@ def test_pictures_show_image_copy_and_the_copy_brought_back(transform):
 def test_settings_out_of_range():
     for name, value in [("turn", 181), ("shift", -0.1), ("scale", 1), ("shear", 61), ("crop", 0.6), ("flip", 2)]:
         with pytest.raises(TaskError, match=f"{name} is a number"):
-            get_task("aet", **{name: value})
+            get_task("aet", **{"transform": "affine", name: value})
     with pytest.raises(TaskError, match="transform is 'affine' or 'projective'; got 'turn'"):
         get_task("aet", transform="turn")
     with pytest.raises(TaskError, match="compare is 'parameters' or 'matrix'; got 'mse'"):
         get_task("aet", compare="mse")
     with pytest.raises(TaskError, match="all 0"):
-        get_task("aet", turn=0, shift=0, scale=0, shear=0)
+        get_task("aet", transform="affine", turn=0, shift=0, scale=0, shear=0)
     for name, value in {"turn": 20, "shift": 0, "scale": 0.1, "shear": 10}.items():
         with pytest.raises(TaskError, match=f"{name}={value} has no effect with transform='projective'"):
             get_task("aet", transform="projective", **{name: value})

@@ -58,6 +58,10 @@ class SwAV(MultiCropTask):
     """
 
     name = "swav"
+    collapse_hint = (
+        "one embedding for all images. Balanced codes should keep that from happening: lower epsilon, take fewer "
+        "prototypes, or a lower rate."
+    )
     paper = "Caron et al. 2020"
     recipes = (SWAV_GLOBAL, SWAV_GLOBAL)
     small = SWAV_LOCAL

@@ -39,6 +39,11 @@ class BYOL(JointTask):
     """
 
     name = "byol"
+    collapse_hint = (
+        "one embedding for all images. What keeps that from happening is the predictor and a teacher that follows "
+        "slowly: raise the momentum, lower the rate, or take larger batches; barlow_twins and vicreg are safer on "
+        "small data."
+    )
     paper = "Grill et al. 2020"
     recipes = (BYOL_1, BYOL_2)
     tells_apart = False

@@ -64,6 +64,11 @@ class DINO(MultiCropTask):
     """
 
     name = "dino"
+    collapse_hint = (
+        "one answer for all images. Centering and the teacher's low temperature hold each other: lower "
+        "teacher_temperature if all prototypes are equally likely, lower center_momentum if one takes all; or the rate "
+        "is too high."
+    )
     paper = "Caron et al. 2021"
     recipes = (DINO_GLOBAL_1, DINO_GLOBAL_2)
     small = DINO_LOCAL

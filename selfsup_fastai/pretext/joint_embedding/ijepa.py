@@ -90,6 +90,10 @@ class IJEPA(PretextTask):
     """
 
     name = "ijepa"
+    collapse_hint = (
+        "the teacher gives all images the same tokens. What keeps that from happening is a teacher that follows "
+        "slowly: raise the momentum or lower the rate."
+    )
     paper = "Assran et al. 2023"
     arch = "vit_tiny_patch16_224"
     n_inp = 3
@@ -157,6 +161,10 @@ class IJEPA(PretextTask):
 
     def callbacks(self):
         return [EMATeacher(self.momentum, shape="linear")]
+
+    def embedded(self, pred):
+        """The mean of the teacher's tokens."""
+        return pred[1].mean(1)
 
     def product(self, model):
         """The teacher's encoder."""

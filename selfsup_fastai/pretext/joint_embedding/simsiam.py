@@ -39,6 +39,11 @@ class SimSiam(JointTask):
     """
 
     name = "simsiam"
+    collapse_hint = (
+        "one embedding for all images. What keeps that from happening is the predictor and that one view is held "
+        "constant; a rate that is too high, or batches of a few images, undo it. Try a tenth of the rate, or batches "
+        "of 64 and more; barlow_twins and vicreg are safer on small data."
+    )
     paper = "Chen & He 2020"
     recipes = (MOCO, MOCO)
     tells_apart = False

@@ -45,6 +45,11 @@ class VICReg(JointTask):
     """
 
     name = "vicreg"
+    length_counts = True
+    collapse_hint = (
+        "one embedding for all images. The variance term keeps that from happening: its weight is too small beside "
+        "that of the invariance, or the rate is too high."
+    )
     paper = "Bardes et al. 2021"
     recipes = (BYOL_1, BYOL_2)
     passes = 2

@@ -1,0 +1,201 @@
+"""What embeddings look like without any label, after each epoch; and an alarm when they become all the same."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import ValueMetric
+from fastcore.foundation import L
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from selfsup_fastai.callbacks.log import OnlyInFit
+from selfsup_fastai.data.loader import IndexedDL, derive_loaders
+from selfsup_fastai.data.recipes import SIMCLR, adapted
+from selfsup_fastai.data.views import random_view
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.features import alignment, effective_rank, embed, feature_std, uniformity
+from selfsup_fastai.messages import say
+from selfsup_fastai.seeding import VALID_SEED
+
+SIGNALS = {
+    "rank": "effective rank",
+    "std": "deviation of directions",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+}
+GONE, LOW, FALLEN = 0.02, 0.1, 0.5  # See `CollapseAlarm`
+MOST = 2048  # Embeddings of the validation set that the alarm looks at
+
+
+class Signals(OnlyInFit):
+    """After each epoch, what the embeddings of some images say without labels: four more columns, and one picture.
+
+    `learn.fit_one_cycle(20, 3e-3, cbs=Signals()); learn.signals.plot()`. All are of the features of the encoder that
+    will be saved, on the same images and views each time, in evaluation mode:
+
+    - `rank`: the effective rank, RankMe (Garrido et al. 2023): how many directions are in use
+    - `std`: how different the directions of different images are, 0 after a collapse, 1 if they lie anywhere
+    - `alignment`: how far apart an image and a view of it are, 0 to 4 (Wang & Isola 2020)
+    - `uniformity`: how evenly embeddings lie on the sphere, -8 (evenly) to 0 (all alike) (the same)
+
+    None of them is a quality by itself; compare epochs of one run, or runs of one task and network. fastai's callbacks
+    take them like any column: `SaveModelCallback(monitor='rank', comp=np.greater)`. Costs two passes of `n` images an
+    epoch, without gradients.
+    """
+
+    order = 45  # before the Recorder takes the columns
+
+    def __init__(
+        self,
+        n: int = 1024,  # Images, of the validation set and then of the training set
+        views=None,  # Of `alignment`: 'photo', 'scan', 'microscopy' or fields of a recipe; None: by the images
+    ):
+        self.n, self.views, self.values, self.rows, self.parts = n, views, {}, [], None
+
+    def before_fit(self):
+        super().before_fit()
+        if not self.run:
+            return
+        if self.parts is None:
+            plain = derive_loaders(self.dls, dl_type=IndexedDL, drop=_questions(self.dls.valid))
+            self.parts = [_some(plain.valid, self.n)]
+            self.parts += [_some(_as_valid(plain), self.n - len(plain.valid.dataset))]
+            self.parts = [part for part in self.parts if part is not None]
+        self.usual, self.values = self.learn.metrics, {}
+        self.learn.metrics = L(self.usual) + [ValueMetric(_Value(self, name), name) for name in SIGNALS]
+
+    def after_validate(self):
+        if self.run and getattr(self.recorder, "losses", None):
+            self.values = self.look()
+            self.rows.append({"epoch": len(self.rows), **self.values})
+
+    def after_fit(self):
+        if self.run:
+            self.learn.metrics = self.usual
+
+    def look(self) -> dict[str, float]:
+        """The four numbers of the encoder as it is now."""
+        pairs = _Pairs(self.learn.encoder, self.views)
+        both = torch.cat([embed(pairs, part).x for part in self.parts])
+        x, y = both.chunk(2, 1)
+        return {
+            "rank": effective_rank(x),
+            "std": feature_std(x),
+            "alignment": alignment(x, y),
+            "uniformity": uniformity(x),
+        }
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row for each epoch of all fits: epoch, rank, std, alignment, uniformity."""
+        return pd.DataFrame(self.rows, columns=["epoch", *SIGNALS])
+
+    def plot(self) -> list[Axes]:
+        """The four signals over the epochs."""
+        if not self.rows:
+            raise TaskError("There are no signals yet: train with cbs=Signals() first.")
+        history = self.history
+        _, axes = plt.subplots(1, 4, figsize=(14, 2.8))
+        for ax, (name, title) in zip(axes, SIGNALS.items()):
+            ax.plot(history["epoch"] + 1, history[name], "o-", markersize=3)
+            ax.set(xlabel="epoch", title=title)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        plt.tight_layout()
+        return list(axes)
+
+
+class CollapseAlarm(Callback):
+    """Says when a task gives up: the embeddings of all images become one and the same.
+
+    It looks at what the task compares (`PretextTask.embedded`: projections, of validation images, which go through the
+    network anyway), after each epoch. The measure is `feature_std`, or the plain deviation for tasks in whose loss the
+    length of embeddings counts: 0 after a collapse. In healthy runs it rises from a tenth or more. The alarm is given
+    where it is below .02, and from the second epoch on where it does not rise and is below .1 or has fallen to half of
+    what it was. The line names what usually causes that in this task and what to try. Nothing is stopped or changed;
+    `learn.collapse_alarm.epochs` lists the epochs in question, `levels` the measure after each.
+    """
+
+    order = 46
+
+    def __init__(self):
+        self.epochs, self.levels = [], []
+
+    def before_validate(self):
+        self.seen, self.n = [], 0
+
+    def after_pred(self):
+        if not self.training and self.n < MOST and hasattr(self, "seen"):
+            z = self.learn.task.embedded(self.learn.pred)
+            if z is not None:
+                self.seen.append(z.detach().float().cpu())
+                self.n += len(z)
+
+    def after_validate(self):
+        if not getattr(self.recorder, "losses", None) or self.n < 2:  # `validate()` without a step taken
+            return
+        self.levels.append(self.measure(torch.cat(self.seen)))
+        if has_collapsed(self.levels):
+            if not self.epochs:
+                task = self.learn.task
+                say(f"{task.name} is collapsing (deviation of embeddings {self.levels[-1]:.2g}): {task.collapse_hint}")
+            self.epochs.append(len(self.levels) - 1)
+
+    def measure(self, z: Tensor) -> float:
+        """How much the embeddings (N, D) of different images differ."""
+        if not torch.isfinite(z).all():
+            return float("nan")
+        return z.std(0).mean().item() if self.learn.task.length_counts else feature_std(z)
+
+
+def has_collapsed(
+    levels: list[float],  # How different embeddings were after each epoch so far
+) -> bool:
+    """Whether the last level is that of a collapse; see `CollapseAlarm`."""
+    *before, now = levels
+    if not now >= GONE:  # nan, too
+        return True
+    return bool(before) and now <= 1.05 * before[-1] and (now < LOW or now < FALLEN * max(before))
+
+
+class _Pairs(nn.Module):
+    """An encoder on images as they are and on a view of each: (B, C, H, W) in [0, 1] -> (B, 2 D)."""
+
+    def __init__(self, encoder: nn.Module, views: object):
+        super().__init__()
+        self.encoder, self.views, self.generator = encoder, views, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.generator is None:
+            self.generator = torch.Generator(x.device).manual_seed(VALID_SEED)
+        recipe = adapted(SIMCLR, self.views, x.shape[1], min(x.shape[-2:]))
+        view = random_view(x, recipe, self.generator)
+        return torch.cat([self.encoder(self.encoder.prepare(part)) for part in (x, view)], 1)
+
+
+class _Value:
+    """One of a `Signals`' values, for a metric. A class, as lambdas could not be exported with a learner."""
+
+    def __init__(self, signals: Signals, name: str):
+        self.signals, self.name = signals, name
+
+    def __call__(self) -> float | None:
+        return self.signals.values.get(self.name)
+
+
+def _questions(dl) -> tuple[type, ...]:
+    """The classes of batch transforms that make questions of images."""
+    return tuple(type(t) for t in dl.after_batch.fs if hasattr(t, "task") or hasattr(t, "prepares"))
+
+
+def _some(dl: IndexedDL, n: int) -> IndexedDL | None:
+    """The loader over at most n of its images, evenly spread; None if that is none."""
+    total = len(dl.dataset)
+    n = min(n, total)
+    return None if n < 1 else dl.over(dl, [i * total // n for i in range(n)], shuffle=False, drop_last=False)
+
+
+def _as_valid(dls: object) -> IndexedDL:
+    """The training images as validation images are looked at."""
+    return dls.valid.over(dls.train, range(len(dls.train.dataset)))
