@@ -6,6 +6,8 @@ import fastai.vision.all as _fastai
 from fastai.vision.all import *
 
 from selfsup_fastai import __version__
+from selfsup_fastai.callbacks.collapse import CollapseAlarm, Signals
+from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare import compare_encoders, summarize
@@ -37,7 +39,17 @@ from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_lear
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.errors import SelfsupError
-from selfsup_fastai.features import effective_rank, embed, embed_layers, knn_accuracy, knn_predict, linear_probe
+from selfsup_fastai.features import (
+    alignment,
+    effective_rank,
+    embed,
+    embed_layers,
+    feature_std,
+    knn_accuracy,
+    knn_predict,
+    linear_probe,
+    uniformity,
+)
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
@@ -57,6 +69,8 @@ OURS = [
     "SWAV_LOCAL",
     "TASKS",
     "AlbumentationsTransform",
+    "CollapseAlarm",
+    "Consistency",
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
@@ -70,11 +84,13 @@ OURS = [
     "Recipe",
     "Resume",
     "SelfsupError",
+    "Signals",
     "SkipValidation",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
     "__version__",
+    "alignment",
     "apply_views",
     "compare_encoders",
     "create_encoder",
@@ -83,6 +99,7 @@ OURS = [
     "effective_rank",
     "embed",
     "embed_layers",
+    "feature_std",
     "get_task",
     "knn_accuracy",
     "knn_predict",
@@ -101,5 +118,6 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "uniformity",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

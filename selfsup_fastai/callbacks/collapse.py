@@ -1,8 +1,12 @@
 """What embeddings look like without any label, after each epoch; and an alarm when they become all the same."""
 
+import math
+from typing import NamedTuple
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
@@ -25,15 +29,15 @@ SIGNALS = {
     "alignment": "alignment",
     "uniformity": "uniformity",
 }
-GONE, LOW, FALLEN = 0.02, 0.1, 0.5  # See `CollapseAlarm`
+LOW, FALLEN, RISING = 0.1, 0.5, 1.05  # See `has_collapsed`
 MOST = 2048  # Embeddings of the validation set that the alarm looks at
 
 
 class Signals(OnlyInFit):
     """After each epoch, what the embeddings of some images say without labels: four more columns, and one picture.
 
-    `learn.fit_one_cycle(20, 3e-3, cbs=Signals()); learn.signals.plot()`. All are of the features of the encoder that
-    will be saved, on the same images and views each time, in evaluation mode:
+    `signals = Signals()`, `learn.fit_one_cycle(20, 3e-3, cbs=signals)`, `signals.plot()`. All are of the features of
+    the encoder that will be saved, on the same images and views each time, in evaluation mode:
 
     - `rank`: the effective rank, RankMe (Garrido et al. 2023): how many directions are in use
     - `std`: how different the directions of different images are, 0 after a collapse, 1 if they lie anywhere
@@ -68,16 +72,16 @@ class Signals(OnlyInFit):
 
     def after_validate(self):
         if self.run and getattr(self.recorder, "losses", None):
-            self.values = self.look()
+            self.values = self.look(self.learn.encoder)
             self.rows.append({"epoch": len(self.rows), **self.values})
 
     def after_fit(self):
         if self.run:
             self.learn.metrics = self.usual
 
-    def look(self) -> dict[str, float]:
-        """The four numbers of the encoder as it is now."""
-        pairs = _Pairs(self.learn.encoder, self.views)
+    def look(self, encoder: nn.Module) -> dict[str, float]:
+        """The four numbers of an encoder as it is now; once a run has begun."""
+        pairs = _Pairs(encoder, self.views)
         both = torch.cat([embed(pairs, part).x for part in self.parts])
         x, y = both.chunk(2, 1)
         return {
@@ -106,15 +110,20 @@ class Signals(OnlyInFit):
         return list(axes)
 
 
+class Level(NamedTuple):
+    """How different the embeddings of different images are."""
+
+    deviation: float  # `feature_std`, or the plain deviation where the length of embeddings is part of the loss
+    rank: float  # Effective rank: directions in use
+
+
 class CollapseAlarm(Callback):
-    """Says when a task gives up: the embeddings of all images become one and the same.
+    """Says when a task gives up: the embeddings of all images become one and the same, or use ever fewer directions.
 
     It looks at what the task compares (`PretextTask.embedded`: projections, of validation images, which go through the
-    network anyway), after each epoch. The measure is `feature_std`, or the plain deviation for tasks in whose loss the
-    length of embeddings counts: 0 after a collapse. In healthy runs it rises from a tenth or more. The alarm is given
-    where it is below .02, and from the second epoch on where it does not rise and is below .1 or has fallen to half of
-    what it was. The line names what usually causes that in this task and what to try. Nothing is stopped or changed;
-    `learn.collapse_alarm.epochs` lists the epochs in question, `levels` the measure after each.
+    network anyway), after each epoch; `has_collapsed` has the rule. The line names what usually causes that in this
+    task and what to try. Nothing is stopped or changed; `learn.collapse_alarm.epochs` lists the epochs in question,
+    `levels` what was measured after each.
     """
 
     order = 46
@@ -136,27 +145,42 @@ class CollapseAlarm(Callback):
         if not getattr(self.recorder, "losses", None) or self.n < 2:  # `validate()` without a step taken
             return
         self.levels.append(self.measure(torch.cat(self.seen)))
-        if has_collapsed(self.levels):
+        task = self.learn.task
+        if has_collapsed(self.levels, 0 if task.length_counts else LOW):
             if not self.epochs:
-                task = self.learn.task
-                say(f"{task.name} is collapsing (deviation of embeddings {self.levels[-1]:.2g}): {task.collapse_hint}")
+                deviation, rank = self.levels[-1]
+                say(f"{task.name} is collapsing (deviation {deviation:.2g}, rank {rank:.2g}): {task.collapse_hint}")
             self.epochs.append(len(self.levels) - 1)
 
-    def measure(self, z: Tensor) -> float:
-        """How much the embeddings (N, D) of different images differ."""
+    def measure(self, z: Tensor) -> Level:
+        """Of embeddings (N, D), one of each image."""
         if not torch.isfinite(z).all():
-            return float("nan")
-        return z.std(0).mean().item() if self.learn.task.length_counts else feature_std(z)
+            return Level(float("nan"), float("nan"))
+        if self.learn.task.length_counts:
+            return Level(z.std(0).mean().item(), effective_rank(z))
+        return Level(feature_std(z), effective_rank(F.normalize(z, dim=1)))
 
 
 def has_collapsed(
-    levels: list[float],  # How different embeddings were after each epoch so far
+    levels: list[Level],  # After each epoch so far
+    low: float = LOW,  # A deviation below this is none, unless it rises
 ) -> bool:
-    """Whether the last level is that of a collapse; see `CollapseAlarm`."""
+    """Whether the last level is that of a collapse: numbers that are none; or, from the second epoch on, a deviation
+    that does not rise and is below `low` or half of what it was once, or a rank that does not rise and is below half.
+
+    Measured on small runs: of healthy ones the deviation rose from .04 or more and the rank never fell to less than
+    .65 of its greatest; without SimSiam's stop-gradient or predictor, BYOL's predictor or VICReg's variance term one of
+    both fell to a third or less (tests/callbacks/test_collapse.py).
+    """
     *before, now = levels
-    if not now >= GONE:  # nan, too
+    if not all(math.isfinite(value) for value in now):
         return True
-    return bool(before) and now <= 1.05 * before[-1] and (now < LOW or now < FALLEN * max(before))
+    if not before:
+        return False
+    falls = [value <= RISING * last for value, last in zip(now, before[-1])]
+    most = [max(values) for values in zip(*before)]
+    fallen = [fall and value < FALLEN * top for fall, value, top in zip(falls, now, most)]
+    return any(fallen) or (falls[0] and now.deviation < low)
 
 
 class _Pairs(nn.Module):
