@@ -36,6 +36,7 @@ from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
+from selfsup_fastai.pretext.multi import SeveralTasks
 
 ARCH, NEIGHBORS, PROBED = "resnet10t", 20, 1024
 TIMED = 3, 20  # batches to warm up with, and to measure
@@ -93,9 +94,12 @@ def trained(learn: PretextLearner, budget: int) -> dict:
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(epochs, RATES["vit" if "vit" in learn.encoder.arch else "conv"])
     values = {k: v for k, v in learn.last_values.items() if v is not None}
-    own = next((name for name in values if name not in ("train_loss", "valid_loss")), "valid_loss")
+    levels = learn.task.levels() if isinstance(learn.task, SeveralTasks) else {}
+    own, chance = next(iter(levels.items()), (None, learn.task.chance()))
+    own = own or next((name for name in values if name not in ("train_loss", "valid_loss")), "valid_loss")
     facts = {"epochs": epochs, "passes": learn.task.passes, "images": round(learn.images_seen)}
-    return {**facts, "arch": learn.encoder.arch, "metric": own, "value": values[own], "chance": learn.task.chance()}
+    facts |= {"arch": learn.encoder.arch, "input": learn.encoder.input}
+    return {**facts, "metric": own, "value": values[own], "chance": chance}
 
 
 def probed_as(args: argparse.Namespace, seed: int) -> str:
@@ -195,7 +199,8 @@ def layer_tables(by_task: dict[str, list[dict]]) -> str:
     tables: dict[tuple, list[dict]] = {}
     for task, runs in by_task.items():
         names = tuple(runs[0]["layers"])
-        shown = {"untrained": [run["random"] for run in runs], task: runs}
+        fed = "" if runs[0]["input"] in ("rgb", "grey") else f", fed with {runs[0]['input']}"
+        shown = {f"untrained{fed}": [run["random"] for run in runs], task: runs}
         for name, found in shown.items():
             accuracies = {layer: spread([run["layers"][layer] for run in found]) for layer in names}
             line = {"task": name, **accuracies}
@@ -232,13 +237,13 @@ def shown_arguments() -> list[str]:
     return shown
 
 
-def into(page: Path, text: str) -> None:
+def into(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the report between the two marks of a page."""
-    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise SystemExit(f"{page.name} has no place for the tables: put {BEGIN} and {END} where they belong.")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+    before, mark, rest = page.read_text("utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not (mark and last):
+        raise SystemExit(f"{page.name} has no place for the tables: put {begin} and {end} where they belong.")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.collapse import CollapseAlarm, Signals
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
+from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
@@ -76,6 +77,7 @@ OURS = [
     "EpochLines",
     "MetricsFile",
     "OpenImage",
+    "OnlineKNN",
     "PixelCache",
     "PretextDL",
     "PretextLearner",

@@ -8,13 +8,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
-from fastcore.foundation import L
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from selfsup_fastai.callbacks.log import OnlyInFit
+from selfsup_fastai.callbacks.columns import Columns
 from selfsup_fastai.data.loader import IndexedDL, derive_loaders
 from selfsup_fastai.data.recipes import SIMCLR, adapted
 from selfsup_fastai.data.views import random_view
@@ -33,7 +31,7 @@ LOW, FALLEN, RISING = 0.1, 0.5, 1.05  # See `has_collapsed`
 MOST = 2048  # Embeddings of the validation set that the alarm looks at
 
 
-class Signals(OnlyInFit):
+class Signals(Columns):
     """After each epoch, what the embeddings of some images say without labels: four more columns, and one picture.
 
     `signals = Signals()`, `learn.fit_one_cycle(20, 3e-3, cbs=signals)`, `signals.plot()`. All are of the features of
@@ -49,35 +47,23 @@ class Signals(OnlyInFit):
     epoch, without gradients.
     """
 
-    order = 45  # before the Recorder takes the columns
+    names = tuple(SIGNALS)
 
     def __init__(
         self,
         n: int = 1024,  # Images, of the validation set and then of the training set
         views=None,  # Of `alignment`: 'photo', 'scan', 'microscopy' or fields of a recipe; None: by the images
     ):
-        self.n, self.views, self.values, self.rows, self.parts = n, views, {}, [], None
+        super().__init__()
+        self.n, self.views, self.parts = n, views, None
 
     def before_fit(self):
         super().before_fit()
-        if not self.run:
-            return
-        if self.parts is None:
+        if self.run and self.parts is None:
             plain = derive_loaders(self.dls, dl_type=IndexedDL, drop=_questions(self.dls.valid))
-            self.parts = [_some(plain.valid, self.n)]
-            self.parts += [_some(_as_valid(plain), self.n - len(plain.valid.dataset))]
-            self.parts = [part for part in self.parts if part is not None]
-        self.usual, self.values = self.learn.metrics, {}
-        self.learn.metrics = L(self.usual) + [ValueMetric(_Value(self, name), name) for name in SIGNALS]
-
-    def after_validate(self):
-        if self.run and getattr(self.recorder, "losses", None):
-            self.values = self.look(self.learn.encoder)
-            self.rows.append({"epoch": len(self.rows), **self.values})
-
-    def after_fit(self):
-        if self.run:
-            self.learn.metrics = self.usual
+            rest = self.n - len(plain.valid.dataset)
+            parts = _some(plain.valid, self.n), _some(_as_valid(plain), rest) if rest > 0 else None
+            self.parts = [part for part in parts if part is not None]
 
     def look(self, encoder: nn.Module) -> dict[str, float]:
         """The four numbers of an encoder as it is now; once a run has begun."""
@@ -196,16 +182,6 @@ class _Pairs(nn.Module):
         recipe = adapted(SIMCLR, self.views, x.shape[1], min(x.shape[-2:]))
         view = random_view(x, recipe, self.generator)
         return torch.cat([self.encoder(self.encoder.prepare(part)) for part in (x, view)], 1)
-
-
-class _Value:
-    """One of a `Signals`' values, for a metric. A class, as lambdas could not be exported with a learner."""
-
-    def __init__(self, signals: Signals, name: str):
-        self.signals, self.name = signals, name
-
-    def __call__(self) -> float | None:
-        return self.signals.values.get(self.name)
 
 
 def _questions(dl) -> tuple[type, ...]:

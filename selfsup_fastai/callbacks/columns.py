@@ -1,0 +1,45 @@
+"""Callbacks that measure something after each epoch and show it beside the metrics."""
+
+from fastai.learner import ValueMetric
+from fastcore.foundation import L
+
+from selfsup_fastai.callbacks.log import OnlyInFit
+
+
+class Columns(OnlyInFit):
+    """Measures after each epoch of training: a column for each of `names`, and a row in `rows` of all fits."""
+
+    order = 45  # before the Recorder takes the columns
+    names: tuple[str, ...] = ()
+
+    def __init__(self):
+        self.values, self.rows = {}, []
+
+    def look(self, encoder) -> dict[str, float]:
+        """The number for each name, of the encoder as it is now."""
+        raise NotImplementedError
+
+    def before_fit(self):
+        super().before_fit()
+        if self.run:
+            self.usual, self.values = self.learn.metrics, {}
+            self.learn.metrics = L(self.usual) + [ValueMetric(_Value(self, name), name) for name in self.names]
+
+    def after_validate(self):
+        if self.run and getattr(self.recorder, "losses", None):  # `validate()` takes no step
+            self.values = self.look(self.learn.encoder)
+            self.rows.append({"epoch": len(self.rows), **self.values})
+
+    def after_fit(self):
+        if self.run:
+            self.learn.metrics = self.usual
+
+
+class _Value:
+    """One of the values, for a metric. A class, as lambdas could not be exported with a learner."""
+
+    def __init__(self, columns: Columns, name: str):
+        self.columns, self.name = columns, name
+
+    def __call__(self) -> float | None:
+        return self.columns.values.get(self.name)
