@@ -76,7 +76,7 @@ def main() -> None:
     data = Data(args)
     table = pd.DataFrame([row(task, history(task, data, args)) for task in args.tasks]).set_index("task")
     about = (
-        f"{args.images:,} images at {args.size} px in batches of {args.bs}, {args.epochs} epochs of one cycle, one seed. "
+        f"{args.images:,} images at {args.size} px, batches of {args.bs}, {args.epochs} epochs of one cycle, one seed. "
         "Spearman's correlation over the epochs of a run with the accuracy of 20-NN (labels of "
         f"{args.probe_images:,} images, {args.test_images:,} to test), and that accuracy at four epochs."
     )
