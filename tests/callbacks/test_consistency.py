@@ -128,7 +128,7 @@ class Parts(PretextTask):
 
 
 def test_without_a_question_it_is_pirl():
-    """PAPERS' limit: the task weighs nothing, both terms are against the bank, and the heads are PIRL's two."""
+    """The limit in which it is PIRL: the task weighs nothing, both terms are against the bank, and the heads are PIRL's two."""
     consistency = Consistency(1.0, "nce", dim=8, temperature=0.3, negatives=5, changed_weight=0.5)
     learn, watch = learner(Parts(), consistency), Watch()
     quietly(learn, 1, 0.0, watch)
