@@ -79,6 +79,16 @@ def nce(
     return terms.mean() if reduction == "mean" else terms
 
 
+def invariant_loss(
+    logits: Tensor,  # (B, 2, 1 + K) of the changed image and of the image
+    weight: float = 0.5,  # Of the changed image's term; the image's has the rest
+    reduction: str = "mean",  # 'mean', or 'none': (B,)
+) -> Tensor:
+    """The noise-contrastive estimation of both against the bank (PIRL)."""
+    changed, image = (nce(each, reduction) for each in logits.unbind(1))
+    return weight * changed + (1 - weight) * image
+
+
 def off_diagonal_squares(
     matrix: Tensor,  # (D, D)
 ) -> Tensor:  # scalar

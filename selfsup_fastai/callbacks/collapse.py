@@ -115,22 +115,22 @@ class CollapseAlarm(Callback):
     order = 46
 
     def __init__(self):
-        self.epochs, self.levels = [], []
+        self.epochs, self.levels, self.seen = [], [], []
 
     def before_validate(self):
-        self.seen, self.n = [], 0
+        self.seen = []
 
     def after_pred(self):
-        if not self.training and self.n < MOST and hasattr(self, "seen"):
+        if not self.training and sum(map(len, self.seen)) < MOST:
             z = self.learn.task.embedded(self.learn.pred)
             if z is not None:
                 self.seen.append(z.detach().float().cpu())
-                self.n += len(z)
 
     def after_validate(self):
-        if not getattr(self.recorder, "losses", None) or self.n < 2:  # `validate()` without a step taken
+        seen, self.seen = self.seen, []
+        if not getattr(self.recorder, "losses", None) or sum(map(len, seen)) < 2:  # `validate()` takes no step
             return
-        self.levels.append(self.measure(torch.cat(self.seen)))
+        self.levels.append(self.measure(torch.cat(seen)))
         task = self.learn.task
         if has_collapsed(self.levels, 0 if task.length_counts else LOW):
             if not self.epochs:

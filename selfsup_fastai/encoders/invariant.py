@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import ContrastBank
-from selfsup_fastai.losses import nce
 
 
 class Invariant(NamedTuple):
@@ -66,13 +65,3 @@ def invariant_heads(
 
     each = nn.Sequential(nn.Linear(n_in, dim), nn.Flatten(), embedding(views * dim))
     return InvariantHeads(embedding(n_in), each if views > 1 else nn.Sequential(nn.Flatten(), embedding(n_in)), bank)
-
-
-def invariant_loss(
-    logits: Tensor,  # (B, 2, 1 + K) of the changed image and of the image
-    weight: float = 0.5,  # Of the changed image's term; the image's has the rest
-    reduction: str = "mean",  # 'mean', or 'none': (B,)
-) -> Tensor:
-    """The noise-contrastive estimation of both against the bank (PIRL)."""
-    changed, image = (nce(each, reduction) for each in logits.unbind(1))
-    return weight * changed + (1 - weight) * image

@@ -165,8 +165,14 @@ def without_predictor(learn):
 @pytest.mark.parametrize(
     "task, broken, settings, epochs, said",
     [
-        ("simsiam", without_stop_gradient, {"dim": 64, "bottleneck": 16}, 60, "one view is held constant"),
-        ("simsiam", without_predictor, {"dim": 64, "bottleneck": 16}, 80, "the predictor"),
+        pytest.param(
+            *("simsiam", without_stop_gradient, {"dim": 64, "bottleneck": 16}, 60, "one view is held constant"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("simsiam", without_predictor, {"dim": 64, "bottleneck": 16}, 80, "the predictor"),
+            marks=pytest.mark.slow,
+        ),
         ("byol", without_predictor, {"dim": 32, "hidden": 64}, 30, "raise the momentum"),
         ("vicreg", None, {"dim": 64, "variance": 0.0}, 40, "The variance term"),
     ],
@@ -182,8 +188,11 @@ def test_provoked_collapses_raise_it(task, broken, settings, epochs, said, capsy
     assert err.count("is collapsing") == 1 and said in err
 
 
+LONG = ("simsiam", "barlow_twins", "nnclr", "mocov3", "swav", "dino")
+
+
 @pytest.mark.parametrize(
-    "task", ["simsiam", "byol", "vicreg", "simclr", "barlow_twins", "moco", "nnclr", "mocov3", "swav", "dino"]
+    "task", ["byol", "vicreg", "simclr", "moco", *(pytest.param(task, marks=pytest.mark.slow) for task in LONG)]
 )
 def test_healthy_runs_do_not(task, capsys):
     small = {"prototypes": 64, "hidden": 64, "dim": 32} if task == "dino" else {}

@@ -13,10 +13,10 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.encoders.invariant import invariant_heads, invariant_loss
+from selfsup_fastai.encoders.invariant import invariant_heads
 from selfsup_fastai.encoders.memories import ContrastBank
 from selfsup_fastai.errors import SelfsupError, TaskError
-from selfsup_fastai.losses import view_distance
+from selfsup_fastai.losses import invariant_loss, view_distance
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PerView, PretextTask
 from selfsup_fastai.pretext.joint_embedding.pirl import InvariantNet
@@ -128,7 +128,7 @@ class Parts(PretextTask):
 
 
 def test_without_a_question_it_is_pirl():
-    """The limit in which it is PIRL: the task weighs nothing, both terms are against the bank, and the heads are PIRL's two."""
+    """The task weighs nothing, both terms are against the bank, and the heads are PIRL's two."""
     consistency = Consistency(1.0, "nce", dim=8, temperature=0.3, negatives=5, changed_weight=0.5)
     learn, watch = learner(Parts(), consistency), Watch()
     quietly(learn, 1, 0.0, watch)

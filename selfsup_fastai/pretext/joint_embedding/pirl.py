@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.recipes import PIRL_PATCHES, PIRL_VIEW
 from selfsup_fastai.data.views import random_view
-from selfsup_fastai.encoders.invariant import InvariantHeads, invariant_heads, invariant_loss
+from selfsup_fastai.encoders.invariant import InvariantHeads, invariant_heads
+from selfsup_fastai.losses import invariant_loss
 from selfsup_fastai.pictures import draw_rows, mosaic
 from selfsup_fastai.pretext.base import check_choice, check_number
 from selfsup_fastai.pretext.joint import BankTask
