@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pandas as pd
 import torch
@@ -141,7 +141,8 @@ def speed(task: str, data: Data, args: argparse.Namespace) -> float:
             with learn.no_bar(), learn.no_logging():
                 learn.fit(1, cbs=pace)
         warm_up, _ = TIMED
-        write(file, {"images_a_second": args.bs * learn.task.passes / median(pace.seconds[warm_up:])})
+        middle = mean if isinstance(learn.task, SeveralTasks) else median  # whose batches differ in what they take
+        write(file, {"images_a_second": args.bs * learn.task.passes / middle(pace.seconds[warm_up:])})
     return json.loads(file.read_text())["images_a_second"]
 
 
@@ -216,8 +217,8 @@ def report(by_task: dict[str, list[dict]], speeds: dict[str, float], args: argpa
     about = [
         f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
         f"{args.budget:,} images through the encoder (to whole epochs), one cycle up to a rate of {RATES['conv']}",
-        f"({RATES['vit']} for a ViT); {ARCH}, or the task's net. Speed is that of the median of {TIMED[1]} batches,",
-        "alone on the machine, loading included.",
+        f"({RATES['vit']} for a ViT); {ARCH}, or the task's net. Speed is that of the median of {TIMED[1]} batches",
+        "(of several tasks the mean), alone on the machine, loading included.",
         f"Linear classifiers (features averaged to at most {PROBED} numbers a layer) and {NEIGHBORS}-NN get the labels",
         f"of {args.probe_images:,} of these images and are scored on {args.test_images:,} others; the best layer is",
         f"chosen there, too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is their deviation.",
