@@ -13,13 +13,12 @@ from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.invariant import invariant_heads
 from selfsup_fastai.encoders.maps import undisturbed
-from selfsup_fastai.encoders.memories import ContrastBank
+from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.losses import invariant_loss, view_distance
 from selfsup_fastai.seeding import preserved_rng
 
 TERMS = ("cosine", "mse", "nce")
-NEGATIVES = 4096  # As NPID
 
 
 class Consistency(Callback):

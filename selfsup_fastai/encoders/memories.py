@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from selfsup_fastai.processes import gathered
 
+NEGATIVES = 4096  # Rows of a bank that are drawn, at most: NPID's
+
 
 class Memory(nn.Module, ABC):
     """Something that changes with each step and is no parameter.

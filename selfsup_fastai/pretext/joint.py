@@ -17,7 +17,7 @@ from selfsup_fastai.data.views import multi_crop, random_view
 from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
-from selfsup_fastai.encoders.memories import ContrastBank
+from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
@@ -25,7 +25,6 @@ from selfsup_fastai.metrics import OfSums
 from selfsup_fastai.pictures import draw_rows, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
 
-NEGATIVES = 4096  # NPID's
 SMALL = 96 / 224  # Side of small crops, as a share of the image's
 LEAST_AREA = 0.05  # Share of the image in the smallest crops
 

@@ -45,9 +45,7 @@ def pretext_learner(
     encoder: Any = None,  # Instead of `arch`: a saved encoder, an Encoder or a learner to go on from (a further round)
     pretrained: bool = False,  # Start from timm's weights for `arch`
     n_in: int | None = None,  # Channels, 1 or 3; None: what the images need
-    consistency: float
-    | Consistency
-    | None = None,  # Weight of a term that pulls images and what is made of them together
+    consistency: float | Consistency | None = None,  # Beside the task's loss: its weight, or a `Consistency`
     metrics=None,  # None: the task's
     opt_func: Callable = Adam,
     lr: float = defaults.lr,
