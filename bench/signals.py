@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 from measure import machine, markdown, tell
-from tasks import RATES, Data, into, shown_arguments, write
+from tasks import RATES, Data, into, write
 
 from selfsup_fastai.callbacks.collapse import SIGNALS, Signals
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.messages import quiet
 
-BEGIN, END = "<!-- signals: written by bench/signals.py -->", "<!-- end of signals -->"
+MARKS = "<!-- signals: written by bench/signals.py -->", "<!-- end of signals -->"
 MEASURED = [*SIGNALS, "valid_loss"]
 
 
@@ -80,11 +80,11 @@ def main() -> None:
         "Spearman's correlation over the epochs of a run with the accuracy of 20-NN (labels of "
         f"{args.probe_images:,} images, {args.test_images:,} to test), and that accuracy at four epochs."
     )
-    command = " ".join(["python bench/signals.py", *shown_arguments()])
+    command = f"python bench/signals.py --tasks {' '.join(args.tasks)}"
     text = f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{machine()}"
     print(text)
     if args.docs:
-        into(args.docs, text, BEGIN, END)
+        into(args.docs, text, MARKS)
 
 
 if __name__ == "__main__":

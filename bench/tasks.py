@@ -3,7 +3,8 @@
 For each task and seed: the task's own metric beside guessing, a linear classifier on each frozen layer and 20-NN beside
 the same encoder untrained, and how fast it trains. A finished run is not done again, a killed one is: start the same
 command anew. Speeds come last, one task after the other, and are kept too (speed-*.json in --out): have the machine to
-yourself then. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
+yourself then, or leave them out with --no-speeds. Rows that a page has already stay there if they were measured with
+the same settings. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
 names the folder it is looked for in).
 
     python bench/tasks.py --out bench/results                           # all tasks
@@ -14,7 +15,6 @@ names the folder it is looked for in).
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,6 +31,7 @@ from measure import machine, markdown, tell
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.frozen import TrainedFirst
 from selfsup_fastai.features import embed, knn_accuracy, linear_probe
 from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext import TASKS, get_task
@@ -41,7 +42,15 @@ from selfsup_fastai.pretext.multi import SeveralTasks
 ARCH, NEIGHBORS, PROBED = "resnet10t", 20, 1024
 TIMED = 3, 20  # batches to warm up with, and to measure
 RATES = {"conv": 3e-3, "vit": 1e-3}  # a transformer does not bear the rate of a small convnet
-BEGIN, END = "<!-- tasks: written by bench/tasks.py -->", "<!-- end of tasks -->"
+SETTINGS = {"budget": 50_000, "images": 10_000, "probe-images": 3_000, "test-images": 5_000, "size": 48, "bs": 64}
+SETTINGS |= {"seeds": 1}
+ABOUT = {"budget": "images through the encoder", "images": "to pretrain on", "test-images": "to score the probes on"}
+ABOUT |= {
+    "probe-images": "with labels, for the probes",
+    "size": "pixels a side",
+    "bs": "of a batch",
+    "seeds": "how many",
+}
 
 
 class Data:
@@ -138,6 +147,9 @@ def speed(task: str, data: Data, args: argparse.Namespace) -> float:
         tell(f"{task}, speed")
         with quiet():
             learn, pace = data.learner(task, seed=0), Pace()
+            for part in learn.model.modules():
+                if isinstance(part, TrainedFirst):  # its training is not what is timed
+                    part.is_trained.fill_(True)
             with learn.no_bar(), learn.no_logging():
                 learn.fit(1, cbs=pace)
         warm_up, _ = TIMED
@@ -174,7 +186,7 @@ def spread(values: list[float]) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def row(runs: list[dict], images_a_second: float) -> dict:
+def row(runs: list[dict], images_a_second: float | None) -> dict:
     """A line of the first table: the runs of one task, and its speed."""
     best = [max(run["layers"], key=run["layers"].get) for run in runs]
     random = [max(run["random"]["layers"].values()) for run in runs]
@@ -191,29 +203,29 @@ def row(runs: list[dict], images_a_second: float) -> dict:
         "20-NN, untrained": spread([run["random"]["knn"] for run in runs]),
         "epochs": str(first["epochs"]),
         "images through the encoder": f"{first['images']:,}",
-        "a second": f"{images_a_second:,.0f}",
+        "a second": "" if images_a_second is None else f"{images_a_second:,.0f}",
     }
 
 
-def layer_tables(by_task: dict[str, list[dict]]) -> str:
-    """The accuracy on each layer, a table for each kind of network."""
-    tables: dict[tuple, list[dict]] = {}
+def report(by_task: dict[str, list[dict]], speeds: dict[str, float | None]) -> list[dict]:
+    """All tables, each a line by its first column: the tasks, then the layers, a table for each kind of network."""
+    first = {task: row(runs, speeds[task]) for task, runs in by_task.items()}
+    layers: dict[tuple, dict] = {}
     for task, runs in by_task.items():
         names = tuple(runs[0]["layers"])
         fed = "" if runs[0]["input"] in ("rgb", "grey") else f", fed with {runs[0]['input']}"
         shown = {f"untrained{fed}": [run["random"] for run in runs], task: runs}
         for name, found in shown.items():
             accuracies = {layer: spread([run["layers"][layer] for run in found]) for layer in names}
-            line = {"task": name, **accuracies}
-            if line not in tables.setdefault(names, []):
-                tables[names].append(line)
-    return "\n\n".join(markdown(pd.DataFrame(lines).set_index("task"), "task") for lines in tables.values())
+            layers.setdefault(names, {})[name] = {"task": name, **accuracies}
+    return [first, *layers.values()]
 
 
-def report(by_task: dict[str, list[dict]], speeds: dict[str, float], args: argparse.Namespace) -> str:
-    """Both tables and what they are of."""
-    table = pd.DataFrame([row(runs, speeds[task]) for task, runs in by_task.items()]).set_index("task")
-    command = "python bench/tasks.py " + shlex.join(shown_arguments())
+def described(args: argparse.Namespace) -> str:
+    """What all rows of a page have in common."""
+    settings = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SETTINGS}
+    shown = [f"{name} {value}" for name, value in settings.items() if value != SETTINGS[name[2:]]]
+    command = " ".join(["python bench/tasks.py --tasks TASK ...", *shown])
     about = [
         f"{args.images:,} images without labels at {args.size} px in batches of {args.bs}; for each task about",
         f"{args.budget:,} images through the encoder (to whole epochs), one cycle up to a rate of {RATES['conv']}",
@@ -223,28 +235,51 @@ def report(by_task: dict[str, list[dict]], speeds: dict[str, float], args: argpa
         f"of {args.probe_images:,} of these images and are scored on {args.test_images:,} others; the best layer is",
         f"chosen there, too, as that of the untrained net is. Seeds of everything: {args.seeds}; ± is their deviation.",
     ]
-    about = "\n".join(about)
-    return f"```bash\n{command}\n```\n\n{about}\n\n{markdown(table, 'task')}\n\n{layer_tables(by_task)}\n\n{machine()}"
+    return f"```bash\n{command}\n```\n\n" + "\n".join(about)
 
 
-def shown_arguments() -> list[str]:
-    """This run's arguments without the folders of this machine."""
-    words, shown = iter(sys.argv[1:]), []
-    for word in words:
-        if word in ("--data", "--out", "--docs"):
-            next(words, None)
-        else:
-            shown.append(word)
-    return shown
+def page_text(tables: list[dict], about: str) -> str:
+    """The report as it stands on a page."""
+    shown = [markdown(pd.DataFrame(list(lines.values())).set_index("task"), "task") for lines in tables if lines]
+    return "\n\n".join([about, *shown, machine()])
 
 
-def into(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+def kept(page: Path, about: str, marks: tuple[str, str]) -> list[dict]:
+    """The tables that a page has; none if they are of other settings."""
+    _, text, _ = parts(page, marks)
+    if about not in text:
+        return []
+    tables = []
+    for block in text.split("\n\n"):
+        if block.startswith("| task |"):
+            head, _, *lines = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in block.split("\n")]
+            tables.append({line[0]: dict(zip(head, line)) for line in lines})
+    return tables
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """Each table of both, with the lines of both; where a task has two it is the new one."""
+    tables = {tuple(next(iter(lines.values()))): dict(lines) for lines in old}
+    for lines in new:
+        tables.setdefault(tuple(next(iter(lines.values()))), {}).update(lines)
+    return list(tables.values())
+
+
+def into(page: Path, text: str, marks: tuple[str, str]) -> None:
     """Put the report between the two marks of a page."""
+    before, _, after = parts(page, marks)
+    begin, end = marks
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+
+
+def parts(page: Path, marks: tuple[str, str]) -> tuple[str, str, str]:
+    """What a page has before, between and after two marks."""
+    begin, end = marks
     before, mark, rest = page.read_text("utf-8").partition(begin)
-    _, last, after = rest.partition(end)
+    between, last, after = rest.partition(end)
     if not (mark and last):
         raise SystemExit(f"{page.name} has no place for the tables: put {begin} and {end} where they belong.")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
+    return before, between, after
 
 
 def main() -> None:
@@ -252,23 +287,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for what is found")
     parser.add_argument("--docs", type=Path, help="page to put the tables in")
+    parser.add_argument("--mark", default="tasks", help="which tables of the page: between the comments of this name")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="rotation, rotation+jigsaw, aet:border=gray")
-    parser.add_argument("--budget", type=int, default=50_000, help="images through the encoder")
-    parser.add_argument("--images", type=int, default=10_000, help="to pretrain on")
-    parser.add_argument("--probe-images", type=int, default=3_000, help="with labels, for the probes")
-    parser.add_argument("--test-images", type=int, default=5_000, help="to score the probes on")
-    parser.add_argument("--size", type=int, default=48)
-    parser.add_argument("--bs", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=1)
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{ABOUT[name]} ({default:,})")
+    parser.add_argument("--speeds", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = Data(args)
     by_task = {task: [result(task, seed, data, args) for seed in range(args.seeds)] for task in args.tasks}
-    speeds = {task: speed(task, data, args) for task in args.tasks}
-    text = report(by_task, speeds, args)
-    print(text)
+    speeds = {task: speed(task, data, args) if args.speeds else None for task in args.tasks}
+    tables, about = report(by_task, speeds), described(args)
+    print(page_text(tables, about))
     if args.docs:
-        into(args.docs, text)
+        marks = f"<!-- {args.mark}: written by bench/tasks.py -->", f"<!-- end of {args.mark} -->"
+        into(args.docs, page_text(merged(kept(args.docs, about, marks), tables), about), marks)
 
 
 if __name__ == "__main__":
