@@ -86,6 +86,8 @@ NPID_VIEW = Recipe(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.
 PIRL_VIEW = Recipe(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, jitter_p=1.0)
 PIRL_PATCHES = replace(PIRL_VIEW, scale=(0.6, 1.0))
 SIMCLR = simclr_recipe()
+# DeepCluster (Caron et al. 2018) and NAT (Bojanowski & Joulin 2017): a crop, mirrored or not
+CROP_FLIP = Recipe(grey_p=0.0)
 # MoCo v2 (Chen et al. 2020) and SimSiam (Chen & He 2021)
 MOCO = Recipe(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur_p=0.5)
 # BYOL (Grill et al. 2020), Barlow Twins, VICReg, MoCo v3: one recipe for each of the two views

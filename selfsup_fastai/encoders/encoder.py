@@ -22,7 +22,7 @@ from selfsup_fastai.encoders.bodies import (
     timm_body,
 )
 from selfsup_fastai.encoders.groups import count, grouped_names, labels
-from selfsup_fastai.encoders.inputs import CHANNELS, standardized, to_input
+from selfsup_fastai.encoders.inputs import CHANNELS, DEVIATIONS, standardized, to_input
 from selfsup_fastai.encoders.maps import LastMap, maps_of, measure, undisturbed
 from selfsup_fastai.encoders.split import CHANNELS as HALVES
 from selfsup_fastai.encoders.split import SplitBody, pooled
@@ -127,11 +127,11 @@ class Encoder(nn.Module):
         return 3 if self.input in CHANNELS else self.in_chans
 
     def eat(self, kind: str) -> None:
-        """Have the network fed with 'L', 'ab' or 'lab' made of images, centered to -1..1 (Zhang et al. 2016, 2017)."""
+        """Have the network fed with 'L', 'ab', 'lab' or 'sobel' made of images (`encoders.inputs`), centered."""
         if self.in_chans != CHANNELS[kind]:
             fix = f"Make it with n_in={CHANNELS[kind]}."
             raise TaskError(f"An encoder of {self.in_chans} channels cannot be fed with {kind}. {fix}")
-        self.input, self.mean, self.std = kind, (0.5,) * self.in_chans, (0.5,) * self.in_chans
+        self.input, self.mean, self.std = kind, (0.5,) * self.in_chans, (DEVIATIONS[kind],) * self.in_chans
 
     def prepare(self, x: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)`, float in [0, 1], to what the network was trained on.

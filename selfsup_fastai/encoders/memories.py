@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -144,3 +145,38 @@ class ContrastBank(FeatureBank):
         if self.training and torch.is_grad_enabled():
             self.log_z.copy_(log_z)
         return log_z
+
+
+class NoiseTargets(Memory):
+    """A random direction for each training image, and which image has which (NAT, Bojanowski & Joulin 2017).
+
+    `codes` (images, dim), of length 1, stay as they are drawn; `places` (images,) says which of them an image has: a
+    permutation, at first the identity.
+    """
+
+    def __init__(self, images: int, dim: int):
+        super().__init__()
+        self.register_buffer("codes", F.normalize(torch.randn(images, dim), dim=1))
+        self.register_buffer("places", torch.arange(images))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """The codes of images, (B, dim)."""
+        return self.codes[self.places[idx]]
+
+    def exchanged(self, z: Tensor, idx: Tensor) -> Tensor:
+        """The codes (B, dim) that images `idx` have once those of the batch are dealt out anew among its images, so
+        that embeddings z (B, dim) and codes have the largest sum of products. Kept when the step is taken.
+
+        With several processes their images are one batch; an image that comes twice has one code.
+        """
+        batch, rows = gathered(idx).unique(return_inverse=True)  # in rising order
+        z = gathered(z.detach()).to(self.codes.dtype)
+        total = self.codes.new_zeros(len(batch), z.shape[1]).index_add_(0, rows, z)
+        places = self.places[batch]
+        _, best = linear_sum_assignment((total @ self.codes[places].T).cpu().numpy(), maximize=True)
+        places = places[torch.as_tensor(best, device=places.device)]
+        self.note(batch, places)
+        return self.codes[places[torch.searchsorted(batch, idx)]]
+
+    def remember(self, idx: Tensor, places: Tensor) -> None:
+        self.places[idx] = places

@@ -38,6 +38,8 @@ TASKS = {
     "vicreg": "joint_embedding.vicreg:VICReg",
     "dino": "joint_embedding.dino:DINO",
     "ijepa": "joint_embedding.ijepa:IJEPA",
+    "deep_cluster": "clustering.deep_cluster:DeepCluster",
+    "nat": "clustering.nat:NAT",
     "swav": "clustering.swav:SwAV",
 }
 

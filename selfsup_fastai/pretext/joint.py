@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.data.loader import n_in_of
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import multi_crop, random_view
 from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
+from selfsup_fastai.encoders.inputs import from_input, to_input
 from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
@@ -109,7 +111,7 @@ class JointTask(PretextTask):
             if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
-        if self.views is None and encoder.image_channels == 1:
+        if self.views is None and (n_in_of(dls) if self.input else encoder.image_channels) == 1:
             say(
                 f"{self.name}: grey images get views for scans, which are never mirrored. "
                 "views='photo' gives the paper's, views='microscopy' any turn."
@@ -120,10 +122,11 @@ class JointTask(PretextTask):
         return adapted(self.recipes[view], self.views, channels, side)
 
     def draw_views(self, x: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
-        """One view of each recipe (of the first `n`) of each image, (B, V, C, S, S)."""
+        """One view of each recipe (of the first `n`) of each image as the encoder eats it, (B, V, C, S, S)."""
         channels, side = x.shape[1], min(x.shape[-2:])
-        views = range(len(self.recipes) if n is None else n)
-        return torch.stack([random_view(x, self.recipe(v, channels, side), generator) for v in views], 1)
+        recipes = [self.recipe(v, channels, side) for v in range(len(self.recipes) if n is None else n)]
+        views = (random_view(x, recipe, generator) for recipe in recipes)
+        return torch.stack([to_input(view, self.input) if self.input else view for view in views], 1)
 
     def make_batch(self, x, *, generator, train, idx=None):
         return (self.draw_views(x, generator),), (torch.arange(len(x), device=x.device),)
@@ -138,9 +141,13 @@ class JointTask(PretextTask):
         z = embeddings(pred)
         return F.cosine_similarity(z[:, 0], z[:, 1], dim=-1)
 
+    def pictured(self, views: Tensor) -> Tensor:
+        """Views (B, V, C, S, S) as people can look at them, whatever the encoder is fed with."""
+        return from_input(views.flatten(0, 1), self.input).unflatten(0, views.shape[:2]) if self.input else views
+
     def show(self, inputs, targets, pred=None, ctxs=None, max_n=9, figsize=None):
         """The views of each image side by side; after training with the cosine of the first two."""
-        views = inputs[0][:max_n]
+        views = self.pictured(inputs[0][:max_n])
         count = {1: "one view", 2: "two views", 3: "three views"}.get(views.shape[1], f"{views.shape[1]} views")
         said = [f"{count} of image {i}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
         return draw_rows(views, said, ctxs, figsize)

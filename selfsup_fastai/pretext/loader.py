@@ -3,6 +3,7 @@
 from copy import copy
 
 import torch
+from fastai.data.transforms import Normalize
 from fastai.torch_core import to_cpu
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from selfsup_fastai.callbacks.consistency import Consistency
-from selfsup_fastai.data.loader import IndexedDL, TensorIndex
+from selfsup_fastai.data.loader import IndexedDL, TensorIndex, without
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PretextTask
@@ -99,6 +100,11 @@ class PretextDL(IndexedDL):
     def with_index(self) -> bool:
         consistency = self.transform.consistency
         return "index" in self.task.needs or (consistency is not None and consistency.needs_index)
+
+    @property
+    def plain(self) -> IndexedDL:
+        """A loader of the same images in [0, 1], without the question."""
+        return self.new(cls=IndexedDL, after_batch=Pipeline(without(self.after_batch.fs, PretextTransform, Normalize)))
 
     def before_iter(self):
         super().before_iter()

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from selfsup_fastai.encoders.checkpoint import load_encoder, save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
-from selfsup_fastai.encoders.inputs import AB_REACH, CHANNELS, from_input, lab_to_rgb, rgb_to_lab, to_input
+from selfsup_fastai.encoders.inputs import (
+    AB_REACH,
+    CHANNELS,
+    DEVIATIONS,
+    from_input,
+    lab_to_rgb,
+    rgb_to_lab,
+    sobel,
+    to_input,
+)
 from selfsup_fastai.errors import TaskError
 
 
@@ -69,11 +78,30 @@ def test_an_encoder_that_eats_it_is_saved_and_prepares_images_itself(kind, tmp_p
     assert loaded.input == kind and loaded.image_channels == 3
     x = torch.rand(2, 3, 64, 64)
     for images in (x, x[:, :1]):
-        torch.testing.assert_close(loaded.prepare(images), 2 * to_input(images, kind) - 1)
+        torch.testing.assert_close(loaded.prepare(images), (to_input(images, kind) - 0.5) / DEVIATIONS[kind])
     with torch.no_grad():
-        assert torch.equal(loaded(loaded.prepare(x)), encoder(2 * to_input(x, kind) - 1))
+        torch.testing.assert_close(loaded(loaded.prepare(x)), encoder((to_input(x, kind) - 0.5) / DEVIATIONS[kind]))
 
 
 def test_an_encoder_of_other_channels_is_not_fed_with_it():
     with pytest.raises(TaskError, match=r"3 channels cannot be fed with L\. Make it with n_in=1"):
         create_encoder("resnet10t").eat("L")
+
+
+def test_edges_are_those_of_opencv():
+    x = torch.rand(2, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+    grey = x.mean(1).numpy()
+    kwargs = {"ddepth": cv2.CV_32F, "ksize": 3, "borderType": cv2.BORDER_REPLICATE}
+    right, down = ([cv2.Sobel(g, dx=1 - i, dy=i, **kwargs) for g in grey] for i in range(2))
+    torch.testing.assert_close(sobel(x), torch.from_numpy(np.stack([right, down], 1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sobel(x.mean(1, keepdim=True)), sobel(x))  # grey images have the same
+
+
+def test_edges_as_an_image():
+    ramp = torch.linspace(0, 1, 11).expand(1, 1, 8, 11)
+    fed = to_input(ramp, "sobel")
+    torch.testing.assert_close(fed[0, 0, :, 1:-1], torch.full((8, 9), 0.5 + 0.8 / 8))  # two pixels, weights 1 2 1
+    torch.testing.assert_close(fed[0, 1], torch.full((8, 11), 0.5))
+    steps = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]])[None, None]
+    assert to_input(steps, "sobel").max() == 1 and from_input(to_input(steps, "sobel"), "sobel").max() == 1
+    assert from_input(to_input(steps * 0 + 0.7, "sobel"), "sobel").max() == 0
