@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import multi_crop, random_view
 from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
@@ -23,7 +24,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import OfSums
 from selfsup_fastai.pictures import draw_rows, side_by_side
-from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
+from selfsup_fastai.pretext.base import PretextTask
 
 SMALL = 96 / 224  # Side of small crops, as a share of the image's
 LEAST_AREA = 0.05  # Share of the image in the smallest crops

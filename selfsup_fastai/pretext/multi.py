@@ -12,11 +12,12 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.of_model import OfModel
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import OfSums, average
 from selfsup_fastai.pictures import figure_blocks
-from selfsup_fastai.pretext.base import PretextTask, check_number
+from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.seeding import VALID_SEED
 
 

@@ -2,10 +2,11 @@
 
 import torch
 
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import SIMCLR
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import nt_xent
-from selfsup_fastai.pretext.base import PerView, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, per_image
 from selfsup_fastai.pretext.joint import JointTask
 
 
