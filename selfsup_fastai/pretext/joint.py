@@ -21,6 +21,7 @@ from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.features import direction_std
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import OfSums
 from selfsup_fastai.pictures import draw_rows, side_by_side
@@ -48,15 +49,11 @@ def found_pair(pred: Tensor | Sequence, target: Tensor, *_) -> Tensor:
 
 
 def spread(pred: Tensor | Sequence, *_) -> Tensor:
-    """How different the embeddings of different images are: about 1 where they lie in all directions, 0 if in one.
+    """How different the embeddings of different images are: `feature_std` of the first views of a batch.
 
-    The mean deviation of the coordinates of first views scaled to length 1, times sqrt(D) (Chen & He 2020, figure 2).
     Where it falls to 0 the network has collapsed: it says the same of every image. One image alone counts as 0.
     """
-    z = F.normalize(embeddings(pred)[:, 0].float(), dim=-1)
-    if len(z) == 1:
-        return z.new_zeros(())
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    return direction_std(embeddings(pred)[:, 0])
 
 
 def _shares(pred: Sequence, *_) -> tuple[Tensor, Tensor, Tensor]:
