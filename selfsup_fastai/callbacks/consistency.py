@@ -42,7 +42,7 @@ class Consistency(Callback):
     autoencoder without noise), or only some patches (mae, ijepa), leave nothing to compare and are refused.
     """
 
-    order = 9  # before mixed precision leaves its context in after_loss
+    order = 5.5  # in after_loss before gradient accumulation (6) divides, and mixed precision (10) leaves its context
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ def quietly(learn: Learner, epochs: int, lr: float, cbs=None) -> None:
 class Watch(Callback):
     """What the first training batch was, and what became of it."""
 
-    order = 8  # before the consistency takes its part of the batch
+    order = 5  # before the consistency takes its part of the batch
 
     def before_fit(self):
         self.batch = self.of_task = self.total = self.grads = None
