@@ -45,6 +45,7 @@ class PretextTask(ABC):
     by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
+    accumulates: ClassVar[bool] = True  # Whether a batch's loss is the mean over its images: so gradients add up
     length_counts: ClassVar[bool] = False  # Whether the length of `embedded` is part of the loss
     collapse_hint: ClassVar[str] = ""  # What usually makes the task collapse, and what to try
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count

@@ -154,7 +154,6 @@ class BankTask(JointTask):
 
     needs = ("index",)
     tells_apart = False
-    accumulates = True
     negatives: int | None = None
     n_rows, n_negatives = 1, 1  # known after setup
 

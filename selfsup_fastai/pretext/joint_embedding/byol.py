@@ -48,7 +48,6 @@ class BYOL(JointTask):
     paper = "Grill et al. 2020"
     recipes = (BYOL_1, BYOL_2)
     tells_apart = False
-    accumulates = True
     passes = 4  # two of the student and two of the teacher
     metrics = (found_pair, spread)
 

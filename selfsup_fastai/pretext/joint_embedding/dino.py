@@ -74,7 +74,6 @@ class DINO(MultiCropTask):
     small = DINO_LOCAL
     further = 2
     tells_apart = False
-    accumulates = True
 
     def __init__(
         self,

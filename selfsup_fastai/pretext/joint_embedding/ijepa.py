@@ -101,7 +101,6 @@ class IJEPA(PretextTask):
     normalized = (True, False, False)
     passes = PASSES
     metrics = (found_block,)
-    accumulates = True
 
     def __init__(
         self,

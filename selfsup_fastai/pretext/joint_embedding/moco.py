@@ -57,7 +57,6 @@ class MoCo(JointTask):
     paper = "Chen et al. 2020"
     recipes = (MOCO, MOCO)
     tells_apart = False
-    accumulates = True
     passes = 2  # one of each network
 
     def __init__(

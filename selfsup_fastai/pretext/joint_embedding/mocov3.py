@@ -53,7 +53,7 @@ class MoCoV3(JointTask):
     name = "mocov3"
     paper = "Chen et al. 2021"
     recipes = (replace(BYOL_1, scale=(0.2, 1.0)), replace(BYOL_2, scale=(0.2, 1.0)))
-    accumulates = False
+    accumulates = False  # images of a batch are told apart
     passes = 4  # two of the student and two of the teacher
 
     def __init__(

@@ -37,6 +37,7 @@ class SimCLR(JointTask):
     paper = "Chen et al. 2020"
     recipes = (SIMCLR, SIMCLR)
     passes = 2
+    accumulates = False  # images of a batch are told apart
 
     def __init__(
         self,

@@ -48,7 +48,6 @@ class SimSiam(JointTask):
     paper = "Chen & He 2020"
     recipes = (MOCO, MOCO)
     tells_apart = False
-    accumulates = True
     passes = 2
     metrics = (found_pair, spread)
 
