@@ -320,8 +320,15 @@ def feature_std(
     """How different the directions of embeddings are (Chen & He 2020, figure 2): the mean deviation of the coordinates
     of rows scaled to length 1, times the root of their number.
     """
-    z = F.normalize(_finite(_rows_of_two(x)).float(), dim=1)
-    return (z.std(0).mean() * z.shape[1] ** 0.5).item()
+    return direction_std(_finite(_rows_of_two(x))).item()
+
+
+def direction_std(
+    x: Tensor,  # (N, C) embeddings, any scale
+) -> Tensor:  # scalar
+    """`feature_std` for metrics: nothing is checked, so that no batch waits for a GPU, and of one embedding it is 0."""
+    z = F.normalize(x.float(), dim=1)
+    return z.std(0, correction=min(1, len(z) - 1)).mean() * z.shape[1] ** 0.5
 
 
 def alignment(

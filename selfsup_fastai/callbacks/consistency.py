@@ -10,6 +10,7 @@ from fastai.torch_core import TensorImage, to_cpu
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.invariant import invariant_heads
 from selfsup_fastai.encoders.maps import undisturbed
@@ -41,7 +42,7 @@ class Consistency(Callback):
     autoencoder without noise), or only some patches (mae, ijepa), leave nothing to compare and are refused.
     """
 
-    order = 9  # before mixed precision leaves its context in after_loss
+    order = 5.5  # in after_loss before gradient accumulation (6) divides, and mixed precision (10) leaves its context
 
     def __init__(
         self,
@@ -53,10 +54,15 @@ class Consistency(Callback):
         bank_momentum: float = 0.5,  # nce: share of the old row in the new one
         changed_weight: float = 0.5,  # nce: of the transformed image's part; the image's own has the rest
     ):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise TaskError(f"The weight of consistency is a number, at least 0; got {weight!r}.")
+        check_number("The weight of consistency", weight, 0)
         if term not in TERMS:
             raise unknown("term of consistency", term, TERMS)
+        check_number("dim", dim, 1, whole=True)
+        check_number("temperature", temperature, above=0)
+        if negatives is not None:
+            check_number("negatives", negatives, 1, whole=True)
+        check_number("bank_momentum", bank_momentum, 0, below=1)
+        check_number("changed_weight", changed_weight, 0, 1)
         self.weight, self.term, self.dim, self.temperature = weight, term, dim, temperature
         self.negatives, self.bank_momentum, self.changed_weight = negatives, bank_momentum, changed_weight
         self.needs_index = term == "nce"

@@ -1,10 +1,8 @@
 """`PretextTask`, the contract: what a task writes, and what the base does for it."""
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -19,7 +17,7 @@ from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
-from selfsup_fastai.errors import TaskError, did_you_mean
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw, draw_restored, draw_rows, grid_axes, see_through
 
@@ -47,6 +45,7 @@ class PretextTask(ABC):
     by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
+    accumulates: ClassVar[bool] = True  # Whether a batch's loss is the mean over its images: so gradients add up
     length_counts: ClassVar[bool] = False  # Whether the length of `embedded` is part of the loss
     collapse_hint: ClassVar[str] = ""  # What usually makes the task collapse, and what to try
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
@@ -275,39 +274,6 @@ class PerView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, v = x.shape[:2]
         return self.head(self.encoder(x.flatten(0, 1))).unflatten(0, (b, v))
-
-
-def check_number(
-    name: str,  # Of the setting
-    value: object,  # What the user gave
-    least: float = -math.inf,
-    most: float = math.inf,
-    *,
-    above: float = -math.inf,  # Like `least`, itself left out
-    below: float = math.inf,  # Like `most`, itself left out
-    whole: bool = False,  # Integers only
-) -> None:
-    """Raises `TaskError` unless a setting is a finite number in its range. For the constructors of tasks."""
-    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if is_number and least <= value <= most and above < value < below:
-        return
-    limits = {"at least": least, "above": above, "at most": most, "below": below}
-    said = " and ".join(f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit))
-    raise TaskError(f"{name} is a {'whole ' if whole else ''}number, {said}; got {value!r}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raises `TaskError` unless a setting is True or False: any other text would count as True."""
-    if not isinstance(value, bool):
-        raise TaskError(f"{name} is True or False, got {value!r}.")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
-    """Raises `TaskError` unless a setting is one of these."""
-    if value not in choices:
-        *others, last = map(repr, choices)
-        hint = did_you_mean(value, [choice for choice in choices if choice])
-        raise TaskError(f"{name} is {', '.join(others)} or {last}; got {value!r}.{hint}")
 
 
 def per_image(loss: Tensor, reduction: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.loader import n_in_of
 from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
 from selfsup_fastai.data.views import multi_crop, random_view
@@ -22,10 +23,11 @@ from selfsup_fastai.encoders.inputs import from_input, to_input
 from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.features import direction_std
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import OfSums
 from selfsup_fastai.pictures import draw_rows, side_by_side
-from selfsup_fastai.pretext.base import PretextTask, check_flag, check_number
+from selfsup_fastai.pretext.base import PretextTask
 
 SMALL = 96 / 224  # Side of small crops, as a share of the image's
 LEAST_AREA = 0.05  # Share of the image in the smallest crops
@@ -49,15 +51,11 @@ def found_pair(pred: Tensor | Sequence, target: Tensor, *_) -> Tensor:
 
 
 def spread(pred: Tensor | Sequence, *_) -> Tensor:
-    """How different the embeddings of different images are: about 1 where they lie in all directions, 0 if in one.
+    """How different the embeddings of different images are: `feature_std` of the first views of a batch.
 
-    The mean deviation of the coordinates of first views scaled to length 1, times sqrt(D) (Chen & He 2020, figure 2).
     Where it falls to 0 the network has collapsed: it says the same of every image. One image alone counts as 0.
     """
-    z = F.normalize(embeddings(pred)[:, 0].float(), dim=-1)
-    if len(z) == 1:
-        return z.new_zeros(())
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    return direction_std(embeddings(pred)[:, 0])
 
 
 def _shares(pred: Sequence, *_) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +161,6 @@ class BankTask(JointTask):
 
     needs = ("index",)
     tells_apart = False
-    accumulates = True
     negatives: int | None = None
     n_rows, n_negatives = 1, 1  # known after setup
 

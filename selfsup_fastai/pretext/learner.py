@@ -15,6 +15,7 @@ from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import Tensor, nn
 
+from selfsup_fastai.callbacks.accumulation import RefuseAccumulation
 from selfsup_fastai.callbacks.collapse import CollapseAlarm
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
@@ -231,7 +232,8 @@ class PretextLearner(Learner):
         passes, own = task.passes, task.callbacks()
         if consistency is not None:
             passes, own, metrics = passes + 1, own + consistency.callbacks(), [*L(metrics), consistency.metric()]
-        cbs = [CountImages(passes), LossesAsNumbers(), CollapseAlarm(), *own, *L(cbs)]
+        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), CollapseAlarm()]
+        cbs = [*always, *own, *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), metrics=metrics, cbs=cbs, **kwargs)
         self.task = task
 

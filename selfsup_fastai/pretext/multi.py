@@ -12,11 +12,12 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.of_model import OfModel
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.encoders.inputs import to_input
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import OfSums, average
 from selfsup_fastai.pictures import figure_blocks
-from selfsup_fastai.pretext.base import PretextTask, check_number
+from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.seeding import VALID_SEED
 
 
@@ -55,6 +56,7 @@ class SeveralTasks(PretextTask):
         self.needs = tuple({need for task in tasks for need in task.needs})
         self.channels = tuple(c for c in (1, 3) if all(c in self._seen(task, c) for task in tasks))
         self.instead = " ".join(task.instead for task in tasks if task.instead)
+        self.accumulates = all(task.accumulates for task in tasks)
         self.by_map = all(task.by_map for task in tasks)
         self.min_side = max(task.min_side for task in tasks)
         self.arch = next((task.arch for task in tasks if task.arch != PretextTask.arch), PretextTask.arch)

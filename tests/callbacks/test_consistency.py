@@ -44,7 +44,7 @@ def quietly(learn: Learner, epochs: int, lr: float, cbs=None) -> None:
 class Watch(Callback):
     """What the first training batch was, and what became of it."""
 
-    order = 8  # before the consistency takes its part of the batch
+    order = 5  # before the consistency takes its part of the batch
 
     def before_fit(self):
         self.batch = self.of_task = self.total = self.grads = None
@@ -253,3 +253,21 @@ def test_weights_that_are_none(given, said):
 def test_terms_that_are_none():
     with pytest.raises(SelfsupError, match="cosine"):
         Consistency(0.5, "cos")
+
+
+@pytest.mark.parametrize(
+    "setting, good, bad",
+    [
+        ("dim", (1, 64), (0, 1.5, True, "64")),
+        ("temperature", (0.01, 5), (0, -1, float("nan"), None)),
+        ("negatives", (None, 1), (0, 2.5, False)),
+        ("bank_momentum", (0, 0.99), (1, -0.1, "0.5")),
+        ("changed_weight", (0, 0.5, 1), (-0.1, 1.1, None)),
+    ],
+)
+def test_settings_out_of_range(setting, good, bad):
+    for value in good:
+        assert Consistency(0.5, "nce", **{setting: value}).settings()[setting] == value
+    for value in bad:
+        with pytest.raises(TaskError, match=f"^{setting} is a .*got {value!r}"):
+            Consistency(0.5, "nce", **{setting: value})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks, task_class
-from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, per_image
 from selfsup_fastai.pretext.predictive.rotation import Rotation
 
 
@@ -85,34 +85,6 @@ def test_a_task_that_breaks_the_contract_is_told():
     task.normalized = (True,)  # as the base has it: the second input would be lost
     with pytest.raises(TaskError, match="returned 2 inputs, n_inp is 2, normalized has 1 entries"):
         ask(task, x)
-
-
-@pytest.mark.parametrize(
-    "limits, good, bad, said",
-    [
-        (
-            {"least": 0, "most": 0.5},
-            (0, 0.5, np.float32(0.25)),
-            (-0.01, 0.51, True),
-            "number, at least 0 and at most 0.5;",
-        ),
-        ({"above": 0}, (1e-9, 10**9), (0, float("inf")), "is a number, above 0;"),
-        ({"least": 0, "below": 1}, (0, 0.999), (1,), "number, at least 0 and below 1;"),
-        (
-            {"least": 2, "most": 10_000, "whole": True},
-            (2, np.int64(10_000)),
-            (1, 10_001, 2.0, 2.5, True),
-            "is a whole number, at least 2 and at most 10,000;",
-        ),
-    ],
-)
-def test_numbers_out_of_range_are_refused(limits, good, bad, said):
-    for value in good:
-        check_number("share", value, **limits)
-    for value in (*bad, "abc", None, float("nan"), [1], "0"):
-        with pytest.raises(TaskError, match=said) as error:
-            check_number("share", value, **limits)
-        assert str(error.value).startswith("share is a ") and str(error.value).endswith(f"; got {value!r}.")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from selfsup_fastai.callbacks.ema import EMATeacher, momentum_for
 from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import SelfsupError
+from selfsup_fastai.features import feature_std
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.joint import found_pair, spread
 from selfsup_fastai.pretext.joint_embedding.byol import BYOL
@@ -144,6 +145,7 @@ def test_the_spread_of_embeddings_tells_a_collapse():
     assert spread(z) == pytest.approx(1, abs=0.02) and spread(7 * z) == pytest.approx(spread(z).item())
     assert spread(z[:1].expand(512, 2, 16)) == 0
     torch.testing.assert_close(spread((z, None)), F.normalize(z[:, 0], dim=1).std(0).mean() * 4)
+    assert spread(z).item() == feature_std(z[:, 0])
     assert spread(z + 5) < 0.3
 
 

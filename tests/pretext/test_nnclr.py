@@ -133,10 +133,6 @@ def test_settings_out_of_range(settings):
         get_task("nnclr", **settings)
 
 
-def test_accumulating_would_change_the_loss():
-    assert not get_task("nnclr").accumulates
-
-
 def test_pairs_are_found_after_a_few_dozen_steps():
     learn = learner("nnclr", n=96, valid_pct=1 / 3, temperature=0.2, dim=32, views=MILD)
     start = learn.validate()[0]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.clock import SetClocks
 from selfsup_fastai.callbacks.clusters import Recluster
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import CROP_FLIP
 from selfsup_fastai.data.views import center_square
 from selfsup_fastai.encoders.clock import Clock
@@ -16,7 +17,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import share
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import check_flag, check_number, class_loss
+from selfsup_fastai.pretext.base import class_loss
 from selfsup_fastai.pretext.joint import JointTask
 
 MOST, LEAST, TO_A_CLUSTER = 10_000, 10, 100  # Clusters: the paper's, and what is chosen for small data
@@ -75,7 +76,6 @@ class DeepCluster(JointTask):
     passes = 2
     metrics = (share("accuracy", named_rightly),)
     tells_apart = False
-    accumulates = True
     alone = "it draws images by their clusters."
     collapse_hint = ""
 

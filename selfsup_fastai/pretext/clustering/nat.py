@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.clock import SetClocks
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import CROP_FLIP
 from selfsup_fastai.encoders.clock import Clock
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import NoiseTargets
-from selfsup_fastai.pretext.base import check_flag, check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from selfsup_fastai.callbacks.clock import SetClocks
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.callbacks.prototypes import TendPrototypes
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import SWAV_GLOBAL, SWAV_LOCAL
 from selfsup_fastai.encoders.clock import Clock
 from selfsup_fastai.encoders.encoder import Encoder
@@ -15,7 +16,6 @@ from selfsup_fastai.encoders.memories import FeatureQueue
 from selfsup_fastai.encoders.prototypes import Prototypes
 from selfsup_fastai.losses import crop_cross_entropy
 from selfsup_fastai.messages import say
-from selfsup_fastai.pretext.base import check_number
 from selfsup_fastai.pretext.joint import MultiCropTask, each_crop
 from selfsup_fastai.processes import n_processes, own_share, summed
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.encoders.decoders import PerPixel
-from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, per_image
 
 ERRORS = ("cross_entropy", "squared")
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.loader import training_images
 from selfsup_fastai.data.views import shift_flip_by_share
 from selfsup_fastai.encoders import ab_bins
@@ -12,7 +13,7 @@ from selfsup_fastai.encoders.inputs import AB_REACH, lab_to_rgb, rgb_to_lab, to_
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import explained, share
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
 SMALLER = 4  # The output's side is the image's divided by this

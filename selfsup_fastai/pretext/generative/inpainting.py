@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.rates import RateOfPart
+from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.data.patches import boxes_mask
 from selfsup_fastai.data.views import shift_flip_by_share
@@ -14,7 +15,7 @@ from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.encoders.frozen import as_it_stands
 from selfsup_fastai.metrics import average, explained
 from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_flag, check_number
+from selfsup_fastai.pretext.base import RestoringTask
 
 REGIONS = ("irregular", "blocks", "center")
 RIM_WEIGHT = 10.0

@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.patches import enlarged, from_patches, random_cells, to_patches
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_standardized, standardized
@@ -22,7 +23,7 @@ from selfsup_fastai.encoders.masked_vit import (
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import explained
-from selfsup_fastai.pretext.base import HiddenTask, check_flag, check_number, per_image
+from selfsup_fastai.pretext.base import HiddenTask, per_image
 
 EPS = 1e-6  # Added to the variance of a patch, and in the decoder's layer norms
 

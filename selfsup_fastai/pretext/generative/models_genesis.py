@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.data.patches import boxes_mask
 from selfsup_fastai.encoders.decoders import PerPixel
-from selfsup_fastai.pretext.base import RestoringTask, check_choice, check_flag, check_number, per_image
+from selfsup_fastai.pretext.base import RestoringTask, per_image
 
 CURVE_POINTS = 1000
 ENTRIES = 4_000_000  # numbers of one part of `shuffled`: about 100 MB

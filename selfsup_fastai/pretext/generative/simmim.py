@@ -5,12 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.patches import enlarged, random_cells
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import from_standardized, standardized
 from selfsup_fastai.encoders.masked_vit import covered_tokens, patch_size, patched_side, takes_some_patches
 from selfsup_fastai.metrics import explained
-from selfsup_fastai.pretext.base import HiddenTask, check_number, per_image
+from selfsup_fastai.pretext.base import HiddenTask, per_image
 
 
 def _as_they_are(pred: Tensor, target: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.loader import training_images
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import center_square, random_view, shift_flip_by_share
@@ -16,7 +17,7 @@ from selfsup_fastai.encoders.inputs import from_input, lab_to_rgb, rgb_to_lab, t
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.metrics import average, explained
 from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, per_image
 from selfsup_fastai.pretext.loader import PretextTransform
 
 ASKED = {"both": ("color", "lightness"), "L_to_ab": ("color",), "ab_to_L": ("lightness",)}

@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from selfsup_fastai.callbacks.ema import EMATeacher
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import units
-from selfsup_fastai.pretext.base import check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask, StudentTeacher, found_pair, spread
 
 
@@ -47,7 +48,6 @@ class BYOL(JointTask):
     paper = "Grill et al. 2020"
     recipes = (BYOL_1, BYOL_2)
     tells_apart = False
-    accumulates = True
     passes = 4  # two of the student and two of the teacher
     metrics = (found_pair, spread)
 

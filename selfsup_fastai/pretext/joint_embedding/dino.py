@@ -9,6 +9,7 @@ from selfsup_fastai.callbacks.clock import SetClocks
 from selfsup_fastai.callbacks.ema import EMATeacher
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.callbacks.prototypes import TendPrototypes
+from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import DINO_GLOBAL_1, DINO_GLOBAL_2, DINO_LOCAL
 from selfsup_fastai.encoders.clock import Clock
 from selfsup_fastai.encoders.encoder import Encoder
@@ -17,7 +18,6 @@ from selfsup_fastai.encoders.memories import Memory
 from selfsup_fastai.encoders.prototypes import Prototypes
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.losses import crop_cross_entropy
-from selfsup_fastai.pretext.base import check_flag, check_number
 from selfsup_fastai.pretext.joint import MultiCropTask, each_crop
 
 
@@ -74,7 +74,6 @@ class DINO(MultiCropTask):
     small = DINO_LOCAL
     further = 2
     tells_apart = False
-    accumulates = True
 
     def __init__(
         self,

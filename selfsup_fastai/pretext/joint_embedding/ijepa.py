@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.ema import EMATeacher
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.data.patches import boxes_mask, enlarged
 from selfsup_fastai.data.recipes import Recipe
@@ -29,7 +30,7 @@ from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, per_image
 
 ASKED, RATIO = (0.15, 0.2), (0.75, 1.5)  # Area of a target block as a share of the patches; its height by its width
 CONTEXT = (0.85, 1.0)  # Area of the square block that the context is what is left of
@@ -100,7 +101,6 @@ class IJEPA(PretextTask):
     normalized = (True, False, False)
     passes = PASSES
     metrics = (found_block,)
-    accumulates = True
 
     def __init__(
         self,

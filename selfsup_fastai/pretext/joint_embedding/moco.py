@@ -6,6 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup_fastai.callbacks.ema import EMATeacher
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import MOCO
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
@@ -14,7 +15,7 @@ from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.losses import units
 from selfsup_fastai.messages import say
-from selfsup_fastai.pretext.base import check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask
 
 MOST_KEYS = 65_536  # the paper's queue
@@ -56,7 +57,6 @@ class MoCo(JointTask):
     paper = "Chen et al. 2020"
     recipes = (MOCO, MOCO)
     tells_apart = False
-    accumulates = True
     passes = 2  # one of each network
 
     def __init__(

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.ema import EMATeacher
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import units
-from selfsup_fastai.pretext.base import check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask, StudentTeacher
 from selfsup_fastai.processes import first_row, gathered
 
@@ -52,7 +53,7 @@ class MoCoV3(JointTask):
     name = "mocov3"
     paper = "Chen et al. 2021"
     recipes = (replace(BYOL_1, scale=(0.2, 1.0)), replace(BYOL_2, scale=(0.2, 1.0)))
-    accumulates = False
+    accumulates = False  # images of a batch are told apart
     passes = 4  # two of the student and two of the teacher
 
     def __init__(

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.encoders.memories import FeatureQueue
 from selfsup_fastai.messages import say
-from selfsup_fastai.pretext.base import check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask, each_view
 from selfsup_fastai.processes import first_row, gathered
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.recipes import PIRL_PATCHES, PIRL_VIEW
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.invariant import InvariantHeads, invariant_heads
 from selfsup_fastai.losses import invariant_loss
 from selfsup_fastai.pictures import draw_rows, mosaic
-from selfsup_fastai.pretext.base import check_choice, check_number
 from selfsup_fastai.pretext.joint import BankTask
 
 NOWHERE = {"flip": 0.0, "vertical_flip": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}

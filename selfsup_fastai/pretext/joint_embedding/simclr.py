@@ -2,10 +2,11 @@
 
 import torch
 
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import SIMCLR
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import nt_xent
-from selfsup_fastai.pretext.base import PerView, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, per_image
 from selfsup_fastai.pretext.joint import JointTask
 
 
@@ -36,6 +37,7 @@ class SimCLR(JointTask):
     paper = "Chen et al. 2020"
     recipes = (SIMCLR, SIMCLR)
     passes = 2
+    accumulates = False  # images of a batch are told apart
 
     def __init__(
         self,

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.rates import RateThatStays
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import MOCO
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import units
-from selfsup_fastai.pretext.base import check_number, per_image
+from selfsup_fastai.pretext.base import per_image
 from selfsup_fastai.pretext.joint import JointTask, each_view, found_pair, spread
 
 
@@ -47,7 +48,6 @@ class SimSiam(JointTask):
     paper = "Chen & He 2020"
     recipes = (MOCO, MOCO)
     tells_apart = False
-    accumulates = True
     passes = 2
     metrics = (found_pair, spread)
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import off_diagonal_squares
-from selfsup_fastai.pretext.base import check_number
 from selfsup_fastai.pretext.joint import JointTask, ViewByView, found_pair, of_batch
 from selfsup_fastai.processes import gathered
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, per_image
 
 GRAY = 128 / 255  # What lies beyond the image
 FAR = 5.0  # Further away nobody looks, in half sides from the center

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.colors import some_grey
 from selfsup_fastai.data.halving import KERNELS, halved
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
-from selfsup_fastai.pretext.base import PerView, PretextTask, check_choice, check_number, per_image
+from selfsup_fastai.pretext.base import PerView, PretextTask, per_image
 
 
 def counts_match(pred, other):

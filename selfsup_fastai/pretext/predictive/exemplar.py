@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.blocks import Cover
 from selfsup_fastai.data.colors import bend_saturation_value, column, scale_components, turn_hue_
 from selfsup_fastai.data.loader import fit_batch_size, luma
@@ -15,7 +16,7 @@ from selfsup_fastai.data.sampling import sample_squares
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
-from selfsup_fastai.pretext.base import PretextTask, check_number, class_loss
+from selfsup_fastai.pretext.base import PretextTask, class_loss
 
 
 def seed_found(pred, target, seed=None):

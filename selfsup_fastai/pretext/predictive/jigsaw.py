@@ -8,12 +8,13 @@ import torch
 from fastai.metrics import accuracy
 from torch import Tensor, nn
 
+from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.colors import FRINGES, some_grey, without_fringes
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.views import center_square
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows, mosaic
-from selfsup_fastai.pretext.base import PretextTask, check_choice, check_flag, check_number, class_loss
+from selfsup_fastai.pretext.base import PretextTask, class_loss
 
 TAKEN = 2**30  # More tiles than any order can have in common with all others
 MANY = 2000  # Orders whose choice takes long enough to be announced

@@ -7,10 +7,11 @@ from fastai.metrics import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.colors import FRINGES, without_fringes
 from selfsup_fastai.data.patches import windows
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
-from selfsup_fastai.pretext.base import PretextTask, check_choice, check_flag, check_number, class_loss
+from selfsup_fastai.pretext.base import PretextTask, class_loss
 
 STEPS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))  # rows down, columns right
 NAMES = ("above left", "above", "above right", "left", "right", "below left", "below", "below right")

@@ -3,10 +3,11 @@
 import torch
 from fastai.metrics import accuracy
 
+from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.views import center_square, random_shift_flip
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.pretext.base import PerView, PretextTask, check_choice, check_number, class_loss
+from selfsup_fastai.pretext.base import PerView, PretextTask, class_loss
 
 DEGREES = ("0°", "90°", "180°", "270°")
 

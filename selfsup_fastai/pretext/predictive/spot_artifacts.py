@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.rates import GameSteps
 from selfsup_fastai.callbacks.train_first import TrainFirst
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.decoders import group_norm
@@ -16,7 +17,7 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
 from selfsup_fastai.metrics import share
 from selfsup_fastai.pictures import draw_rows, see_through
-from selfsup_fastai.pretext.base import PretextTask, check_number, per_image
+from selfsup_fastai.pretext.base import PretextTask, per_image
 
 CELL = 16  # Pixels a side of what one place of the autoencoder's code stands for: four convolutions of stride 2
 LEAK = 0.1  # Slope of the leaky ReLUs below 0, as in the authors' code
