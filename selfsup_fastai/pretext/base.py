@@ -42,6 +42,7 @@ class PretextTask(ABC):
     input: str | None = None  # What the encoder is fed with: 'L', 'ab', 'lab' (`encoders.inputs`); None: the images
     split: bool = False  # Whether the encoder is two nets of half the width, for lightness and for color
     arch: ClassVar[str] = "resnet18"  # The network when nothing is said
+    of_color: ClassVar[tuple[str, ...]] = ()  # Settings that change nothing in grey images
     by_map: ClassVar[bool] = False  # Whether the encoder is trained through its last map alone
     alone: ClassVar[str] = ""  # Why the task cannot be one of several at once, if so
     min_side: ClassVar[int] = 8  # Pixels
@@ -157,12 +158,14 @@ class PretextTask(ABC):
     def check_idle(self, where: str, *names: str) -> None:
         """Raises `TaskError` if one of these settings, without effect `where` it says, was given. At a constructor's
         end."""
+        for name, value in self.given().items():
+            if name in names:
+                raise TaskError(f"{self.name}: {name}={value!r} has no effect with {where}. Leave it out.")
+
+    def given(self) -> dict:
+        """Settings that are not the defaults."""
         defaults = inspect.signature(type(self).__init__).parameters
-        for name in names:
-            if getattr(self, name) != defaults[name].default:
-                raise TaskError(
-                    f"{self.name}: {name}={getattr(self, name)!r} has no effect with {where}. Leave it out."
-                )
+        return {name: value for name, value in self.settings().items() if value != defaults[name].default}
 
     @classmethod
     def kind(cls) -> str:

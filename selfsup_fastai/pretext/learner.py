@@ -79,6 +79,8 @@ def pretext_learner(
         asked.insert(0, ToInput(encoder.input))
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     task.setup(pretext, encoder)
+    if len(measured[0]) == 1:  # the mean of one channel
+        _say_idle(task)
     if task.by_map:
         _say_untrained(task, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
@@ -159,6 +161,14 @@ def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
     elif encoder.input != task.input:
         fix = "Start it with a new net (arch=), or go on from an encoder of the same kind."
         raise TaskError(f"{task.name} feeds its encoder with {task.input}, this one eats {encoder.input}. {fix}")
+
+
+def _say_idle(task: PretextTask) -> None:
+    """Settings that were given and do nothing, as the images are grey."""
+    for part in getattr(task, "tasks", [task]):
+        given = [f"{name}={value!r}" for name, value in part.given().items() if name in part.of_color]
+        if given:
+            say(f"{part.name}: these images are grey, so {' and '.join(given)} change{'s' * (len(given) == 1)} nothing.")
 
 
 def _say_untrained(task: PretextTask, encoder: Encoder) -> None:

@@ -16,7 +16,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import TaskError
-from selfsup_fastai.pretext import get_task
+from selfsup_fastai.pretext import TASKS, get_task, task_class
 from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
 
@@ -264,3 +264,32 @@ def test_predict_resizes_as_validation_does(color_folder):
     answer = learn.predict(np.full((60, 90, 3), 51, np.uint8))
     assert answer.inputs[0].shape == (1, 4, 3, 24, 24)
     torch.testing.assert_close(answer.inputs[0], torch.full((1, 4, 3, 24, 24), 0.2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS if task_class(t).of_color])
+def test_settings_that_change_nothing_in_grey_images_are_named(task, capsys):
+    names = task_class(task).of_color
+    usual, other = get_task(task).settings(), {"color": "project"}
+    given = {name: other.get(name, 0.05) for name in names}
+    assert set(names) <= set(usual) and all(usual[name] != value for name, value in given.items())
+    grey = np.random.default_rng(0).integers(0, 256, (12, 64, 64), dtype=np.uint8)
+    said = []
+    for images in (grey, np.stack([grey] * 2 + [255 - grey], -1)):
+        dls = UnlabeledDataLoaders.from_array(images, size=None, bs=4, num_workers=0)
+        for settings in ({}, given):
+            capsys.readouterr()
+            pretext_learner(dls, task, "resnet10t", **settings)
+            said.append("these images are grey" in capsys.readouterr().err)
+    assert said == [False, True, False, False]
+
+
+def test_a_setting_of_color_changes_nothing_in_grey_images():
+    """What is said of them is true: the batches are the same."""
+    x = torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    idx = torch.arange(4)
+    for name in [t for t in TASKS if task_class(t).of_color]:
+        made = []
+        for given in ({}, {n: {"color": "project"}.get(n, 0.05) for n in task_class(name).of_color}):
+            task = get_task(name, **given)
+            made.append(task.batch(x, generator=torch.Generator().manual_seed(1), train=True, idx=idx))
+        assert all(torch.equal(a, b) for a, b in zip(*made)), name

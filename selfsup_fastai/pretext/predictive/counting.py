@@ -55,6 +55,7 @@ class Counting(PretextTask):
 
     name = "counting"
     paper = "Noroozi et al. 2017"
+    of_color = ("grey",)
     min_side = 16  # quarters of 8 pixels
     metrics = (counts_match,)
 

@@ -64,6 +64,7 @@ class Exemplar(PretextTask):
 
     name = "exemplar"
     paper = "Dosovitskiy et al. 2014"
+    of_color = ("hue",)
     n_targets = 2
     needs = ("index",)
     min_side = 24  # patches of 8 pixels

@@ -63,6 +63,7 @@ class Jigsaw(PretextTask):
 
     name = "jigsaw"
     paper = "Noroozi & Favaro 2016"
+    of_color = ("grey", "color")
     normalized = (False,)  # the tiles are standardized already
     min_side = 33  # tiles of 8 pixels
     metrics = (accuracy,)

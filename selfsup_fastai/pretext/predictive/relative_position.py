@@ -64,6 +64,7 @@ class RelativePosition(PretextTask):
 
     name = "relative_position"
     paper = "Doersch et al. 2015"
+    of_color = ("color",)
     normalized = (False,)  # the patches are standardized already
     min_side = 33  # three patches of 8 pixels and two gaps of 4
     metrics = (accuracy,)
