@@ -168,7 +168,7 @@ def _say_idle(task: PretextTask) -> None:
     for part in getattr(task, "tasks", [task]):
         given = [f"{name}={value!r}" for name, value in part.given().items() if name in part.of_color]
         if given:
-            say(f"{part.name}: these images are grey, so {' and '.join(given)} change{'s' * (len(given) == 1)} nothing.")
+            say(f"{part.name}: these images are grey, so {' and '.join(given)} will change nothing.")
 
 
 def _say_untrained(task: PretextTask, encoder: Encoder) -> None:
