@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
-from selfsup_fastai.encoders.memories import ContrastBank
+from selfsup_fastai.encoders.memories import ContrastBank, NoiseTargets
 from selfsup_fastai.losses import crop_cross_entropy, nce, nt_xent
 from selfsup_fastai.pretext.clustering.swav import sinkhorn
 from selfsup_fastai.pretext.joint_embedding.barlow_twins import barlow_loss
@@ -44,8 +44,18 @@ def swav(z1: Tensor, z2: Tensor) -> Tensor:
     return crop_cross_entropy(torch.stack(codes, 1), torch.stack([z1, z2], 1))
 
 
+def nat(z1: Tensor, _: Tensor) -> Tensor:
+    """Codes are dealt out among the images of both, and each process keeps who has which."""
+    torch.manual_seed(0)
+    noise, z = NoiseTargets(8, 5).double(), normalize(z1, dim=1)
+    distance = (z - noise.exchanged(z, first_row(z) + torch.arange(len(z)))).square().sum(1).mean()
+    noise.commit()
+    return distance + (noise.places * torch.arange(8)).sum()
+
+
 LOSSES = {
     "swav": swav,
+    "nat": nat,
     "nt_xent": lambda z1, z2: nt_xent(z1, z2, 0.5),
     "nnclr": nnclr,
     "barlow_twins": barlow_loss,
