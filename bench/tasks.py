@@ -39,6 +39,7 @@ from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
 
 ARCH, NEIGHBORS, PROBED = "resnet10t", 20, 1024
+BETWEEN = "; and "  # two machines that rows are from
 TIMED = 3, 20  # batches to warm up with, and to measure
 RATES = {"conv": 3e-3, "vit": 1e-3}  # a transformer does not bear the rate of a small convnet
 SETTINGS = {
@@ -246,30 +247,34 @@ def described(args: argparse.Namespace) -> str:
     return f"```bash\n{command}\n```\n\n" + "\n".join(about)
 
 
-def page_text(tables: list[dict], about: str) -> str:
+def page_text(tables: list[dict], about: str, machines: list[str]) -> str:
     """The report as it stands on a page."""
-    shown = [markdown(pd.DataFrame(list(lines.values())).set_index("task"), "task") for lines in tables if lines]
-    return "\n\n".join([about, *shown, machine()])
+    shown = [markdown(pd.DataFrame(list(lines.values())).set_index("task"), "task") for lines in tables]
+    return "\n\n".join([about, *shown, BETWEEN.join(machines)])
 
 
-def kept(page: Path, about: str, marks: tuple[str, str]) -> list[dict]:
-    """The tables that a page has; none if they are of other settings."""
+def kept(page: Path, about: str, marks: tuple[str, str]) -> tuple[list[dict], list[str]]:
+    """The tables that a page has and the machines they are from; none if they are of other settings."""
     _, text, _ = parts(page, marks)
     if about not in text:
-        return []
+        return [], []
+    *blocks, machines = text.strip().split("\n\n")
     tables = []
-    for block in text.split("\n\n"):
+    for block in blocks:
         if block.startswith("| task |"):
             head, _, *lines = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in block.split("\n")]
             tables.append({line[0]: dict(zip(head, line)) for line in lines})
-    return tables
+    return tables, machines.split(BETWEEN)
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """Each table of both, with the lines of both; where a task has two it is the new one."""
+    """Each table of both, with the lines of both. What a new line has counts; where it is empty, the old one's."""
     tables = {tuple(next(iter(lines.values()))): dict(lines) for lines in old}
     for lines in new:
-        tables.setdefault(tuple(next(iter(lines.values()))), {}).update(lines)
+        table = tables.setdefault(tuple(next(iter(lines.values()))), {})
+        for name, line in lines.items():
+            before = table.get(name, {})
+            table[name] = {head: value or before.get(head, "") for head, value in line.items()}
     return list(tables.values())
 
 
@@ -306,10 +311,12 @@ def main() -> None:
     by_task = {task: [result(task, seed, data, args) for seed in range(args.seeds)] for task in args.tasks}
     speeds = {task: speed(task, data, args) if args.speeds else None for task in args.tasks}
     tables, about = report(by_task, speeds), described(args)
-    print(page_text(tables, about))
+    print(page_text(tables, about, [machine()]))
     if args.docs:
         marks = f"<!-- {args.mark}: written by bench/tasks.py -->", f"<!-- end of {args.mark} -->"
-        into(args.docs, page_text(merged(kept(args.docs, about, marks), tables), about), marks)
+        old, machines = kept(args.docs, about, marks)
+        machines += [] if machine() in machines else [machine()]
+        into(args.docs, page_text(merged(old, tables), about, machines), marks)
 
 
 if __name__ == "__main__":
