@@ -4,8 +4,8 @@ For each task and seed: the task's own metric beside guessing, a linear classifi
 the same encoder untrained, and how fast it trains. A finished run is not done again, a killed one is: start the same
 command anew. Speeds come last, one task after the other, and are kept too (speed-*.json in --out): have the machine to
 yourself then, or leave them out with --no-speeds. Rows that a page has already stay there if they were measured with
-the same settings. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use (SELFSUP_DATA
-names the folder it is looked for in).
+the same settings. The data: a folder with train/CLASS and test/CLASS, or the CIFAR-10 archive that tests use
+(SELFSUP_DATA names the folder it is looked for in).
 
     python bench/tasks.py --out bench/results                           # all tasks
     python bench/tasks.py --tasks rotation simclr rotation+simclr --seeds 3 --docs docs/benchmarks.md
@@ -15,7 +15,6 @@ names the folder it is looked for in).
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from statistics import mean, median
