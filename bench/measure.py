@@ -46,8 +46,9 @@ def tell(text: str) -> None:
 
 
 def timed(
-    cases: dict[str | tuple, Callable[[], int]],  # Each does its work and returns how many units that was
+    cases: dict[str | tuple, Callable],  # Each does its work and returns how many units that was
     rounds: int,
+    measure: Callable[[Callable], float] | None = None,  # Gives a case's seconds a unit; None: of all that it does
 ) -> pd.DataFrame:  # Seconds a unit: a row a round, a column a case
     """Every case once unmeasured, then all of them in turn, round after round: what slows one round slows them all."""
     for name, case in cases.items():
@@ -56,21 +57,36 @@ def timed(
     table = []
     for i in range(rounds):
         tell(f"round {i + 1} of {rounds}")
-        table.append([_seconds_a_unit(case) for case in cases.values()])
+        table.append([(measure or _seconds_a_unit)(case) for case in cases.values()])
     seconds = pd.DataFrame(table)
     seconds.columns = pd.Index(list(cases), tupleize_cols=False)
     return seconds
 
 
 def _seconds_a_unit(case: Callable[[], int]) -> float:
-    _finish()
+    finish()
     start = time.perf_counter()
     units = case()
-    _finish()
+    finish()
     return (time.perf_counter() - start) / units
 
 
-def _finish() -> None:
+class Laps:
+    """Seconds from the start to the first lap, from there to the second, and so on; the device's work included."""
+
+    def __init__(self):
+        finish()
+        self.seconds, self.since = [], time.perf_counter()
+
+    def lap(self) -> None:
+        """A step is done."""
+        finish()
+        now = time.perf_counter()
+        self.seconds.append(now - self.since)
+        self.since = now
+
+
+def finish() -> None:
     """Wait for the device: it works on while Python goes ahead."""
     kind = default_device().type
     if kind != "cpu":

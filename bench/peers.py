@@ -1,7 +1,8 @@
-"""The same work done with other libraries: batches of files, and SimCLR's views."""
+"""The same work done with other libraries: batches of files, SimCLR's views, and training by SimCLR and BYOL."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -11,7 +12,12 @@ from fastai.vision.augment import Resize
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from kornia import augmentation
-from lightly.transforms import SimCLRTransform
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimCLRProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform, SimCLRTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.scheduler import cosine_schedule
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,13 +31,13 @@ JITTER = dict(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 class Opened(Dataset):
     """Image files, opened as RGB and transformed."""
 
-    def __init__(self, files: list[Path], tfm: Callable[[Image.Image], Tensor]):
+    def __init__(self, files: list[Path], tfm: Callable[[Image.Image], Tensor | list[Tensor]]):
         self.files, self.tfm = files, tfm
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int) -> Tensor | list[Tensor]:
         with Image.open(self.files[i]) as image:
             return self.tfm(image.convert("RGB"))
 
@@ -90,6 +96,86 @@ def kornia_view(size: int) -> nn.Module:
         augmentation.RandomGrayscale(p=0.2),
         augmentation.RandomGaussianBlur((_kernel(size),) * 2, (0.1, 2.0), p=0.5),
     )
+
+
+class LightlySimCLR(nn.Module):
+    """lightly's head and loss of SimCLR on a net: two views of each image to the loss.
+
+    As in its examples: the views go through one after the other, the hidden layer is as wide as the net's features. The
+    head has a batch norm on the projections, too.
+    """
+
+    def __init__(self, net: nn.Module, n_features: int, temperature: float):
+        super().__init__()
+        self.backbone, self.criterion = net, NTXentLoss(temperature)
+        self.projection_head = SimCLRProjectionHead(n_features, n_features, 128)
+
+    def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
+        return self.criterion(*(self.projection_head(self.backbone(x)) for x in (x0, x1)))
+
+
+class LightlyBYOL(nn.Module):
+    """lightly's heads and loss of BYOL on a net: two views of each image to the loss.
+
+    As in its examples: widths of 1,024 and 256, and the teacher follows before each step. Its momentum goes to 1 along
+    half a cosine, here step by step and not epoch by epoch.
+    """
+
+    def __init__(self, net: nn.Module, n_features: int, momentum: float, steps: int):
+        super().__init__()
+        self.backbone, self.criterion = net, NegativeCosineSimilarity()
+        self.projection_head = BYOLProjectionHead(n_features, 1024, 256)
+        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
+        self.backbone_momentum, self.projection_head_momentum = deepcopy(net), deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+        self.momentum, self.steps, self.step = momentum, steps, 0
+
+    def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
+        self.follow()
+        p0, p1 = (self.prediction_head(self.projection_head(self.backbone(x))) for x in (x0, x1))
+        with torch.no_grad():
+            z0, z1 = (self.projection_head_momentum(self.backbone_momentum(x)) for x in (x0, x1))
+        return 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+
+    def follow(self) -> None:
+        """The teacher's step."""
+        momentum = cosine_schedule(self.step, self.steps, self.momentum, 1)
+        update_momentum(self.backbone, self.backbone_momentum, m=momentum)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=momentum)
+        self.step += 1
+
+
+def lightly_simclr_views(size: int) -> Callable[[Image.Image], list[Tensor]]:
+    """Two views as the paper has them on CIFAR, normalized by ImageNet's statistics."""
+    return SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0.0)
+
+
+def lightly_byol_views(size: int) -> Callable[[Image.Image], list[Tensor]]:
+    """The paper's two views without blur, normalized by ImageNet's statistics."""
+    makers = BYOLView1Transform, BYOLView2Transform
+    return BYOLTransform(*(make(input_size=size, gaussian_blur=0.0) for make in makers))
+
+
+LIGHTLY = {"simclr": (LightlySimCLR, lightly_simclr_views), "byol": (LightlyBYOL, lightly_byol_views)}
+LIGHTLY_STATS = tuple(tuple(IMAGENET_NORMALIZE[name]) for name in ("mean", "std"))
+
+
+def lightly_batches(method: str, files: list[Path], size: int, bs: int, workers: int) -> DataLoader:
+    """Batches of two views of image files, in random order, on the CPU; whole batches only."""
+    _, views = LIGHTLY[method]
+    return _loader(Opened(files, views(size)), bs, workers, shuffle=True, drop_last=True)
+
+
+def lightly_steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> Iterator[None]:
+    """An epoch in plain PyTorch, step by step."""
+    net.train()
+    for views in batches:
+        loss = net(*(x.to(default_device(), non_blocking=True) for x in views))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 class _Pair:
