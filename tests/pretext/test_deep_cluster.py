@@ -56,9 +56,9 @@ def test_the_network_sees_edges(channels):
     assert views.shape == (2, 1, channels, 36, 36)
 
 
-def test_one_cluster_for_a_hundred_images_and_clusters_for_a_hundred_steps(capsys):
+def test_one_cluster_for_a_hundred_images_and_clusters_for_thirty_steps(capsys):
     learn = learner("deep_cluster", n=60)  # 45 in 3 batches of 15
-    assert "10 clusters for 45 images, anew every 34 epochs" in capsys.readouterr().err
+    assert "10 clusters for 45 images, anew every 10 epochs" in capsys.readouterr().err
     assert learn.model.head[1].out_features == 10 and learn.task.settings()["clusters"] is None
 
     task = get_task("deep_cluster")

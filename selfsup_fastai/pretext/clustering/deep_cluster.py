@@ -22,7 +22,7 @@ from selfsup_fastai.pretext.joint import JointTask
 
 MOST, LEAST, TO_A_CLUSTER = 10_000, 10, 100  # Clusters: the paper's, and what is chosen for small data
 TO_A_DIRECTION = 10  # Images: with fewer, whitened features are as far from each other as noise is
-STEPS = 100  # At least, from one clustering to the next
+STEPS = 30  # At least, from one clustering to the next
 
 
 def named_rightly(pred: tuple[Tensor, Tensor], *_) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class DeepCluster(JointTask):
     the head is drawn anew (deviation 0.01) and what the optimizer knew of it is forgotten. How many there are follows
     the data: one for 100 images, 10 to 10,000 (ours; the paper has 10,000 for 1.3 million, and found ten times as many
     as classes to be best). Where an epoch has too few steps for a new head to learn anything, clusters and head live
-    for several epochs, until 100 steps are done (ours).
+    for several epochs, until 30 steps are done (ours).
 
     Guards against one cluster for all: an epoch draws equally often from each cluster, so the largest is not worth
     more than any other; a cluster that loses its last image gets the one that is farthest from its center
@@ -82,7 +82,7 @@ class DeepCluster(JointTask):
     def __init__(
         self,
         clusters: int | None = None,  # None: by the number of images; the paper's: 10000
-        every: int | None = None,  # Epochs from one clustering to the next; None: 1 where an epoch has 100 steps
+        every: int | None = None,  # Epochs from one clustering to the next; None: 1 where an epoch has 30 steps
         dim: int = 256,  # Principal directions of the features, at most; no more than one for ten images
         sobel: bool = True,  # The network is fed with edges, as in the paper; False: with the images
         views=None,  # 'photo', 'scan', 'microscopy'; or fields of a recipe: {'scale': [0.3, 1]} for larger crops
