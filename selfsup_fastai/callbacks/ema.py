@@ -2,6 +2,8 @@
 
 import math
 
+from fastai.callback.training import GradientAccumulation
+
 from selfsup_fastai.callbacks.of_model import OfModel
 from selfsup_fastai.encoders.teacher import Teacher
 from selfsup_fastai.messages import say
@@ -47,12 +49,17 @@ class EMATeacher(OfModel):
         self.start, self.end, self.shape = start, end, shape
 
     def before_train(self):
-        steps = self.n_epoch * max(1, len(self.dls.train))
+        steps = max(1, self.n_epoch * len(self.dls.train) // self._batches_a_step())
         self.first, self.last = self._ends(momentum_for(steps))
         self.teachers = [m for m in self.task_model.modules() if isinstance(m, Teacher)]
         if self.start is None and self.epoch == 0 and not hasattr(self.learn, "lr_finder"):
             way = f"goes from {self.first:.3f} to {self.last:g}" if self.last != self.first else f"is {self.first:.3f}"
             say(f"The teacher's momentum {way}, for the {steps:,} step{'s' * (steps > 1)} of this run.")
+
+    def _batches_a_step(self) -> int:
+        images = max((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), default=1)
+        bs = getattr(self.dls.train, "bs", None) or getattr(self.dls.train, "batch_size", None) or 1  # of torch, too
+        return -(-images // bs)  # rounded up
 
     def _ends(self, suits: float) -> tuple[float, float]:
         """Momentum at the first and at the last step."""

@@ -91,6 +91,12 @@ def test_a_momentum_that_nobody_chose_is_told_once_a_run(ema, said, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_batches_that_are_accumulated_are_one_step_of_the_run(capsys):
+    learn = learner([EMATeacher(), KeepMemories(), GradientAccumulation(4)])
+    learn.fit(2)
+    assert "for the 4 steps of this run" in capsys.readouterr().err  # 8 batches of 2 images
+
+
 def test_a_teacher_follows_each_step_and_steps_alone():
     learn = learner([EMATeacher(0.5, end=0.5), KeepMemories(), GradientAccumulation(4)])
     average = learn.model.teacher.net.weight.clone()
