@@ -3,6 +3,7 @@
 from random import Random
 
 import torch
+from fastai.torch_core import get_model
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.columns import Columns
@@ -10,16 +11,15 @@ from selfsup_fastai.callbacks.of_model import OfModel
 from selfsup_fastai.features import embed
 
 
-class Recluster(Columns, OfModel):
+class Recluster(OfModel):
     """Before an epoch `Clusters` of a model are made anew from its encoder's features, with a fresh head for them.
 
     For models with `encoder`, `clusters`, `head` (a linear layer) and `clock`. The features are those of all training
     images without augmentation; what the optimizer remembers of the head is forgotten; and every epoch draws as often
-    from each group. Columns: `nmi`, how much of the groups is as it was (normalized mutual information with those made
-    before, 0..1, at first 0), and `clusters`, the number of those that are not empty.
+    from each group.
     """
 
-    names = ("nmi", "clusters")
+    order = 45  # after `Resume` brought back what there was, before it notes what is drawn from now on
 
     def before_train(self):  # `validate` and `get_preds` never come here
         model, dl = self.task_model, self.dls.train
@@ -31,16 +31,27 @@ class Recluster(Columns, OfModel):
                 if p in self.opt.state:
                     self.opt.state[p] = {}
         if not isinstance(dl.shuffle_fn, EqualShares):
-            self.in_turn = dl.shuffle_fn
+            self.own = vars(dl).get("shuffle_fn")
         dl.shuffle_fn = EqualShares(model.clusters.labels, dl.rng)
 
     def after_fit(self):
-        super().after_fit()
-        if isinstance(self.dls.train.shuffle_fn, EqualShares):
-            self.dls.train.shuffle_fn = self.in_turn
+        dl = self.dls.train
+        if isinstance(dl.shuffle_fn, EqualShares):
+            del dl.shuffle_fn  # the class has one
+            if self.own is not None:
+                dl.shuffle_fn = self.own
+
+
+class ClusterColumns(Columns):
+    """Columns `nmi`, how much of the groups is as it was (normalized mutual information with those made before, 0..1,
+    at first 0), and `clusters`, the number of those that are not empty.
+    """
+
+    names = ("nmi", "clusters")
+    cheap = True
 
     def look(self, encoder):
-        clusters = self.task_model.clusters
+        clusters = get_model(self.learn.model).clusters
         return {"nmi": clusters.agreement.item(), "clusters": clusters.n_used}
 
 

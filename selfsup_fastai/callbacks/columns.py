@@ -11,6 +11,7 @@ class Columns(OnlyInFit):
 
     order = 45  # before the Recorder takes the columns
     names: tuple[str, ...] = ()
+    cheap = False  # To look at: `validate()` does so, too
 
     def __init__(self):
         self.values, self.rows = {}, []
@@ -26,8 +27,10 @@ class Columns(OnlyInFit):
             self.learn.metrics = L(self.usual) + [ValueMetric(_Value(self, name), name) for name in self.names]
 
     def after_validate(self):
-        if self.run and getattr(self.recorder, "losses", None):  # `validate()` takes no step
+        trained = bool(getattr(self.recorder, "losses", None))  # `validate()` takes no step
+        if self.run and (trained or self.cheap):
             self.values = self.look(self.learn.encoder)
+        if self.run and trained:
             self.rows.append({"epoch": len(self.rows), **self.values})
 
     def after_fit(self):

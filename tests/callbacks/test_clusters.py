@@ -77,6 +77,10 @@ def test_they_are_those_of_the_images_without_augmentation():
 
 def test_the_columns_tell_how_many_there_are_and_what_stayed():
     learn, _ = fit(3, every=1)
+    last = list(learn.final_record[1:])
+    assert list(learn.validate()) == pytest.approx(last)
+    assert len(learn.cluster_columns.rows) == 3
+    learn, _ = fit(3, every=1)
     names = learn.recorder.metric_names
     values = [dict(zip(names[1:], row)) for row in learn.recorder.values]
     assert values[0]["nmi"] == 0 and all(0 < row["nmi"] <= 1 for row in values[1:])
@@ -105,3 +109,27 @@ def test_the_same_seed_gives_the_same_run():
     assert torch.equal(first.model.clusters.labels, second.model.clusters.labels)
     for a, b in zip(first.model.parameters(), second.model.parameters()):
         assert torch.equal(a, b)
+
+
+def test_the_learning_rate_finder_asks_for_clusters_too():
+    learn, watch = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5), Watch()
+    learn.add_cb(watch)
+    learn.lr_find(num_it=6, show_plot=False)
+    assert all(labels.unique().numel() == 5 for labels in watch.labels) and watch.labels
+    assert learn.model.clusters.made_at == -1  # and leaves nothing behind
+    assert sorted(learn.dls.train.get_idxs()) == list(range(80))
+
+
+def test_a_fit_that_was_broken_off_leaves_a_loader_that_goes_on():
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training:
+                raise KeyboardInterrupt
+
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 1e-2, cbs=Stop())
+    learn.remove_cb(Stop)
+    with learn.no_logging():
+        learn.fit(1, 1e-2)
+    assert sorted(learn.dls.train.get_idxs()) == list(range(80))

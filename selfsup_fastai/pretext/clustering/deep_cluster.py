@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.clock import SetClocks
-from selfsup_fastai.callbacks.clusters import Recluster
+from selfsup_fastai.callbacks.clusters import ClusterColumns, Recluster
 from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import CROP_FLIP
 from selfsup_fastai.data.views import center_square
@@ -129,7 +129,7 @@ class DeepCluster(JointTask):
         return class_loss(*pred, reduction)
 
     def callbacks(self):
-        return [SetClocks(), Recluster()]
+        return [SetClocks(), Recluster(), ClusterColumns()]
 
     def embedded(self, pred):
         return None
