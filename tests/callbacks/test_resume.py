@@ -32,6 +32,8 @@ TASKS = {
     "rotation+relative_position": {},
     "dino": {"prototypes": 16, "n_small": 1, "hidden": 16, "dim": 8, "warm_up": 1.0, "first_temperature": 0.1},
     "jigsaw": {"consistency": ("nce", 8)},  # with a bank
+    "deep_cluster": {"clusters": 3, "every": 1},  # draws by what it found before the epoch
+    "nat": {"dim": 8, "every": 2},
 }
 
 
