@@ -43,11 +43,11 @@ class AET(PretextTask):
     with one size of image; here nothing depends on the size.
 
     Guards: `border='reflect'` (ours) shows the mirror image beyond the border. The authors' gray tells much of an
-    affine map without a look at what is shown, and the features are the poorer for it: on CIFAR-10 (bench/tasks.py,
-    one run each) the best frozen layer named .437 with gray and .463 with the mirror image, .444 untrained. Of a
-    projective map little of what lies beyond is to be seen: .480 and .466 (two runs) with gray, .458 with the mirror
-    image. So that is the default, as it was the better one in the paper. Traces of interpolation are not hidden. In
-    training images are first shifted by whole pixels, reflected at the borders, where the authors fill with black.
+    affine map without a look at what is shown, and the features are the poorer for it: on CIFAR-10 (bench/tasks.py)
+    the best frozen layer named .437 with gray, and .463 and .486 in two runs with the mirror image; .444 untrained. Of
+    a projective map little of what lies beyond is to be seen: .480 and .466 with gray, .458 with the mirror image. It
+    is the default, as it was the better one in the paper. Traces of interpolation are not hidden. In training images
+    are first shifted by whole pixels, reflected at the borders, where the authors fill with black.
 
     Suits photographs and scans of things with a shape, small images too. Does not suit textures, which look the same
     turned and moved.
