@@ -89,7 +89,7 @@ def task_page(name: str) -> str:
     """The page of one task, in Markdown."""
     cls = task_class(name)
     _, paper, *rest = paragraphs(cls)
-    setting = next(iter(settings_of(cls)), None)
+    setting = next((setting for setting in settings_of(cls) if setting[1] is not None), None)
     return PAGE.format(
         name=name,
         question=cls.asks().rstrip("?"),

@@ -216,8 +216,8 @@ def knn_predict(
     if k < 1 or not temperature > 0:
         raise TaskError(f"Nearest neighbors need k >= 1 and a temperature above 0; got {k} and {temperature}.")
     k, n_classes = min(k, len(y)), int(y.max()) + 1
-    bank = F.normalize(_finite(train.x).float(), dim=1)
-    queries = F.normalize(_finite(test_x).float(), dim=1)
+    bank = F.normalize(finite(train.x).float(), dim=1)
+    queries = F.normalize(finite(test_x).float(), dim=1)
     chunks = queries.split(max(1, _KNN_CELLS // len(y)))
     scores = torch.cat([_votes(q @ bank.T, y, k, temperature, n_classes) for q in chunks])
     return scores.argmax(dim=1), scores
@@ -250,7 +250,7 @@ def _classes(y: Tensor | None) -> Tensor:
     return y.long()
 
 
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
         raise TaskError("The embeddings hold NaN or infinite numbers: the encoder has diverged. Train at a lower rate.")
     return x
@@ -283,9 +283,9 @@ def _probe(name: str, train: Embeddings, test: Embeddings, C: float) -> float:
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=_PROBE_STEPS))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.fit(_finite(train.x).numpy(), y_train)
+        model.fit(finite(train.x).numpy(), y_train)
     _tell(name, caught)
-    return float((model.predict(_finite(test.x).numpy()) == y_test).mean())
+    return float((model.predict(finite(test.x).numpy()) == y_test).mean())
 
 
 def _tell(name: str, caught: Iterable[warnings.WarningMessage]) -> None:
@@ -307,7 +307,7 @@ def effective_rank(
     """
     if x.ndim != 2 or 0 in x.shape:
         raise TaskError(f"The effective rank is that of embeddings (N, C); got {tuple(x.shape)}.")
-    singular = torch.linalg.svdvals(_finite(x.detach().cpu().double()))
+    singular = torch.linalg.svdvals(finite(x.detach().cpu().double()))
     if singular.sum() == 0:
         return 0.0
     p = singular / singular.sum() + eps
@@ -320,7 +320,7 @@ def feature_std(
     """How different the directions of embeddings are (Chen & He 2020, figure 2): the mean deviation of the coordinates
     of rows scaled to length 1, times the root of their number.
     """
-    return direction_std(_finite(_rows_of_two(x))).item()
+    return direction_std(finite(_rows_of_two(x))).item()
 
 
 def direction_std(
@@ -338,7 +338,7 @@ def alignment(
     """How far apart two views of an image are: the mean squared distance of embeddings of length 1 (Wang & Isola 2020,
     arXiv 2005.10242, with their exponent of 2). Less is better, but of one and the same answer for everything it is 0.
     """
-    a, b = (F.normalize(_finite(z).float(), dim=1) for z in (x, y))
+    a, b = (F.normalize(finite(z).float(), dim=1) for z in (x, y))
     return (a - b).square().sum(1).mean().item()
 
 
@@ -349,7 +349,7 @@ def uniformity(
     """How evenly embeddings of length 1 lie on the sphere: the logarithm of the mean over all pairs of
     exp(-t * squared distance) (Wang & Isola 2020). Less is better, 0 if all are alike.
     """
-    z = F.normalize(_finite(_rows_of_two(x)).float(), dim=1)
+    z = F.normalize(finite(_rows_of_two(x)).float(), dim=1)
     return torch.pdist(z).square().mul(-t).exp().mean().log().item()
 
 

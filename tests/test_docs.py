@@ -230,7 +230,7 @@ def test_guide_python(workplace):
     assert list(names["learn"].fine_tune_log["epoch"]) == [0, 1]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PAGES)
 def test_task_page_python(workplace, name):
     names = run_python(f"docs/tasks/{name}.md")
     assert names["read_card"](f"{name}.safetensors")["task"] == name
@@ -256,7 +256,7 @@ def test_commands(workplace, monkeypatch, capsys, page):
     shutil.rmtree("runs")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PAGES)
 def test_task_page_command(workplace, monkeypatch, name):
     (line,) = [block.strip() for block in blocks(f"docs/tasks/{name}.md", "bash")]
     arch = "--arch resnet10t" if task_class(name).arch == "resnet18" else ""

@@ -26,7 +26,8 @@ class RefuseAccumulation(Callback):
         self._check()
 
     def _check(self) -> None:
-        accumulating = [cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)]
+        bs = self.dls.train.bs
+        accumulating = [cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation) and cb.n_acc > bs]
         whole = [task.name for task in _tasks(self.learn.task) if not task.accumulates]
         if accumulating and whole:
             raise TaskError(_said(accumulating[0].n_acc, whole))

@@ -1,14 +1,19 @@
 """Sorting the training images into groups anew at the beginning of each epoch."""
 
+from collections.abc import Iterable
 from random import Random
 
 import torch
-from fastai.torch_core import get_model
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.columns import Columns
 from selfsup_fastai.callbacks.of_model import OfModel
-from selfsup_fastai.features import embed
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.features import embed, finite
+from selfsup_fastai.processes import n_processes
+from selfsup_fastai.seeding import preserved_rng
+
+TREATMENT = "do_wd", "force_train"  # What fastai notes of a parameter for good
 
 
 class Recluster(OfModel):
@@ -19,17 +24,20 @@ class Recluster(OfModel):
     from each group.
     """
 
-    order = 45  # after `Resume` brought back what there was, before it notes what is drawn from now on
+    order = 45  # after `Resume` brought back weights and clusters
 
     def before_train(self):  # `validate` and `get_preds` never come here
         model, dl = self.task_model, self.dls.train
+        if n_processes() > 1:  # each would sort for itself
+            raise TaskError(f"{self.learn.task.name} sorts all images in one process; these are {n_processes()}.")
         if model.clusters.outlived(model.clock.epochs):  # not if the run was killed in this epoch, and goes on
-            seed = int(torch.randint(2**31, ()))
-            model.clusters.renew(embed(model.encoder, dl.plain).x, model.clock.epochs, seed)
-            model.head.apply(_draw_anew)
-            for p in model.head.parameters():
-                if p in self.opt.state:
-                    self.opt.state[p] = {}
+            with preserved_rng():  # a run that goes on from here comes here again, with generators not yet as they were
+                features = finite(embed(model.encoder, dl.plain).x)
+                draws = model.clusters.renew(features, model.clock.epochs)
+                for layer in model.head.modules():
+                    if isinstance(layer, nn.Linear):
+                        _draw_anew(layer, draws)
+            _forget(self.opt, model.head.parameters())
         if not isinstance(dl.shuffle_fn, EqualShares):
             self.own = vars(dl).get("shuffle_fn")
         dl.shuffle_fn = EqualShares(model.clusters.labels, dl.rng)
@@ -42,7 +50,7 @@ class Recluster(OfModel):
                 dl.shuffle_fn = self.own
 
 
-class ClusterColumns(Columns):
+class ClusterColumns(Columns, OfModel):
     """Columns `nmi`, how much of the groups is as it was (normalized mutual information with those made before, 0..1,
     at first 0), and `clusters`, the number of those that are not empty.
     """
@@ -51,14 +59,24 @@ class ClusterColumns(Columns):
     cheap = True
 
     def look(self, encoder):
-        clusters = get_model(self.learn.model).clusters
+        clusters = self.task_model.clusters
         return {"nmi": clusters.agreement.item(), "clusters": clusters.n_used}
 
 
-def _draw_anew(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)  # as in the authors' code
-        nn.init.zeros_(module.bias)
+def _draw_anew(layer: nn.Linear, draws: torch.Generator) -> None:
+    weights = torch.randn(layer.weight.shape, generator=draws)
+    with torch.no_grad():
+        layer.weight.copy_(0.01 * weights)  # as in the authors' code
+    nn.init.zeros_(layer.bias)
+
+
+def _forget(opt: object, params: Iterable[nn.Parameter]) -> None:
+    """What an optimizer remembers of its steps on some parameters; fastai keeps there, too, how it treats them."""
+    wrapped = getattr(getattr(opt, "opt", None), "state", {})  # torch's own, in an `OptimWrapper`
+    for p in params:
+        wrapped.pop(p, None)
+        if p in opt.state:
+            opt.state[p] = {name: value for name, value in opt.state[p].items() if name in TREATMENT}
 
 
 class EqualShares:

@@ -23,8 +23,9 @@ class Columns(OnlyInFit):
     def before_fit(self):
         super().before_fit()
         if self.run:
-            self.usual, self.values = self.learn.metrics, {}
-            self.learn.metrics = L(self.usual) + [ValueMetric(_Value(self, name), name) for name in self.names]
+            self.values = {}
+            own = [ValueMetric(_Value(self, name), name) for name in self.names]
+            self.learn.metrics = self._others() + own
 
     def after_validate(self):
         trained = bool(getattr(self.recorder, "losses", None))  # `validate()` takes no step
@@ -35,7 +36,11 @@ class Columns(OnlyInFit):
 
     def after_fit(self):
         if self.run:
-            self.learn.metrics = self.usual
+            self.learn.metrics = self._others()
+
+    def _others(self) -> L:
+        """The learner's metrics without these columns, which a fit that was broken off left there."""
+        return L(m for m in self.learn.metrics if getattr(getattr(m, "func", None), "columns", None) is not self)
 
 
 class _Value:

@@ -82,6 +82,8 @@ class Consistency(Callback):
 
         Raises `TaskError` where there is nothing to compare.
         """
+        if task.input == "sobel":
+            raise TaskError(f"{task.name} feeds its network with edges, consistency with images: take sobel=False.")
         if task.input:
             self._refuse(task, "shows the network the images as they are, if in other colors")
         self.n_rows = len(dls.train_ds)

@@ -32,6 +32,7 @@ class Clusters(nn.Module):
         self.n, self.dim, self.every = n, dim, every
         self.register_buffer("labels", torch.zeros(images, dtype=torch.long))
         self.register_buffer("made_at", torch.tensor(-1))  # the epoch they were made for; -1: not yet
+        self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("agreement", torch.tensor(0.0))  # with those before; 0 at first
 
     @torch.no_grad()
@@ -39,9 +40,10 @@ class Clusters(nn.Module):
         self,
         x: Tensor,  # (images, C), row i of training image i
         epoch: int,  # That they are made for
-        seed: int,  # Of k-means
-    ) -> None:
-        """Sort the training images anew. The same numbers and seed give the same groups: one thread does it."""
+    ) -> torch.Generator:  # What else is new for them is drawn from this
+        """Sort the training images anew. The same numbers, seed and epoch give the same groups: one thread does it."""
+        draws = torch.Generator().manual_seed(int(self.seed) + epoch)
+        seed = int(torch.randint(2**31, (), generator=draws))
         x = F.normalize((x - x.mean(0)) @ whitening(x, self.dim), dim=1)
         means = KMeans(self.n, init="random", n_init=1, max_iter=ROUNDS, tol=0.0, random_state=seed)
         with threadpool_limits(1), warnings.catch_warnings():
@@ -50,6 +52,7 @@ class Clusters(nn.Module):
         self.agreement.fill_(normalized_mutual_info_score(self.labels.cpu().numpy(), labels))
         self.labels.copy_(torch.as_tensor(labels))
         self.made_at.fill_(epoch)
+        return draws
 
     def outlived(self, epoch: int) -> bool:
         """Whether there are none yet that are good for this epoch."""

@@ -43,7 +43,7 @@ class Encoder(nn.Module):
       `timm.create_model(arch, **kwargs)`; with 'split timm' and so on, each half of a `SplitBody`
     - `in_chans`, `num_features`: channels that enter, features that come out (measured)
     - `size`: image size it was or will be trained at, in pixels; `fixed_size`: the only size the body takes, or None
-    - `input`: what the channels are: 'rgb', 'grey', 'other', or 'L', 'ab', 'lab' (see `encoders.inputs`)
+    - `input`: what the channels are: 'rgb', 'grey', 'other', or 'L', 'ab', 'lab', 'sobel' (see `encoders.inputs`)
     - `mean`, `std`: of the training images, on the [0, 1] scale, one number per channel; None until measured
     - `lineage`: the rounds of training so far, oldest first; weights that somebody published are the first
     - `layer_names`: the layers that `feature_maps` can give, shallow to deep
@@ -136,8 +136,8 @@ class Encoder(nn.Module):
     def prepare(self, x: Tensor) -> Tensor:
         """Images `(B, 1 or 3, H, W)`, float in [0, 1], to what the network was trained on.
 
-        Channels are matched (luma of color images, copies of gray ones) and, for a network that eats lightness or
-        Lab, turned into it; then `mean` and `std` are taken out; while those are not known the values stay as they
+        Channels are matched (luma of color images, copies of gray ones) and, for a network that eats lightness, Lab
+        or edges, turned into it; then `mean` and `std` are taken out; while those are not known the values stay as they
         are. Raises `TaskError` for other channels and for integer pixels.
         """
         if x.ndim != 4 or not x.is_floating_point():

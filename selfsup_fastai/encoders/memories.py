@@ -173,7 +173,9 @@ class NoiseTargets(Memory):
         z = gathered(z.detach()).to(self.codes.dtype)
         total = self.codes.new_zeros(len(batch), z.shape[1]).index_add_(0, rows, z)
         places = self.places[batch]
-        _, best = linear_sum_assignment((total @ self.codes[places].T).cpu().numpy(), maximize=True)
+        with torch.autocast(z.device.type, enabled=False):
+            scores = total @ self.codes[places].T
+        _, best = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
         places = places[torch.as_tensor(best, device=places.device)]
         self.note(batch, places)
         return self.codes[places[torch.searchsorted(batch, idx)]]

@@ -104,7 +104,8 @@ class JointTask(PretextTask):
 
     def setup(self, dls, encoder):
         if dls.train.bs is not None and dls.train.bs < 2:
-            raise TaskError(f"{self.name} compares images of a batch: it needs a batch size of 2 or more, not 1.")
+            why = "compares images of a batch" if self.tells_apart else "has batch norms, which see a batch as a whole"
+            raise TaskError(f"{self.name} {why}: it needs a batch size of 2 or more, not 1.")
         for dl in dls.loaders[1:]:
             if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")

@@ -123,7 +123,7 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     with preserved_rng():
         height, width = plain.train.new(shuffle=False, num_workers=0).one_batch()[0].shape[-2:]
     side = min(height, width)
-    channels = kept.image_channels if kept else n_in or n_in_of(plain)
+    channels = _channels_for(kept, plain) if kept else n_in or n_in_of(plain)
     if kept:
         _say_fitted(kept, plain, task)
     task.check_shape((1, channels, height, width))  # now, not in the middle of the first epoch
@@ -140,9 +140,14 @@ def _prepare(plain: DataLoaders, source: object, n_in: int | None, pretrained: b
     return encoder, plain, measured
 
 
+def _channels_for(encoder: Encoder, plain: DataLoaders) -> int:
+    """Of images as they are opened for an encoder that exists. Edges are made of grey and color images alike."""
+    return n_in_of(plain) if encoder.input == "sobel" else encoder.image_channels
+
+
 def _say_fitted(encoder: Encoder, plain: DataLoaders, task: PretextTask) -> None:
     """Says how images are changed for an encoder that exists. Raises `TaskError` where the task suits them, not it."""
-    has, takes = n_in_of(plain), encoder.image_channels
+    has, takes = n_in_of(plain), _channels_for(encoder, plain)
     kind = "grey" if takes == 1 else "color"
     if takes not in task.channels and has in task.channels:
         fix = "Start with a new net (arch=), or choose another task."
@@ -260,7 +265,7 @@ class PretextLearner(Learner):
 
     def predict(self, item, **_) -> Answer:
         """The question for one image (path, array or PIL image), drawn as in validation, and the network's answer."""
-        source = TfmdLists([item], OpenImage(self.encoder.image_channels), split_idx=1, do_setup=False)
+        source = TfmdLists([item], OpenImage(n_in_of(self.dls)), split_idx=1, do_setup=False)
         dl = self.dls.valid.new(Datasets(tls=L([source])), bs=1, n=1, shuffle=False, drop_last=False, num_workers=0)
         b = dl.one_batch()
         pred, _, decoded = self.get_preds(dl=[b], with_decoded=True)

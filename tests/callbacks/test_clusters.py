@@ -1,14 +1,19 @@
 """When clusters are made anew, of what, and how often an epoch then draws each image."""
 
 from collections import Counter
+from functools import partial
 from random import Random
 
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.optimizer import OptimWrapper
 
+from selfsup_fastai.callbacks import clusters as module
 from selfsup_fastai.callbacks.clusters import EqualShares
+from selfsup_fastai.callbacks.collapse import Signals
 from selfsup_fastai.encoders.clusters import Clusters
+from selfsup_fastai.errors import TaskError
 from selfsup_fastai.features import embed
 from tests.pretext.small_runs import learner
 
@@ -19,12 +24,14 @@ class Watch(Callback):
     order = 70  # after clusters are made
 
     def __init__(self):
-        self.labels, self.heads, self.states, self.drawn = [], [], [], []
+        self.labels, self.heads, self.states, self.decays, self.drawn = [], [], [], [], []
 
     def before_train(self):
         self.labels.append(self.model.clusters.labels.clone())
         self.heads.append(self.model.head[1].weight.detach().clone())
-        self.states.append([bool(self.opt.state[p]) for p in self.model.head.parameters() if p in self.opt.state])
+        states = [self.opt.state[p] for p in self.model.head.parameters() if p in self.opt.state]
+        self.states.append(["step" in state for state in states])
+        self.decays.append([state.get("do_wd", True) for state in states])
 
     def before_batch(self):
         if self.training:
@@ -59,6 +66,7 @@ def test_clusters_and_head_are_made_anew_when_it_is_time(every):
         assert len(watch.states[i]) == 2 and all(known is not anew for known in watch.states[i])
         assert anew or torch.equal(watch.labels[i], watch.labels[i - 1])
         assert not anew or 0.005 < watch.heads[i].std() < 0.015
+        assert watch.decays[i] == [True, False]  # no decay of the bias, as fastai has it
     assert learn.model.clusters.made_at == (3 if every == 1 else 2)
     assert learn.task.passes == 1 + 1 / every
 
@@ -66,10 +74,8 @@ def test_clusters_and_head_are_made_anew_when_it_is_time(every):
 def test_they_are_those_of_the_images_without_augmentation():
     learn, watch = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5), Watch()
     x, again = embed(learn.encoder, learn.dls.train.plain).x, Clusters(80, 5, 8)
-    torch.manual_seed(3)
-    seed = int(torch.randint(2**31, ()))
-    again.renew(x, epoch=0, seed=seed)
-    torch.manual_seed(3)
+    again.seed.copy_(learn.model.clusters.seed)
+    again.renew(x, epoch=0)
     with learn.no_logging():
         learn.fit(1, 1e-2, cbs=watch)
     assert torch.equal(watch.labels[0], again.labels) and again.n_used == 5
@@ -111,6 +117,47 @@ def test_the_same_seed_gives_the_same_run():
         assert torch.equal(a, b)
 
 
+def test_what_torchs_optimizers_remember_of_the_head_is_forgotten_too():
+    class Steps(Callback):
+        order = 70
+
+        def __init__(self):
+            self.seen = []
+
+        def before_train(self):
+            state = self.opt.opt.state
+            self.seen.append([p in state for p in (self.model.head[1].weight, self.model.encoder.body[0].weight)])
+
+    opt, steps = partial(OptimWrapper, opt=torch.optim.Adam), Steps()
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5, every=1, opt_func=opt)
+    with learn.no_logging():
+        learn.fit(2, 1e-3, cbs=steps)
+    assert steps.seen == [[False, False], [False, True]]
+
+
+def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
+    once = ["epoch", "train_loss", "valid_loss", "accuracy", "nmi", "clusters", *Signals.names, "time"]
+    with learn.no_logging():
+        for _ in range(2):
+            learn.fit(1, 1e-2, cbs=Signals(16))
+            assert sorted(learn.recorder.metric_names) == sorted(once)
+    assert len(learn.validate()) == 4
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "n_processes", lambda: 2)
+    with pytest.raises(TaskError, match="deep_cluster sorts all images in one process; these are 2"):
+        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5).fit(1)
+
+
+def test_a_net_that_has_diverged_is_named():
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
+    torch.nn.init.constant_(learn.encoder.body[0].weight, torch.nan)
+    with pytest.raises(TaskError, match="the encoder has diverged"):
+        learn.fit(1)
+
+
 def test_the_learning_rate_finder_asks_for_clusters_too():
     learn, watch = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5), Watch()
     learn.add_cb(watch)
@@ -132,4 +179,5 @@ def test_a_fit_that_was_broken_off_leaves_a_loader_that_goes_on():
     learn.remove_cb(Stop)
     with learn.no_logging():
         learn.fit(1, 1e-2)
+    assert learn.recorder.metric_names.count("nmi") == 1
     assert sorted(learn.dls.train.get_idxs()) == list(range(80))

@@ -115,11 +115,11 @@ def records(learn) -> list:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("step", [1, 4, 6])  # 4 steps an epoch
-def test_a_killed_run_ends_as_if_nothing_had_happened(task, step, tmp_path):
+@pytest.mark.parametrize("step, every", [(1, 0), (4, 0), (6, 0), (6, 1e9)])  # 4 steps an epoch; from its beginning
+def test_a_killed_run_ends_as_if_nothing_had_happened(task, step, every, tmp_path):
     whole = fit(learner(task=task), [MetricsFile(tmp_path / "whole.csv")])
     with pytest.raises(Killed):
-        fit(learner(task=task), [Resume(tmp_path / "state", 0), killer(step), MetricsFile(tmp_path / "again.csv")])
+        fit(learner(task=task), [Resume(tmp_path / "state", every), killer(step), MetricsFile(tmp_path / "again.csv")])
     torch.rand(7)  # generators are somewhere else in the new process
     again = fit(learner(task=task), [Resume(tmp_path / "state", 0), MetricsFile(tmp_path / "again.csv")])
     assert same(whole, again) and records(whole) == records(again)

@@ -66,7 +66,7 @@ def test_one_cluster_for_a_hundred_images_and_clusters_for_thirty_steps(capsys):
     dls = type("Loaders", (), {"train_ds": range(5_000), "loaders": [], "train": train})
     task.views = "photo"  # else the images would be looked at
     task.setup(dls, learn.encoder)
-    assert (task.n_clusters, task.n_epochs, task.passes) == (50, 1, 2)
+    assert (task.n_clusters, task.lasts, task.passes) == (50, 1, 2)
 
 
 def test_more_clusters_than_images_are_refused():

@@ -8,9 +8,11 @@ import torch
 from fastai.callback.core import Callback
 from torch.nn import functional as F
 
+from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.memories import NoiseTargets
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
+from selfsup_fastai.pretext.learner import pretext_learner
 from tests.pretext.small_runs import MILD, learner, pictures, seeded
 
 
@@ -54,6 +56,34 @@ def test_an_exchange_is_kept_after_the_step_and_stays_a_permutation():
     again = targets()
     again.load_state_dict(held.state_dict())
     assert torch.equal(again(idx), found)
+
+
+def test_half_precision_deals_as_full_precision_does():
+    held, idx, z = targets(), torch.tensor([7, 2, 0, 5]), units(4).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = held.exchanged(z, idx)
+    assert torch.equal(half, held.exchanged(z, idx))
+
+
+def test_edges_cannot_be_combined_with_other_tasks_and_images_can():
+    with pytest.raises(TaskError, match=r"nat cannot be combined .* with sobel=False it can"):
+        get_task(["nat", "rotation"])
+    assert get_task(["nat", "rotation"], nat={"sobel": False}).accumulates is False
+
+
+def test_grey_images_keep_the_views_of_scans_in_a_second_round_and_when_asked_about(tmp_path, capsys):
+    grey = pictures(24).mean(-1).astype(np.uint8)
+    dls = UnlabeledDataLoaders.from_array(grey, size=None, bs=6, num_workers=0)
+    first = pretext_learner(dls, "nat", "resnet10t", dim=8)
+    assert "grey images get views for scans" in capsys.readouterr().err
+    second = pretext_learner(dls, "nat", encoder=first.encoder, dim=8)
+    said = capsys.readouterr().err
+    assert "grey images get views for scans" in said and "repeated" not in said
+    seen = []
+    second.task.recipe = lambda view, channels, side: (seen.append(channels), get_task("nat").recipe(view, 1, side))[1]
+    second.dls.valid.transform.task.recipe = second.task.recipe
+    second.predict(grey[0])
+    assert set(seen) == {1}
 
 
 def test_an_image_that_comes_twice_has_one_code():

@@ -41,8 +41,8 @@ class DeepCluster(JointTask):
     In: one view of each image, (B, 1, C, H, W): crop of 8-100 % of the area, flip; with `sobel` its edges, C = 2; in
     validation the whole center square beside it, (B, 2, C, H, W); and its place in the training set, (B,). Target: the
     row in the batch, (B,), which nobody asks for. Prediction: logits, (B, K), and the clusters, (B,). Loss:
-    cross-entropy. Columns: `nmi`, how much of the clusters stays as it was in the epoch before (normalized mutual
-    information, 1: all, at first 0), and `clusters`, how many are not empty.
+    cross-entropy. Columns: `nmi`, how much of the clusters is as it was before they were last made (normalized
+    mutual information, 1: all, at first 0), and `clusters`, how many are not empty.
 
     Images that are not for training were not sorted: in validation and for `predict` an image is in the cluster that
     the network names for the whole of it, and accuracy is the share of crops for which it names the same.
@@ -97,18 +97,18 @@ class DeepCluster(JointTask):
         self.clusters, self.every, self.dim, self.sobel, self.views = clusters, every, dim, sobel, views
         self.input = "sobel" if sobel else None
         self.n_images, self.n_dim = 1, dim
-        self.n_clusters, self.n_epochs = clusters or LEAST, every or 1  # these four are known after `setup`
+        self.n_clusters, self.lasts = clusters or LEAST, every or 1  # these four are known after `setup`
 
     def setup(self, dls, encoder):
         super().setup(dls, encoder)
         self.n_images = len(dls.train_ds)
         self.n_dim = min(self.dim, max(2, self.n_images // TO_A_DIRECTION))
         if self.clusters is None:
-            self.n_clusters = min(MOST, max(LEAST, self.n_images // TO_A_CLUSTER))
+            self.n_clusters = min(MOST, self.n_images, max(LEAST, self.n_images // TO_A_CLUSTER))
         if self.every is None:
-            self.n_epochs = -(-STEPS // max(1, len(dls.train)))  # rounded up
-        self.passes = 1 + 1 / self.n_epochs
-        when = "each epoch" if self.n_epochs == 1 else f"every {self.n_epochs} epochs"
+            self.lasts = -(-STEPS // max(1, len(dls.train)))  # rounded up
+        self.passes = 1 + 1 / self.lasts
+        when = "each epoch" if self.lasts == 1 else f"every {self.lasts} epochs"
         say(f"deep_cluster: {self.n_clusters:,} clusters for {self.n_images:,} images, anew {when}.")
         if self.n_clusters > self.n_images:
             raise TaskError(
@@ -123,7 +123,7 @@ class DeepCluster(JointTask):
         return (views, idx), (torch.arange(len(x), device=x.device),)
 
     def model(self, encoder):
-        return ClusterNet(encoder, Clusters(self.n_images, self.n_clusters, self.n_dim, self.n_epochs))
+        return ClusterNet(encoder, Clusters(self.n_images, self.n_clusters, self.n_dim, self.lasts))
 
     def loss(self, pred, target, reduction="mean"):
         return class_loss(*pred, reduction)

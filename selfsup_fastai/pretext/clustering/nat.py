@@ -68,6 +68,7 @@ class NAT(JointTask):
         self.check_views(views)
         self.dim, self.every, self.sobel, self.centered, self.views = dim, every, sobel, centered, views
         self.input = "sobel" if sobel else None
+        self.alone = "it feeds the network with edges; with sobel=False it can." if sobel else ""
         self.n_codes = 1  # known after setup
 
     def setup(self, dls, encoder):
