@@ -23,6 +23,8 @@ from tests.conftest import write_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", *(f"docs/tasks/{name}.md" for name in TASKS)]
+AT_ONCE = ("rotation", "inpainting", "simclr", "mae", "nat")  # a page of each kind; those of all tasks take minutes
+OF_TASKS = [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
 SMALLER = [  # So that nobody waits; the rest of each block is what the reader reads
     (r"size=128", "size=40"),
     (r"Resize\(128\)", "Resize(40)"),
@@ -230,7 +232,7 @@ def test_guide_python(workplace):
     assert list(names["learn"].fine_tune_log["epoch"]) == [0, 1]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", OF_TASKS)
 def test_task_page_python(workplace, name):
     names = run_python(f"docs/tasks/{name}.md")
     assert names["read_card"](f"{name}.safetensors")["task"] == name
@@ -256,7 +258,7 @@ def test_commands(workplace, monkeypatch, capsys, page):
     shutil.rmtree("runs")
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", OF_TASKS)
 def test_task_page_command(workplace, monkeypatch, name):
     (line,) = [block.strip() for block in blocks(f"docs/tasks/{name}.md", "bash")]
     arch = "--arch resnet10t" if task_class(name).arch == "resnet18" else ""
