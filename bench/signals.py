@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for what is found")
     parser.add_argument("--docs", type=Path, help="page to put the table in")
     parser.add_argument(
-        "--tasks", nargs="+", default=["rotation", "jigsaw", "inpainting", "simclr", "simsiam", "vicreg"]
+        "--tasks", nargs="+", default=["rotation", "inpainting", "colorization", "simclr", "simsiam", "vicreg"]
     )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--images", type=int, default=2_000, help="to pretrain on")

@@ -42,9 +42,10 @@ class Signals(Columns):
     - `alignment`: how far apart an image and a view of it are, 0 to 4 (Wang & Isola 2020)
     - `uniformity`: how evenly embeddings lie on the sphere, -8 (evenly) to 0 (all alike) (the same)
 
-    None of them is a quality by itself; compare epochs of one run, or runs of one task and network. fastai's callbacks
-    take them like any column: `SaveModelCallback(monitor='rank', comp=np.greater)`. Costs two passes of `n` images an
-    epoch, without gradients.
+    None of them is a quality by itself; compare epochs of one run, or runs of one task and network. To choose an epoch
+    the validation loss is the better guide (bench/signals.py): features of random weights have a high rank, which falls
+    before it rises. fastai's callbacks take them like any column. Costs two passes of `n` images an epoch, without
+    gradients.
     """
 
     names = tuple(SIGNALS)
