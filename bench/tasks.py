@@ -179,7 +179,7 @@ def untrained_result(encoder: Encoder, seed: int, data: Data, args: argparse.Nam
 def write(file: Path, found: dict) -> None:
     """A file that is either there with everything in it or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")  # runs beside this one may write the same
     part.write_text(json.dumps(found))
     os.replace(part, file)
 
