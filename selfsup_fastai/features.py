@@ -251,6 +251,7 @@ def _classes(y: Tensor | None) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
+    """The same embeddings. Raises `TaskError` if one of their numbers is NaN or infinite."""
     if not torch.isfinite(x).all():
         raise TaskError("The embeddings hold NaN or infinite numbers: the encoder has diverged. Train at a lower rate.")
     return x

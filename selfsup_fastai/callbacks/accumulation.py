@@ -26,7 +26,7 @@ class RefuseAccumulation(Callback):
         self._check()
 
     def _check(self) -> None:
-        bs = self.dls.train.bs
+        bs = self.dls.train.bs or 1
         accumulating = [cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation) and cb.n_acc > bs]
         whole = [task.name for task in _tasks(self.learn.task) if not task.accumulates]
         if accumulating and whole:

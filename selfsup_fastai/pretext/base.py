@@ -39,9 +39,7 @@ class PretextTask(ABC):
     normalized: ClassVar[tuple[bool, ...]] = (True,)  # Per input: an image of the data's channels, for Normalize?
     channels: ClassVar[tuple[int, ...]] = (1, 3)  # Of images that the task can work with
     instead: ClassVar[str] = ""  # Said to people whose images have other channels: which tasks to take
-    input: str | None = (
-        None  # What the encoder is fed with: 'L', 'ab', 'lab', 'sobel' (`encoders.inputs`); None: the images
-    )
+    input: str | None = None  # What the encoder is fed with: a kind of `encoders.inputs`; None: the images
     split: bool = False  # Whether the encoder is two nets of half the width, for lightness and for color
     arch: ClassVar[str] = "resnet18"  # The network when nothing is said
     of_color: ClassVar[tuple[str, ...]] = ()  # Settings that change nothing in grey images

@@ -188,3 +188,16 @@ def test_a_step_has_the_mean_gradient_of_its_batches(task, weights, consistency)
     assert len(each) == 6 and len(accumulated) == 3
     torch.testing.assert_close(accumulated, each.unflatten(0, (3, 2)).mean(1), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(recorded, losses)
+
+
+def test_batches_that_are_large_enough_by_themselves_are_not_refused():
+    learn = learner("simclr", loaders(pictures(32), bs=8), cbs=GradientAccumulation(8))  # a step each batch
+    learn.fit(1, 1e-2)
+    assert learn.epochs_done == 1
+    with pytest.raises(TaskError, match="with simclr,"):
+        learner("simclr", loaders(pictures(32), bs=8), cbs=GradientAccumulation(9)).fit(1)
+
+
+def test_consistency_of_a_network_that_sees_edges_is_refused_with_what_to_do():
+    with pytest.raises(TaskError, match=r"nat feeds its network with edges.* take sobel=False"):
+        learner(get_task("nat"), consistency=0.5)
