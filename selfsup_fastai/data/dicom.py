@@ -1,0 +1,93 @@
+"""The one door to pydicom: DICOM files opened without trust.
+
+Light on purpose, as `opening` is: no torch, no fastai. Nothing here quotes what a file contains: names, ids and UIDs
+stand in DICOM headers, and pydicom's own warnings and errors repeat them.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
+
+from selfsup_fastai.data.reasons import bad
+
+__all__ = ["looks_like_dicom", "open_dataset", "quiet_pydicom"]
+
+PREAMBLE = 132
+"""Bytes of a file that tell what it is: 128 of anything, then 'DICM'."""
+
+_BY_NATURE = {  # (implicit, little endian) as pydicom found the elements to be
+    (True, True): ImplicitVRLittleEndian,
+    (False, True): ExplicitVRLittleEndian,
+    (False, False): ExplicitVRBigEndian,
+}
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether the first bytes (at least 132) of a file may be those of DICOM, with its preamble or without."""
+    if head[128:PREAMBLE] == b"DICM":
+        return True
+    group, element = head[:2], head[2:4]
+    little = group in (b"\x02\x00", b"\x08\x00") and element[1:] == b"\x00"
+    big = group in (b"\x00\x02", b"\x00\x08") and element[:1] == b"\x00"
+    return len(head) >= 8 and (little or big)
+
+
+def open_dataset(
+    source: str | os.PathLike | BinaryIO,  # A path, or a binary file that can be sought in
+    pixels: bool = False,  # Read on through the pixel data; else stop before it
+    tags: Sequence[str] | None = None,  # Keywords of the elements to read; None: all of them
+) -> Dataset:
+    """A file's elements. Files without preamble or file meta information are read, too, if they make sense.
+
+    Raises `BadImage`: 'not_dicom' where it is something else, 'dicomdir' for the table of contents of a medium.
+    """
+    with quiet_pydicom():
+        dataset = _read(source, pixels, tags)
+    meta = dataset.file_meta
+    if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage or "DirectoryRecordSequence" in dataset:
+        raise bad("dicomdir")
+    if "TransferSyntaxUID" not in meta:
+        meta.TransferSyntaxUID = _BY_NATURE.get(dataset.original_encoding, ImplicitVRLittleEndian)
+    return dataset
+
+
+def _read(source, pixels: bool, tags: Sequence[str] | None) -> Dataset:
+    wanted = None if tags is None else [*tags, "SOPClassUID", "Rows", "DirectoryRecordSequence"]
+    options = {"stop_before_pixels": not pixels, "specific_tags": wanted}
+    try:
+        return pydicom.dcmread(source, **options)
+    except InvalidDicomError:
+        pass  # no preamble: what it is must show
+    if hasattr(source, "seek"):
+        source.seek(0)
+    dataset = pydicom.dcmread(source, force=True, **options)
+    if "SOPClassUID" not in dataset and "Rows" not in dataset:  # `force` takes any text for DICOM
+        raise bad("not_dicom")
+    return dataset
+
+
+@contextmanager
+def quiet_pydicom() -> Iterator[None]:
+    """Nothing that pydicom warns of or logs gets out: it quotes the values that it cannot make sense of."""
+    logger = logging.getLogger("pydicom")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled
