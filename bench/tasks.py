@@ -223,6 +223,7 @@ def report(by_task: dict[str, list[dict]], speeds: dict[str, float | None]) -> l
     for task, runs in by_task.items():
         names = tuple(runs[0]["layers"])
         fed = "" if runs[0]["input"] in ("rgb", "grey") else f", fed with {runs[0]['input']}"
+        fed += f", {task}'s net" if "vit" in runs[0]["arch"] else ""  # tasks build transformers of their own
         shown = {f"untrained{fed}": [run["random"] for run in runs], task: runs}
         for name, found in shown.items():
             accuracies = {layer: spread([run["layers"][layer] for run in found]) for layer in names}
