@@ -50,6 +50,9 @@ CacheOption = Annotated[
     Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
 ]
 MaxGbOption = Annotated[float, typer.Option(min=0.001, help="Size of all pixels that are kept on disk.")]
+PathsOption = Annotated[
+    bool, typer.Option("--paths", help="Write names of DICOM files into tables, too: they may identify patients.")
+]
 WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that open images where no pixels are kept.", show_default="by the work")
 ]
@@ -135,6 +138,14 @@ def pretrain(
     bs: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 64,
     valid_pct: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the images to validate with.")] = 0.1,
     n_in: Annotated[int | None, typer.Option(help="Channels: 1 or 3.", show_default="1 if all images are grey")] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Of DICOM files: lung, file, full, 1500,-600 (width,center).", show_default="by modality"),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        typer.Option(help="Who validates: patient or random.", show_default="patient where files are DICOM"),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,6 +155,7 @@ def pretrain(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's run that was stopped or killed, if any.")
@@ -159,7 +171,8 @@ def pretrain(
 
     out = out or (resume and _unfinished(Path("runs"), task)) or _free(Path("runs") / task)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
-    data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume)
+    data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume, paths=paths)
+    data |= dict(window=_window(window), split_by=split_by)
     runs.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     typer.echo(out / "encoder.safetensors")
 
@@ -193,6 +206,7 @@ def finetune(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
@@ -200,7 +214,7 @@ def finetune(
     from selfsup_fastai import runs
 
     out = out or _free(Path("runs/finetune"))
-    data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb)
+    data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb, paths=paths)
     runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, **data)
     typer.echo(out)
 
@@ -288,6 +302,12 @@ def _settings(texts: list[str]) -> dict:
             place = place.setdefault(part, {})
         place[name] = value
     return settings
+
+
+def _window(text: str | None) -> str | list | None:
+    """A name, or width and center: '1500,-600' -> [1500, -600]."""
+    parts = [_number(part) for part in (text or "").split(",")]
+    return text if any(isinstance(part, str) for part in parts) else parts
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -62,6 +62,7 @@ def pretrain(
     settings: dict | None = None,  # Of the task
     overwrite: bool = False,  # Replace what an earlier run left in `out`
     resume: bool = False,  # Go on with the run of these arguments that was stopped or killed in `out`
+    paths: bool = False,  # Write names of DICOM files, too: they may identify patients
     **data,  # Arguments of `UnlabeledDataLoaders.from_folder`
 ) -> PretextLearner:
     """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner.
@@ -86,7 +87,7 @@ def pretrain(
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
     if not goes_on:
         state.clear()
-    out = _run_folder(out, learn, dls.report, {**args, "seed": seed, **data})
+    out = _run_folder(out, learn, dls.report, {**args, "seed": seed, **data}, paths)
     learn.show_batch()
     save_picture(out / "batch.png")
     chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
@@ -116,6 +117,7 @@ def finetune(
     overwrite: bool = False,  # Replace what an earlier run left in `out`
     cache: bool | str = True,  # Where decoded pixels are kept, as in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
+    paths: bool = False,  # Write names of DICOM files, too: they may identify patients
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
     check_count("epochs", epochs, 1)
@@ -134,12 +136,12 @@ def finetune(
     dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
     args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
-    out = _run_folder(out, learn, report, {**args, "size": side, "classes": len(dls.vocab)})
+    out = _run_folder(out, learn, report, {**args, "size": side, "classes": len(dls.vocab)}, paths)
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with _finished(learn, out, 1 / len(dls.vocab)):
         _fit(learn, epochs, lr, gradual, fresh, MetricsFile(out / "metrics.csv"))
-    _write_predictions(learn, table, out)
+    _write_predictions(learn, table, out, paths)
     learn.export("learner.pkl")
     return learn
 
@@ -177,7 +179,7 @@ def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> N
         )
 
 
-def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict) -> Path:
+def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict, paths: bool) -> Path:
     """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
     out = Path(out)
     try:
@@ -195,8 +197,15 @@ def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings:
     packages = {"fastai": fastai, "timm": timm, "torch": torch}
     settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
     (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    report.to_csv(out / "left_out.csv", index=False, errors="surrogateescape")  # file names may be no text
+    _write_table(report, out / "left_out.csv", paths)
     return out
+
+
+def _write_table(table: pd.DataFrame, file: Path, paths: bool) -> None:
+    """As CSV. Names of files stay out where some are DICOM, unless they are asked for: they may name patients."""
+    if table.attrs.get("private") and not paths:
+        table = table.drop(columns="file")
+    table.to_csv(file, index=False, errors="surrogateescape")  # file names may be no text
 
 
 @contextmanager
@@ -232,7 +241,7 @@ def _show_labeled(learn: DownstreamLearner) -> None:
         draw(ax, image, str(learn.dls.vocab[int(label)]))
 
 
-def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path) -> None:
+def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path, paths: bool) -> None:
     """predictions.csv and confusion.png of the validation images."""
     with learn.no_bar():
         probabilities, truth = learn.get_preds()
@@ -240,9 +249,7 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path)
     vocab = list(learn.dls.vocab)
     rows = table[table["is_valid"]].reset_index(drop=True)
     rows = rows.assign(predicted=[vocab[i] for i in named], probability=probabilities.max(1).values.numpy())
-    rows.drop(columns=["is_valid", "channels", "pixels"]).to_csv(
-        out / "predictions.csv", index=False, errors="surrogateescape"
-    )
+    _write_table(rows.drop(columns=["is_valid", "channels", "pixels", "source"]), out / "predictions.csv", paths)
     counts = pd.crosstab(rows["label"], rows["predicted"]).reindex(index=vocab, columns=vocab, fill_value=0)
     _plot_confusion(counts)
     save_picture(out / "confusion.png")

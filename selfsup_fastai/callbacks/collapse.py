@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.columns import Columns
-from selfsup_fastai.data.loader import IndexedDL, derive_loaders
-from selfsup_fastai.data.recipes import SIMCLR, adapted
+from selfsup_fastai.data.loader import IndexedDL, are_scans, derive_loaders
+from selfsup_fastai.data.recipes import SIMCLR, adapted, for_scans
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.features import alignment, effective_rank, embed, feature_std, uniformity
@@ -68,7 +68,7 @@ class Signals(Columns):
 
     def look(self, encoder: nn.Module) -> dict[str, float]:
         """The four numbers of an encoder as it is now; once a run has begun."""
-        pairs = _Pairs(encoder, self.views)
+        pairs = _Pairs(encoder, for_scans(self.views) if are_scans(self.dls) else self.views)
         both = torch.cat([embed(pairs, part).x for part in self.parts])
         x, y = both.chunk(2, 1)
         return {

@@ -47,6 +47,7 @@ class OpenImage(Transform):
     is applied, grey stays grey. A function is called for what is to be opened.
     """
 
+    are_scans = False  # Whether the images are scans, whose channels are no colors even where there are three
     input_types = (os.PathLike, str, bytes, np.ndarray, Image.Image, Callable)  # what `dls.test_dl` may be given
 
     def __init__(

@@ -175,15 +175,17 @@ class PixelCache:
     def key(self, item: Any) -> bytes | None:
         """The name of an image: a keyed hash of a file's path, size and time of change, or of an array's contents.
 
-        An object with an `identity` (bytes) is known by that. None for what has no identity, or a file that is missing.
+        An object with an `identity` (bytes) is known by that; a path with one (a frame of a file) by both. None for
+        what has no identity, or a file that is missing.
         """
         if isinstance(item, (str, os.PathLike)):
             try:
                 info = os.stat(item)
             except OSError:
                 return None
-            path = os.fsencode(os.path.abspath(item))
-            return self._hash(b"file", path, str((info.st_size, info.st_mtime_ns)).encode())
+            path, within = os.fsencode(os.path.abspath(item)), getattr(item, "identity", None)
+            parts = [path, str((info.st_size, info.st_mtime_ns)).encode()]
+            return self._hash(b"file", *parts, *([] if within is None else [within]))
         if isinstance(item, np.ndarray):
             return self._hash(b"array", str((item.shape, item.dtype.str)).encode(), np.ascontiguousarray(item).data)
         identity = getattr(item, "identity", None)

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from selfsup_fastai.data.opening import REASONS, BadImage, Facts, decode, describe
+from selfsup_fastai.data.opening import Facts, answer
+from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 
@@ -122,9 +123,9 @@ def check_files(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Decode every file once, in child processes with limits: (what can be used, what cannot and why).
 
-    The first frame has the columns file (Path), width, height, mode, format, frames, channels, bits, max (see
-    `opening.describe`), the second file, code (a key of `opening.REASONS`), message. Both keep the order of
-    `paths`; the index of the first is the place in it.
+    The first frame has the columns file (as given: a Path or `DicomImage`), width, height, mode, format, frames,
+    channels, bits, max (see `opening.describe`), the second file, code (a key of `opening.REASONS`), message. Both keep
+    the order of `paths`; the index of the first is the place in it.
     A file that hangs, crashes its process or asks for more than 2 GiB gets a line in the report, and the next one its
     turn. The second frame's `attrs["checked"]` is the number of files tried, for `summary`.
     """
@@ -135,7 +136,7 @@ def check_files(
     new = [i for i, facts in enumerate(found) if facts is None]
     if new:
         crew = _Crew([(i, files[i]) for i in new], n_workers or _default_workers(len(new)), timeout, keeper, min_side)
-        _check_all(files, found, crew, keeper)
+        _all_done(crew, found, "Checking images" if keeper is None else "Decoding images")
     good = [i for i, facts in enumerate(found) if "code" not in facts]
     ok = {"file": [files[i] for i in good]} | {name: [found[i][name] for i in good] for name in OK_COLUMNS[1:]}
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
@@ -152,7 +153,7 @@ def as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
     wrong = next((type(file).__name__ for file in files if not isinstance(file, (str, os.PathLike))), None)
     if wrong:
         raise DataError(f"Expected a list of paths (str or Path); got one with {wrong} in it.")
-    return [Path(file) for file in files]
+    return [file if hasattr(file, "settings") else Path(file) for file in files]  # a `DicomImage` is a path, too
 
 
 def _default_workers(n_files: int) -> int:
@@ -160,16 +161,31 @@ def _default_workers(n_files: int) -> int:
     return max(1, min(8, usable, n_files // _FILES_PER_WORKER))
 
 
-def _check_all(files: list[Path], found: list[Facts | None], crew: "_Crew", keeper: Keeper | None) -> None:
+def measure_files(
+    frames: Sequence[os.PathLike],  # `DicomImage`s
+    n_workers: int | None = None,  # As in `check_files`
+    timeout: float = 20.0,
+) -> list[np.ndarray | None]:
+    """Quantiles of the values of each frame outside of its padding (`quantiles_of`), from child processes with limits;
+    None for one that cannot be read."""
+    found: list[Facts | None] = [None] * len(frames)
+    if len(frames):
+        crew = _Crew(
+            list(enumerate(frames)), n_workers or _default_workers(len(frames)), timeout, None, 128, "quantiles"
+        )
+        _all_done(crew, found, "Measuring series")
+    return [np.array(facts["quantiles"], np.float32) if "quantiles" in facts else None for facts in found]
+
+
+def _all_done(crew: "_Crew", found: list[Facts | None], what: str) -> None:
     """Fills in what is found of the files that the crew is to try."""
     notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
-    what = "Checking images" if keeper is None else "Decoding images"
     bar = tqdm(total=crew.n_jobs, desc=what, unit="file", delay=1, disable=False if notebook else None)
     with bar, crew:
         for _ in range(crew.n_jobs):
             i, found[i], array = crew.result()
-            if keeper:
-                keeper.keep(i, found[i], array)
+            if crew.keeper:
+                crew.keeper.keep(i, found[i], array)
             bar.update()
 
 
@@ -177,9 +193,15 @@ class _Crew:
     """Threads that take file after file to a child process each; leaving the block ends them all, whatever they do."""
 
     def __init__(
-        self, jobs: list[tuple[int, Path]], n_workers: int, timeout: float, keeper: Keeper | None, min_side: int
+        self,
+        jobs: list[tuple[int, Path]],
+        n_workers: int,
+        timeout: float,
+        keeper: Keeper | None,
+        min_side: int,
+        what: str = "image",  # What is wanted of each file: a key of `opening.ANSWERS`
     ):
-        self.keeper, self.min_side, self.n_jobs = keeper, min_side, len(jobs)
+        self.keeper, self.min_side, self.what, self.n_jobs = keeper, min_side, what, len(jobs)
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.done: queue.Queue = queue.Queue(maxsize=64)  # pixels wait here: no more than are soon taken
         for job in jobs:
@@ -223,20 +245,23 @@ class _Crew:
 
     def _check(self, child: "_Child", file: Path) -> tuple[Facts, np.ndarray | None]:
         size, n_in = (self.keeper.size, self.keeper.n_in) if self.keeper else (None, None)
+        asked = {"what": self.what, "size": size, "channels": n_in, "min_side": self.min_side}
         try:
-            return child.check(file, {"size": size, "n_in": n_in, "min_side": self.min_side})
+            return child.check(file, asked)
         except _NoChild:
-            return ({}, None) if child.ended else self._check_here(file, size, n_in)
+            return ({}, None) if child.ended else self._check_here(file, asked)
 
-    def _check_here(self, file: Path, size, n_in) -> tuple[Facts, np.ndarray | None]:
+    def _check_here(self, file: Path, asked: dict) -> tuple[Facts, np.ndarray | None]:
         with self.one_here:  # one at a time, as they have no limits here
             if not self.said:
                 self.said = True
                 say("Child processes cannot be started here: files are checked in this process, without a time limit.")
-            try:
-                return decode(file, size, n_in) if size else (describe(file, self.min_side), None)
-            except BadImage as err:
-                return {"code": err.code, "message": str(err)}, None
+            return answer(_request(file, asked))
+
+
+def _request(file: Path, asked: dict) -> dict:
+    """What a child is asked about a file; a `DicomImage` brings its settings."""
+    return {"path": os.path.abspath(file), **getattr(file, "settings", {}), **asked}
 
 
 class _NoChild(Exception):
@@ -258,7 +283,7 @@ class _Child:
 
     def check(self, file: Path, asked: dict) -> tuple[Facts, np.ndarray | None]:
         """What the process says of a file. Raises `_NoChild` where no process can be started."""
-        request = json.dumps({"path": os.path.abspath(file), **asked}).encode() + b"\n"
+        request = json.dumps(_request(file, asked)).encode() + b"\n"
         facts, pixels = self._ask(request)
         if facts.get("code") == "crashed":  # again in a fresh process: it may not have been this file's doing
             facts, pixels = self._ask(request)

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from PIL import Image
 from selfsup_fastai.data.albumentations import wrap_albumentations
 from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
 from selfsup_fastai.data.crops import crops, picture
-from selfsup_fastai.data.files import Keeper, as_paths, check_files, find_files, summary
+from selfsup_fastai.data.files import as_paths, find_files
 from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
-from selfsup_fastai.data.reasons import REASONS
+from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups_of
+from selfsup_fastai.data.usable import check_window, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
@@ -57,8 +59,13 @@ class UnlabeledDataLoaders(DataLoaders):
         device: str | torch.device | None = None,  # Of the batches; None: fastai's default
         cache: bool | str = True,  # Keep decoded pixels: True: on disk, 'ram', 'device': on the GPU, too; False: no
         max_gb: float = 20.0,  # Size of all that is kept on disk; older pixels give way
+        window=None,  # Of DICOM files, as for `read_dicom`; None: by modality
+        split_by: str | None = None,  # 'patient', 'random' or a column; None: by patient where there are DICOM files
     ) -> "UnlabeledDataLoaders":
         """Loaders over every image in a folder. Each file is tried first; `dls.report` lists what cannot be read.
+
+        DICOM files are images, too, each frame one of its own, with pixels as `read_dicom` makes them; a series of MR,
+        PT or NM gets one scale for all its slices. All images of a patient are on one side of the split.
 
         While it is tried, each image is decoded once and kept, resized, in the pixel cache (`$SELFSUP_CACHE`; see
         `selfsup cache ls`): later epochs and runs read no files. `item_tfms` see whole images, so with them, and with
@@ -66,7 +73,7 @@ class UnlabeledDataLoaders(DataLoaders):
         """
         settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
         settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
-        settings |= {"cache": cache, "max_gb": max_gb}
+        settings |= {"cache": cache, "max_gb": max_gb, "window": window, "split_by": split_by}
         _check_settings(**settings)
         files = find_files(path, recurse)
         if not files:
@@ -85,12 +92,20 @@ class UnlabeledDataLoaders(DataLoaders):
         if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
             fix = "For one folder use from_folder, for one image from_single_image."
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
-        files = as_paths(files)
+        return cls._from_table(pd.DataFrame({"file": as_paths(files)}), **kwargs)
+
+    @classmethod
+    def _from_table(cls, table: pd.DataFrame, **kwargs) -> "UnlabeledDataLoaders":
+        """Of the files in a table; `items_df` keeps its other columns."""
+        files, side = list(table["file"]), max(as_size(kwargs.get("size", 128)) or (128,))
         with _keeping(files, **kwargs) as kept:
-            ok, report = usable_files(files, kept, max(_as_size(kwargs.get("size", 128)) or (128,)))
+            info, report = usable_items(files, kept, side, kwargs.get("n_in"), kwargs.get("window"))
             if kept:
-                kept.fill(ok.index)  # what changed while it was read
-            return cls._from_items(list(ok["file"]), ok, report, kept, **kwargs)
+                kept.fill(info.index)  # what changed while it was read
+            more = table.drop(columns="file")
+            if len(more.columns):
+                info = with_columns(info, table)
+            return cls._from_items(list(info["source"]), info, report, kept, **kwargs)
 
     @classmethod
     def from_df(
@@ -110,7 +125,10 @@ class UnlabeledDataLoaders(DataLoaders):
         names = df.iloc[:, fn_col] if isinstance(fn_col, int) else df[fn_col]
         if names.isna().any():
             raise DataError(f"{names.isna().sum()} of {len(names)} rows hold no file name: drop them, df.dropna().")
-        return cls.from_files([Path(path) / f"{name}{suff}" for name in names], **kwargs)
+        files = [Path(path) / f"{name}{suff}" for name in names]
+        _check_settings(**kwargs)
+        others = df.drop(columns=names.name) if isinstance(names.name, str) else df.iloc[:, 0:0]
+        return cls._from_table(others.reset_index(drop=True).assign(file=files), **kwargs)
 
     @classmethod
     def from_array(
@@ -147,7 +165,7 @@ class UnlabeledDataLoaders(DataLoaders):
         if not _is_count(n, 2):
             raise DataError(f"n is the number of crops, an integer from 2 up; got {n!r}.")
         image = picture(path)
-        side = max(_as_size(kwargs.get("size", 128)) or (128,))
+        side = max(as_size(kwargs.get("size", 128)) or (128,))
         info = pd.DataFrame(
             {"item": range(n), "width": side, "height": side, "channels": 3 if image.mode == "RGB" else 1}
         )
@@ -185,11 +203,13 @@ class UnlabeledDataLoaders(DataLoaders):
         device=None,
         cache=True,
         max_gb=20.0,
+        window=None,
+        split_by=None,
     ) -> "UnlabeledDataLoaders":
         report = pd.DataFrame(_NO_REPORT) if report is None else report
         _check_count(len(items), report)
-        n_in, size = n_in or int(info["channels"].max()), _as_size(size)
-        train, valid = split(len(items), valid_pct, seed)
+        n_in, size = n_in or int(info["channels"].max()), as_size(size)
+        train, valid = split_items(info, valid_pct, seed, split_by)
         pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
         device = torch.device(device or default_device())
         store = stored(kept, info.index, n_in, device if cache == "device" else None)
@@ -208,32 +228,11 @@ class UnlabeledDataLoaders(DataLoaders):
             dl.rng.seed(random.getrandbits(62))
         dls = cls(*loaders.loaders, path=".", device=loaders.device)  # never write into the folder of images
         dls.report = report.reset_index(drop=True)
-        dls.items_df = info.reset_index(drop=True).assign(is_valid=np.isin(np.arange(len(items)), valid))
+        dls.items_df = info.drop(columns="source", errors="ignore").reset_index(drop=True)
+        dls.items_df["is_valid"] = np.isin(np.arange(len(items)), valid)
         channels = "1 channel" if n_in == 1 else f"{n_in} channels"
         say(f"{len(items):,} images ({len(train):,} to train, {len(valid):,} to validate), {channels}.")
         return dls
-
-
-def usable_files(
-    files: Iterable[str | os.PathLike],
-    keeper: Keeper | None = None,  # As for `check_files`
-    min_side: int = 128,  # As for `check_files`
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Files that can be decoded, with sizes and so on, and the report on the others, of which one line is said.
-
-    The index of the first frame is the number of the file in `files`.
-    """
-    ok, report = check_files(files, keeper=keeper, min_side=min_side)
-    thin = ok[["width", "height"]].min(axis=1) < 2
-    if thin.any():
-        left_out = pd.DataFrame({"file": ok["file"][thin], "code": "too_small", "message": REASONS["too_small"]})
-        checked, ok = len(ok) + len(report), ok[~thin]
-        report = pd.concat([report, left_out])
-        report.attrs["checked"] = checked
-    line = summary(report)
-    if line:
-        say(line)
-    return ok, report.reset_index(drop=True)
 
 
 def split(n: int, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
@@ -241,6 +240,32 @@ def split(n: int, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
     n_valid = min(max(1, round(n * valid_pct)), n - 1)
     order = np.random.default_rng(seed).permutation(n).tolist()
     return sorted(order[n_valid:]), sorted(order[:n_valid])
+
+
+def split_items(
+    info: pd.DataFrame,  # A row an item
+    valid_pct: float,
+    seed: int,
+    by: str | None = None,  # 'patient', 'random' or a column; None: by patient, where patients are known
+) -> tuple[list[int], list[int]]:
+    """Places to train and to validate with. Raises `DataError` for a column that is not there."""
+    by = by or _default_split(info)
+    if by == "random":
+        return split(len(info), valid_pct, seed)
+    if by not in info:
+        why = "Only DICOM files tell it." if by == "patient" else f"There are: {', '.join(map(str, info.columns))}."
+        raise DataError(f"The images cannot be split by {by!r}: nothing is known of it. {why}")
+    splitter = PatientSplitter if by == "patient" else partial(GroupSplitter, by)
+    return splitter(valid_pct=valid_pct, seed=seed)(info.reset_index(drop=True))
+
+
+def _default_split(info: pd.DataFrame) -> str:
+    if "patient" not in info:
+        return "random"
+    if groups_of(info).nunique() > 1:
+        return "patient"
+    say("All images are of one patient: they are split at random, and validation will look better than it is.")
+    return "random"
 
 
 def auto_workers(
@@ -258,9 +283,12 @@ def auto_workers(
 
 def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None, item_tfms: list) -> OpenChecked:
     if size and not item_tfms:
-        return OpenCovered(n_in, size)
-    blank = int(info["width"].median()), int(info["height"].median())
-    return OpenChecked(n_in, max(size) if size else None, blank)
+        opener = OpenCovered(n_in, size)
+    else:
+        blank = int(info["width"].median()), int(info["height"].median())
+        opener = OpenChecked(n_in, max(size) if size else None, blank)
+    opener.are_scans = "are_scans" in info and bool(info["are_scans"].any())
+    return opener
 
 
 def _keeping(items: list, size=128, n_in=None, item_tfms=None, cache=True, max_gb=20.0, **_):
@@ -268,7 +296,7 @@ def _keeping(items: list, size=128, n_in=None, item_tfms=None, cache=True, max_g
     if cache and _as_list(item_tfms):
         say("item_tfms see whole images, so these are decoded anew in every epoch. batch_tfms work on kept pixels.")
         cache = False
-    return keeping(size is not None and cache, items, _as_size(size), 1 if n_in == 1 else None, max_gb)
+    return keeping(size is not None and cache, items, as_size(size), 1 if n_in == 1 else None, max_gb)
 
 
 def _check_settings(
@@ -283,6 +311,8 @@ def _check_settings(
     device=None,
     cache=True,
     max_gb=20.0,
+    window=None,
+    split_by=None,
 ) -> None:
     """Before any file is looked at: what is no setting raises `TypeError`, one that makes no sense `DataError`."""
     sides = [] if size is None else list(np.atleast_1d(size))
@@ -301,6 +331,9 @@ def _check_settings(
     if num_workers is not None and not _is_count(num_workers, 0):
         raise DataError(f"num_workers is the number of processes, 0 for none, or None; got {num_workers!r}.")
     check_cache(cache, max_gb)
+    check_window(window)
+    if split_by is not None and not isinstance(split_by, str):
+        raise DataError(f"split_by is 'patient', 'random' or the name of a column; got {type(split_by).__name__}.")
 
 
 def _check_array(array: object) -> None:
@@ -322,7 +355,7 @@ def _is_count(value: object, least: int) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
 
 
-def _as_size(size) -> tuple[int, int] | None:
+def as_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Height and width, as plain integers: fastai takes no others."""
     if size is None:
         return None

@@ -59,6 +59,13 @@ class Keeping(ABC):
         """What the check would say of item `number`, where nothing needs to be done again."""
         return None
 
+    def add(self, items: Sequence[Any]) -> "_More":
+        """Further items, numbered on; what stands for them alone, numbered from 0, as a `Keeper`."""
+        first = len(self.items)
+        self.items = [*self.items, *items]
+        self.n_new += len(items)
+        return _More(self, first)
+
     @abstractmethod
     def has(self, number: int) -> bool:
         """Whether the pixels of item `number` are kept."""
@@ -134,6 +141,23 @@ class Keeping(ABC):
 
     def _blank(self) -> tuple:
         return (-1, 0, 1, *self.windows, 1)
+
+
+class _More:
+    """A `Keeper` for the items of another from one number on."""
+
+    def __init__(self, keeper: Keeping, first: int):
+        self.keeper, self.first, self.n_in = keeper, first, keeper.n_in
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.keeper.size
+
+    def known(self, number: int) -> Facts | None:
+        return self.keeper.known(self.first + number)
+
+    def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
+        self.keeper.keep(self.first + number, facts, array)
 
 
 class InMemory(Keeping):
@@ -264,6 +288,19 @@ class OnDisk(Keeping):
         if array is not None and not self.cache.writable:
             self._stop("the cache folder may not be written to by this user")
         super().keep(number, facts, array)
+
+    def add(self, items):
+        self._write_what_is_there()
+        self.keys = [*self.keys, *map(self.cache.key, items)]
+        more = super().add(items)
+        self._look()
+        return more
+
+    def _write_what_is_there(self) -> None:
+        try:
+            self._flush()
+        except (OSError, sqlite3.Error) as error:
+            self._fail(error)
 
     def _is_file(self, number: int) -> bool:
         return isinstance(self.items[number], (str, os.PathLike))

@@ -11,10 +11,11 @@ from fastcore.foundation import L
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
-from selfsup_fastai.data.images import split, usable_files
+from selfsup_fastai.data.images import split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
+from selfsup_fastai.data.usable import usable_items
 from selfsup_fastai.errors import DataError
 
 VALID_NAMES = ("valid", "val", "validation", "test")
@@ -34,31 +35,53 @@ def labeled_files(
     cache: bool | str = True,  # Where they are kept, as in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table (file, label, is_valid, channels, pixels) and the report on the files that are left out.
+    """A table (file, source: what is opened, label, is_valid, channels, pixels) and the report on the files that are
+    left out.
 
-    Folders within a class's folder belong to the class; images outside of all classes are left out. Raises `DataError`
-    unless there are two classes or more, each with an image to train with.
+    Folders within a class's folder belong to the class; images outside of all classes are left out. Each frame of a
+    DICOM file is an image, and where there are such, whole patients are validated with, not a share of each class.
+    Raises `DataError` unless there are two classes or more, each with an image to train with.
     """
     check_cache(cache, max_gb)
     root = Path(folder)
     found = find_files(root)
     with keeping(size is not None and cache in (True, "device"), found, (size, size), None, max_gb) as kept:
-        ok, report = usable_files(found, kept, size or 128)
-    files, parts = list(ok["file"]), _parts(root)
+        ok, report = usable_items(found, kept, size or 128)
+    ok = ok.assign(pixels=ok["width"] * ok["height"])
+    parts = _parts(root)
     if parts:
-        tables = [class_table([f for f in files if root / part in f.parents], root / part) for part in parts]
+        tables = [_with_classes(ok[_within(ok, root / part)], root / part) for part in parts]
         table = pd.concat([t.assign(is_valid=i == 1) for i, t in enumerate(tables)], ignore_index=True)
     else:
-        table = class_table(files, root).assign(is_valid=False)
-        for _, rows in table.groupby("label"):
-            if len(rows) > 1:
-                table.loc[rows.index[split(len(rows), valid_pct, seed)[1]], "is_valid"] = True
+        table = _with_classes(ok, root).reset_index(drop=True)
+        table = table.assign(is_valid=np.isin(table.index, _valid_rows(table, valid_pct, seed)))
     _check_classes(table, root)
-    size = ok.assign(pixels=ok["width"] * ok["height"])[["file", "channels", "pixels"]]
-    outside = ok["file"][~ok["file"].isin(table["file"])]
+    outside = ok["file"][~ok["file"].isin(table["file"])].drop_duplicates()
     message = "Lies outside of the folders of classes."
     report = pd.concat([report, pd.DataFrame({"file": outside, "code": "no_class", "message": message})])
-    return table.merge(size, on="file", how="left"), report.reset_index(drop=True)
+    known = [name for name in ("patient", "instance", "frame") if name in ok]
+    table = table[["file", "source", "label", "is_valid", "channels", "pixels", *known]]
+    report = report.reset_index(drop=True)
+    table.attrs["private"] = report.attrs["private"] = bool(known)
+    return table, report
+
+
+def _within(ok: pd.DataFrame, folder: Path) -> list[bool]:
+    return [folder in file.parents for file in ok["file"]]
+
+
+def _with_classes(ok: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """The rows that lie in a folder of a class, and its name."""
+    labels = class_table(list(dict.fromkeys(ok["file"])), root).set_index("file")["label"]
+    return ok.assign(label=ok["file"].map(labels)).dropna(subset="label")
+
+
+def _valid_rows(table: pd.DataFrame, valid_pct: float, seed: int) -> list[int]:
+    """Rows to validate with: whole patients where they are known, else a share of each class."""
+    if "patient" in table:
+        return split_items(table, valid_pct, seed)[1]
+    rows = [part.index[split(len(part), valid_pct, seed)[1]] for _, part in table.groupby("label") if len(part) > 1]
+    return [row for part in rows for row in part]
 
 
 def labeled_loaders(
@@ -75,7 +98,7 @@ def labeled_loaders(
     Where pixels are kept, raises `DataError` for files that cannot be read.
     """
     check_cache(cache, max_gb)
-    files, valid = list(table["file"]), table["is_valid"].to_numpy(bool)
+    files, valid = _sources(table), table["is_valid"].to_numpy(bool)
     splits = [np.flatnonzero(part).tolist() for part in (~valid, valid)]
     images = TfmdLists(files, OpenCovered(n_in, (size, size)), splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
@@ -91,8 +114,12 @@ def labeled_loaders(
     )
 
 
+def _sources(table: pd.DataFrame) -> list:
+    return list(table["source"] if "source" in table else table["file"])
+
+
 def _store(table: pd.DataFrame, n_in: int, size: int, cache: bool | str, max_gb: float) -> PixelStore | None:
-    files = list(table["file"])
+    files = _sources(table)
     all_grey = "channels" in table and table["channels"].max() == 1  # then they were kept as they are
     with keeping(cache, files, (size, size), 1 if n_in == 1 and not all_grey else None, max_gb) as kept:
         if kept is None:

@@ -378,6 +378,12 @@ def n_in_of(dls: DataLoaders, n: int = 64) -> int:
     return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, _spread(len(images), n))) else 3
 
 
+def are_scans(dls: DataLoaders) -> bool:
+    """Whether the images are known to be scans: left and right differ, and three channels are windows, no colors."""
+    images = _images_of(dls.train_ds)
+    return images is not None and any(getattr(t, "are_scans", False) for t in images.tfms.fs)
+
+
 def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:
     """Whether the images of `dls` differ in size and nothing resizes them: as they are they make no batches.
 

@@ -31,12 +31,17 @@ MEMORY_LIMIT = 2 << 30
 """Bytes of address space of the process that checks files."""
 
 Source = str | bytes | os.PathLike | BinaryIO | np.ndarray | Image.Image
-"""What an image can be opened from; `bytes` are an encoded image, not a path."""
+"""What an image can be opened from; `bytes` are an encoded image, not a path. A path may be a `DicomImage`."""
 
 Facts = dict[str, int | float | str | None]
 """What `describe` says of an image."""
 
 T = TypeVar("T")
+
+
+class _NoDicom(str):
+    """The path of a file that is not to be opened if it is DICOM: its header must be read first."""
+
 
 # Drawings, films and stubs: Pillow knows their header, but for the pixels calls Ghostscript, or nothing at all.
 _NO_PIXELS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
@@ -68,6 +73,7 @@ def open_image(
       inf the largest.
 
     PIL has no float RGB: a deep image asked for as RGB is rounded to 8 bits, and so are deep color arrays.
+    DICOM: the first frame as `read_dicom` maps it to [0, 1] (a CT in three windows, in one wide one if n_in is 1).
     Alpha is dropped, not blended, as PIL's `convert`, OpenCV and torchvision do; grey from color is the luma of BT.601.
     Of several pages or frames it is the first. The EXIF orientation is applied; no metadata is kept.
 
@@ -92,7 +98,7 @@ def describe(
 
     Raises `BadImage` or `DataError`, as `open_image` does.
     """
-    return _reported(lambda: _described(source, min_side, lambda *_: None)[0])
+    return _reported(lambda: _described(source, None, min_side, lambda *_: None)[0])
 
 
 def decode(
@@ -139,7 +145,7 @@ def _silence() -> Iterator[None]:
 
 
 def _open(source: Source, n_in: int | None, min_side: int | None) -> Image.Image:
-    with _lazy(source) as lazy:
+    with _lazy(source, n_in) as lazy:
         image, _ = _load(lazy, min_side, "L" if n_in == 1 else None)
         return _turned(to_pixels(image, n_in), _orientation(image))
 
@@ -150,12 +156,14 @@ def _decoded(source: Source, size: Size, n_in: int | None) -> tuple[Facts, np.nd
             pixels = pixels.convert("L")
         return to_stored(cover(_turned(pixels, orientation), size))
 
-    return _described(source, max(size), keep)
+    return _described(source, n_in, max(size), keep)
 
 
-def _described(source: Source, min_side: int, keep: Callable[[Image.Image, int], T]) -> tuple[Facts, T]:
+def _described(
+    source: Source, n_in: int | None, min_side: int, keep: Callable[[Image.Image, int], T]
+) -> tuple[Facts, T]:
     """What an image is, and what `keep` makes of its pixels (not yet turned) and its orientation."""
-    with _lazy(source) as lazy:
+    with _lazy(source, n_in) as lazy:
         mode, form = lazy.mode, lazy.format
         image, size = _load(lazy, min_side, mode=None)
         orientation = _orientation(image)
@@ -169,27 +177,31 @@ def _described(source: Source, min_side: int, keep: Callable[[Image.Image, int],
 
 
 def _header_size(source: Source) -> tuple[int, int]:
-    with _lazy(source) as lazy:
+    with _lazy(source, 1) as lazy:
         turned = _orientation(lazy) >= 5 and lazy.format != "TIFF"  # Pillow turns TIFFs itself
         return lazy.size[::-1] if turned else lazy.size
 
 
 @contextmanager
-def _lazy(source: Source) -> Iterator[Image.Image]:
-    """A PIL image of which at most the header is read; its file is closed at the end if it was opened here."""
+def _lazy(
+    source: Source,
+    n_in: int | None,  # Channels that DICOM files are wanted with
+) -> Iterator[Image.Image]:
+    """A PIL image of which at most the header is read (of DICOM all); its file is closed at the end if it was opened
+    here."""
     if isinstance(source, Image.Image):
         yield source
     elif isinstance(source, np.ndarray):
         yield from_array(source)
     elif isinstance(source, bytes):
-        yield _identify(io.BytesIO(source))
+        yield _identify(io.BytesIO(source), source, n_in)
     elif hasattr(source, "read"):
         seekable = getattr(source, "seekable", lambda: False)()
-        yield _identify(source if seekable else io.BytesIO(source.read()))
+        yield _identify(source if seekable else io.BytesIO(source.read()), source, n_in)
     elif isinstance(source, (str, os.PathLike)):
         _refuse_non_file(os.stat(source))
         with open(source, "rb") as file:
-            yield _identify(file)
+            yield _identify(file, source, n_in)
     else:
         raise DataError(
             f"An image is opened from a path, bytes, a binary file object, a NumPy array or a PIL image; "
@@ -204,23 +216,45 @@ def _refuse_non_file(info: os.stat_result) -> None:
         raise bad("empty")
 
 
-def _identify(file: BinaryIO) -> Image.Image:
+def _identify(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image:
     """The image behind an open file, told by its first bytes."""
     file.seek(0)
     head = file.read(132)
     if not head:
         raise bad("empty")
     if head[128:] == b"DICM":
-        raise bad("dicom")
+        return _from_dicom(file, source, n_in)
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
         image = None
+    if image is None and not head.startswith(_MAGIC) and _without_preamble(head):
+        return _from_dicom(file, source, n_in)
     if image is None:
         raise bad("unreadable" if head.startswith(_MAGIC) else "not_an_image")
     if image.format in _NO_PIXELS:
         raise bad("unsupported", f"(format {image.format})")
     return image
+
+
+def _without_preamble(head: bytes) -> bool:
+    """Whether a file may be DICOM that begins with its first element: one of group 2 or 8, as in `looks_like_dicom`."""
+    little = head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00"
+    return len(head) >= 8 and (little or (head[:2] in (b"\x00\x02", b"\x00\x08") and head[2:3] == b"\x00"))
+
+
+def _from_dicom(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image:
+    """Mode F on the 0..1 scale, or RGB; of a `DicomImage` as its settings say."""
+    if isinstance(source, _NoDicom):
+        raise bad("dicom")
+    from selfsup_fastai.data.dicom_pixels import DicomImage, read_dicom  # brings pydicom, which most people never need
+
+    image = source if isinstance(source, DicomImage) else DicomImage("")
+    n_in = n_in or image.n_in
+    pixels, _ = read_dicom(file, frame=image.frame, window=image.window, limits=image.limits, n_in=n_in)
+    made = Image.fromarray(pixels if pixels.ndim == 2 else np.rint(pixels * 255).astype(np.uint8))
+    made.format = "DICOM"
+    return made
 
 
 def _load(image: Image.Image, min_side: int | None, mode: str | None) -> tuple[Image.Image, tuple[int, int]]:
@@ -258,16 +292,35 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _answer(request: bytes) -> tuple[dict[str, object], bytes]:
-    """One request of `main`, answered: facts, or code and message; and the pixels, if they were asked for."""
-    asked = json.loads(request)
+def answer(asked: dict) -> tuple[dict[str, object], np.ndarray | None]:
+    """What `main` answers to a request: facts, or code and message; and pixels, if they were asked for."""
     try:
-        if asked["size"] is None:
-            return describe(asked["path"], asked.get("min_side", 128)), b""
-        facts, array = decode(asked["path"], tuple(asked["size"]), asked["n_in"])
+        return ANSWERS[asked.get("what", "image")](asked)
     except BadImage as err:
-        return {"code": err.code, "message": str(err)}, b""
-    return {**facts, "stored": [*array.shape, array.itemsize]}, array.tobytes()
+        return {"code": err.code, "message": str(err)}, None
+
+
+def _image(asked: dict) -> tuple[Facts, np.ndarray | None]:
+    source = _frame(asked) if "frame" in asked else _NoDicom(asked["path"])
+    if asked["size"] is None:
+        return describe(source, asked.get("min_side", 128)), None
+    return decode(source, tuple(asked["size"]), asked["channels"])
+
+
+def _quantiles(asked: dict) -> tuple[Facts, None]:
+    from selfsup_fastai.data.dicom_pixels import quantiles_of
+
+    return {"quantiles": _reported(lambda: quantiles_of(asked["path"], asked["frame"])).tolist()}, None
+
+
+def _frame(asked: dict) -> os.PathLike:
+    from selfsup_fastai.data.dicom_pixels import DicomImage
+
+    return DicomImage.from_settings(asked["path"], asked)
+
+
+ANSWERS = {"image": _image, "quantiles": _quantiles}
+"""What can be asked about a file."""
 
 
 def _limit_resources() -> None:
@@ -283,8 +336,9 @@ def _limit_resources() -> None:
 
 
 def main() -> None:
-    """Answer JSON lines {"path", "size", "n_in", "min_side"} on stdin with JSON lines on stdout.
+    """Answer JSON lines {"what", "path", "size", "channels", "min_side"} on stdin with JSON lines on stdout.
 
+    With a `DicomImage`'s settings in the line a frame is read; else a DICOM file gets the code 'dicom'.
     These are `describe`'s facts, or code and message. Where size is not null, facts have `stored`: channels, height,
     width and bytes a value of what `decode` keeps, and that follows the line. The first line, {"ready": true}, says
     that the process has started.
@@ -298,9 +352,10 @@ def main() -> None:
     answers.write(b'{"ready": true}\n')
     answers.flush()
     for request in iter(sys.stdin.buffer.readline, b""):
-        facts, pixels = _answer(request)
-        answers.write(json.dumps(facts).encode() + b"\n")
-        answers.write(pixels)
+        facts, array = answer(json.loads(request))
+        stored = {} if array is None else {"stored": [*array.shape, array.itemsize]}
+        answers.write(json.dumps({**facts, **stored}).encode() + b"\n")
+        answers.write(b"" if array is None else array.tobytes())
         answers.flush()
 
 

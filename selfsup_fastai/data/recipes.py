@@ -140,6 +140,13 @@ def adapted(
     return replace(_colored(recipe, strength), **{name: _value(name, value) for name, value in changes.items()})
 
 
+def for_scans(views: str | Mapping | None) -> str | Mapping:
+    """What is asked of views, of kind 'scan' where no kind is."""
+    if views is None or isinstance(views, str):
+        return views or "scan"
+    return {"kind": "scan", **views}
+
+
 def _colored(recipe: Recipe, strength: object) -> Recipe:
     """The recipe with its color strengths multiplied."""
     _in_range("strength", (_value("strength", strength),), 0, math.inf, "a factor of 0 or more")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.checks import check_flag, check_number
-from selfsup_fastai.data.loader import n_in_of
-from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted
+from selfsup_fastai.data.loader import are_scans, n_in_of
+from selfsup_fastai.data.recipes import SIMCLR, Recipe, adapted, for_scans
 from selfsup_fastai.data.views import multi_crop, random_view
 from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
 from selfsup_fastai.encoders.encoder import Encoder
@@ -87,6 +87,7 @@ class JointTask(PretextTask):
     tells_apart: ClassVar[bool] = True  # Whether an image is compared with others of its batch
     metrics = (found_pair,)
     views: str | Mapping | None = None
+    of_scans = False  # Whether the images are scans; known after `setup`
 
     collapse_hint = (
         "one embedding for all images. Usually the rate is too high, or the images are too much alike: try a tenth of "
@@ -110,15 +111,20 @@ class JointTask(PretextTask):
             if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
-        if self.views is None and (n_in_of(dls) if self.input else encoder.image_channels) == 1:
+        self.of_scans, grey = are_scans(dls), (n_in_of(dls) if self.input else encoder.image_channels) == 1
+        if self.views is None and (grey or self.of_scans):
             say(
-                f"{self.name}: grey images get views for scans, which are never mirrored. "
+                f"{self.name}: {'grey images' if grey else 'scans'} get views for scans, which are never mirrored. "
                 "views='photo' gives the paper's, views='microscopy' any turn."
             )
 
     def recipe(self, view: int, channels: int, side: int) -> Recipe:
         """Of one view of images of so many channels and pixels a side."""
-        return adapted(self.recipes[view], self.views, channels, side)
+        return adapted(self.recipes[view], self.asked_views(), channels, side)
+
+    def asked_views(self) -> str | Mapping | None:
+        """The setting `views`, as the images need it."""
+        return for_scans(self.views) if self.of_scans else self.views
 
     def draw_views(self, x: Tensor, generator: torch.Generator, n: int | None = None) -> Tensor:
         """One view of each recipe (of the first `n`) of each image as the encoder eats it, (B, V, C, S, S)."""
@@ -237,7 +243,8 @@ class MultiCropTask(JointTask):
 
     def small_recipe(self, channels: int, side: int) -> Recipe:
         """Of small crops with so many channels and pixels a side."""
-        views = {k: v for k, v in self.views.items() if k != "scale"} if isinstance(self.views, Mapping) else self.views
+        views = self.asked_views()
+        views = {k: v for k, v in views.items() if k != "scale"} if isinstance(views, Mapping) else views
         return adapted(self.small, views, channels, side)
 
     def draw_small(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,15 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.data.blocks import OpenImage
-from selfsup_fastai.data.loader import IndexedDL, check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
+from selfsup_fastai.data.loader import (
+    IndexedDL,
+    are_scans,
+    check_dls,
+    derive_loaders,
+    measure_stats,
+    n_in_of,
+    needs_resize,
+)
 from selfsup_fastai.encoders.card import ROUND
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
@@ -78,6 +86,8 @@ def pretext_learner(
         task.check_shape((1, encoder.in_chans, task.min_side, task.min_side))
         asked.insert(0, ToInput(encoder.input))
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
+    if are_scans(plain):
+        _suit_scans(task, settings)
     task.setup(pretext, encoder)
     if len(measured[0]) == 1:  # the mean of one channel
         _say_idle(task)
@@ -166,6 +176,17 @@ def _feed(encoder: Encoder, task: PretextTask, fresh: bool) -> None:
     elif encoder.input != task.input:
         fix = "Start it with a new net (arch=), or go on from an encoder of the same kind."
         raise TaskError(f"{task.name} feeds its encoder with {task.input}, this one eats {encoder.input}. {fix}")
+
+
+def _suit_scans(task: PretextTask, settings: dict) -> None:
+    """Nothing is mirrored unless asked for: left and right differ in a body. Raises `TaskError` for tasks of color."""
+    for part in getattr(task, "tasks", [task]):
+        if 1 not in part.channels:
+            raise TaskError(f"{part.name} asks about colors, and these are scans: three channels are windows of one.")
+        asked = {**part.given(), **settings, **(settings.get(part.name) or {})}
+        if "flip" in part.setting_names() and "flip" not in asked and part.flip:
+            part.flip = type(part.flip)(0)
+            say(f"{part.name}: scans are not mirrored, as left and right differ in a body; flip=0.5 mirrors them.")
 
 
 def _say_idle(task: PretextTask) -> None:

@@ -300,7 +300,7 @@ def test_a_path_that_is_no_folder_is_explained(tmp_path, color_folder):
 )
 @pytest.mark.parametrize("make", ["from_folder", "from_files", "from_array", "from_single_image"])
 def test_settings_that_make_no_sense_are_refused_before_any_file_is_read(make, setting, message, monkeypatch):
-    monkeypatch.setattr("selfsup_fastai.data.images.check_files", pytest.fail)
+    monkeypatch.setattr("selfsup_fastai.data.usable.check_files", pytest.fail)
     monkeypatch.setattr("selfsup_fastai.data.images.find_files", pytest.fail)
     monkeypatch.setattr("selfsup_fastai.data.images.picture", pytest.fail)
     with pytest.raises(DataError, match=message):

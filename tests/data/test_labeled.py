@@ -62,7 +62,7 @@ def test_a_file_is_decoded_once_from_the_check_to_the_batch_and_never_again(tmp_
     for label in "ab":
         write_images(tmp_path / label, 6, (20, 24), channels, seed=ord(label))
     table, _ = labeled_files(tmp_path, size=16)
-    monkeypatch.setattr(files_room, "_check_all", None)  # whoever calls it fails
+    monkeypatch.setattr(files_room, "_all_done", None)  # whoever calls it fails
     monkeypatch.setattr(keeping_room, "decode", None)
     dls = labeled_loaders(table, channels, 16, bs=4)
     assert dls.train.is_fast and dls.train.one_batch()[0].shape == (4, channels, 16, 16)

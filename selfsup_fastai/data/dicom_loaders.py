@@ -1,0 +1,133 @@
+"""Labeled DICOM files: `DicomBlock` for a `DataBlock`, `DicomDataLoaders` from a table."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import ColReader, IntToFloatTensor
+
+from selfsup_fastai.data.blocks import Cover, OpenChecked
+from selfsup_fastai.data.images import as_size, split_items
+from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
+from selfsup_fastai.data.usable import check_window, usable_items, with_columns
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.messages import say
+
+
+class OpenDicom(OpenChecked):
+    """A DICOM file, or a `DicomImage` as its own settings say, to pixels as `read_dicom` makes them."""
+
+    are_scans = True
+
+    def __init__(
+        self,
+        n_in: int | None = None,  # Channels: 1 (CT: one wide window), 3 (CT: three), or None: as the image is
+        window=None,  # As for `read_dicom`
+    ):
+        check_window(window)
+        super().__init__(n_in)
+        self.window = window
+
+    def opened(self, source):
+        from selfsup_fastai.data.dicom_pixels import DicomImage
+
+        is_path = isinstance(source, (str, os.PathLike)) and not isinstance(source, DicomImage)
+        return super().opened(DicomImage(os.fspath(source), window=self.window) if is_path else source)
+
+
+def DicomBlock(
+    n_in: int | None = 1,  # Channels: 1 (CT: one wide window), 3 (CT: three windows), or None: as each image is
+    window=None,  # As for `read_dicom`; None: by modality
+) -> TransformBlock:
+    """The image side of a `DataBlock` for paths of DICOM files; photographs may be among them.
+
+    `blocks=(DicomBlock, CategoryBlock)`. Of a multi-frame file the first frame; for others give `DicomImage`s. Split
+    with `PatientSplitter` or `GroupSplitter`: fastai's splitters put images of one patient on both sides.
+    """
+    return TransformBlock(type_tfms=OpenDicom(n_in, window), batch_tfms=IntToFloatTensor)
+
+
+class DicomDataLoaders(DataLoaders):
+    """fastai `DataLoaders` of labeled DICOM files, split by patient. `report` lists files that were left out."""
+
+    report: pd.DataFrame | None = None
+    items_df: pd.DataFrame | None = None
+
+    @classmethod
+    def from_df(
+        cls,
+        df: pd.DataFrame,  # A row a file
+        path: str | os.PathLike = ".",  # Folder that the file names are relative to
+        fn_col: int | str = 0,  # Column of file names
+        label_col: int | str | Sequence = 1,  # Column of labels; several: numbers to predict
+        label_delim: str | None = None,  # Between several labels of one image
+        valid_col: str | None = None,  # Column that is true for images to validate with; None: by patient
+        valid_pct: float = 0.2,  # Share of the images to validate with
+        seed: int = 42,  # Of the split
+        split_by: str | None = None,  # As in `UnlabeledDataLoaders.from_folder`
+        size: int | tuple[int, int] = 128,  # Pixels: a side, or (height, width)
+        bs: int = 64,
+        n_in: int | None = None,  # Channels: 1, 3, or None: 1 unless there are colors, or nothing but CTs
+        window=None,  # As for `read_dicom`; None: by modality
+        batch_tfms=None,
+        device: str | torch.device | None = None,
+        num_workers: int = 0,
+    ) -> "DicomDataLoaders":
+        """Loaders over the files named in a column of `df`, with labels of another.
+
+        Each frame of a file is an image with the file's label. All images of a patient are on one side of the split.
+        Raises `DataError` for columns that are not there, or where nothing can be read.
+        """
+        names, labels = _column(df, fn_col), label_col if isinstance(label_col, (list, tuple)) else [label_col]
+        label_names = [_column(df, label) for label in labels]
+        table = df.assign(file=[Path(path) / str(name) for name in df[names]])
+        info, report = usable_items(list(table["file"]), None, max(as_size(size)), n_in, window)
+        if len(info) < 2:
+            raise DataError(f"{len(info)} image(s) can be read; at least two are needed. {len(report)} were left out.")
+        info = with_columns(info, table).reset_index(drop=True)
+        splits = _splits(info, valid_col, valid_pct, seed, split_by)
+        n_in = n_in or int(info["channels"].max())
+        block = DataBlock(
+            blocks=(DicomBlock(n_in, window), _target(info, label_names, label_delim)),
+            get_x=ColReader("source"),
+            get_y=ColReader(label_names if len(label_names) > 1 else label_names[0], label_delim=label_delim),
+            splitter=lambda _: splits,
+            item_tfms=Cover(as_size(size)),
+            batch_tfms=batch_tfms,
+        )
+        bs = fit_batch_size(bs, len(splits[0]))
+        made = block.dataloaders(info, bs=bs, dl_type=IndexedDL, device=device, num_workers=num_workers)
+        dls = cls(*made.loaders, path=".", device=made.device)
+        dls.report, dls.items_df = report, info.drop(columns="source")
+        dls.items_df["is_valid"] = np.isin(np.arange(len(info)), splits[1])
+        say(f"{len(info):,} images ({len(splits[0]):,} to train, {len(splits[1]):,} to validate), {n_in} channel(s).")
+        return dls
+
+
+def _column(df: pd.DataFrame, column: int | str) -> str:
+    if not isinstance(df, pd.DataFrame):
+        raise DataError(f"from_df takes a pandas DataFrame, got {type(df).__name__}.")
+    if isinstance(column, int) and 0 <= column < df.shape[1]:
+        return df.columns[column]
+    if column in df.columns:
+        return column
+    raise DataError(f"The DataFrame has no column {column!r}; its columns: {', '.join(map(str, df.columns))}.")
+
+
+def _splits(info: pd.DataFrame, valid_col, valid_pct: float, seed: int, by) -> tuple[list[int], list[int]]:
+    if valid_col is None:
+        return split_items(info, valid_pct, seed, by)
+    valid = info[_column(info, valid_col)].to_numpy(bool)
+    return np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()
+
+
+def _target(info: pd.DataFrame, labels: list[str], delim: str | None) -> TransformBlock:
+    """By what the labels are: numbers with a fraction, several words, or one of some."""
+    if len(labels) > 1 or pd.api.types.is_float_dtype(info[labels[0]]):
+        return RegressionBlock(n_out=len(labels))
+    return MultiCategoryBlock if delim else CategoryBlock

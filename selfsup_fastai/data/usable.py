@@ -1,0 +1,175 @@
+"""Files to the items that loaders are made of: photographs as they are, DICOM files frame by frame."""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from selfsup_fastai.data.files import as_paths, check_files, measure_files, summary
+from selfsup_fastai.data.keeping import Keeping
+from selfsup_fastai.data.reasons import REASONS
+from selfsup_fastai.messages import say
+
+OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
+"""Modalities without a unit that all scanners share: the quantiles of a series' values that become 0 and 1."""
+
+SAMPLED = 8  # frames of a series that its quantiles are taken from, evenly spread
+ABOUT = ["patient", "study", "series", "instance", "modality", "body_part", "view", "laterality", "plane"]
+ABOUT += ["number", "position", "orientation", "acquisition", "echo_time", "burned_in"]
+"""What items keep of the table that `scan_files` makes, beside the frame."""
+
+
+class Usable(NamedTuple):
+    """What can be used of some files."""
+
+    info: pd.DataFrame  # A row an item: `source` (what is opened), `file`, what `check_files` says; index: as in `kept`
+    report: pd.DataFrame  # Files that cannot be used: file, code, message
+
+
+def usable_items(
+    files: Iterable[str | os.PathLike],
+    kept: Keeping | None = None,  # Gets the pixels
+    min_side: int = 128,  # As for `check_files`
+    n_in: int | None = None,  # Channels wanted: 1, 3, or None
+    window=None,  # Of DICOM files, as for `read_dicom`
+) -> Usable:
+    """Photographs and frames of DICOM files that can be decoded, and the report on the others, of which one line is
+    said.
+
+    Of DICOM files the headers are read first: `info` then has the columns of `ABOUT` and `frame`, too.
+    """
+    files = as_paths(files)
+    ok, report = check_files(files, keeper=kept, min_side=min_side)
+    ok = ok.assign(source=ok["file"])
+    n_files, is_dicom = len(files), report["code"] == "dicom"
+    if is_dicom.any():
+        only = ok.empty and is_dicom.sum() + (report["code"] != "dicom").sum() == n_files
+        frames, problems = _frames(report["file"][is_dicom], kept, n_files, min_side, n_in, window, only)
+        ok, report = _joined(ok, frames), pd.concat([report[~is_dicom], problems])
+    ok, report = _large_enough(ok, report)
+    report.attrs["checked"] = n_files
+    for table in (ok, report):
+        table.attrs["private"] = bool(is_dicom.any())  # whether names of files may name patients
+    line = summary(report)
+    if line:
+        say(line)
+    return Usable(ok, report.reset_index(drop=True))
+
+
+def _joined(photos: pd.DataFrame, frames: pd.DataFrame) -> pd.DataFrame:
+    """Both, with what is known of the frames; of photographs that is nothing."""
+    texts = [name for name in ABOUT if name in frames and frames[name].map(type).eq(str).all()]
+    both = pd.concat([photos, frames]) if len(photos) else frames
+    return both.fillna(dict.fromkeys(texts, ""))
+
+
+def _large_enough(ok: pd.DataFrame, report: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    thin = ok[["width", "height"]].min(axis=1) < 2
+    if not thin.any():
+        return ok, report
+    left_out = pd.DataFrame({"file": ok["file"][thin], "code": "too_small", "message": REASONS["too_small"]})
+    return ok[~thin], pd.concat([report, left_out.drop_duplicates("file")])
+
+
+def _frames(files, kept: Keeping | None, first: int, min_side: int, n_in, window, only: bool):
+    """A row for each frame of DICOM files that can be decoded, and the problems."""
+    from selfsup_fastai.data.scanning import scan_files  # brings pydicom
+
+    files = list(files)
+    table, problems = scan_files(files)
+    items, rows = _items(table, n_in, window, only)
+    keeper = kept.add(items) if kept else None
+    ok, failed = check_files(items, keeper=keeper, min_side=min_side)
+    failed = failed.assign(file=failed["file"].map(lambda item: item.file)).drop_duplicates("file")
+    known = table.loc[rows].set_axis(range(len(items)))
+    known["frame"] = [item.frame for item in items]
+    ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: item.file))
+    about = [name for name in ABOUT if name in known]
+    ok = ok.join(known[[*about, "frames", "frame"]])
+    return ok.set_axis(ok.index + first), pd.concat([problems, failed], ignore_index=True)
+
+
+def _items(table: pd.DataFrame, n_in: int | None, window, only: bool):
+    """A `DicomImage` for each frame, and the row of the table that each is of."""
+    from selfsup_fastai.data.dicom_pixels import DicomImage
+
+    of_ct = ct_channels(table, n_in, only)
+    if window is None and (table["modality"] == "CT").any():
+        _say_ct(table, of_ct, n_in)
+    limits = series_limits(table) if window is None else {}
+    items, rows = [], []
+    for row, file, frames, modality, series in table[["file", "frames", "modality", "series"]].itertuples():
+        channels = of_ct if modality == "CT" else None
+        rest = {"window": window, "limits": limits.get(series or row), "n_in": channels}
+        items += [DicomImage(os.fspath(file), frame, **rest) for frame in range(frames)]
+        rows += [row] * frames
+    return items, rows
+
+
+def ct_channels(
+    table: pd.DataFrame,  # As `scan_files` makes it
+    n_in: int | None,  # Channels wanted
+    only: bool = True,  # Whether there are no other images
+) -> int:
+    """3 (windows) where all images are CTs, or where three channels are asked for; else 1, one wide window.
+
+    A folder of mixed modalities gets one number of channels: a CT's windows are no colors, and a radiograph has none.
+    """
+    if n_in is not None:
+        return n_in
+    return 3 if only and (table["modality"] == "CT").all() else 1
+
+
+def _say_ct(table: pd.DataFrame, channels: int, n_in: int | None) -> None:
+    if channels == 3:
+        say("CT: three windows (lung, mediastinum, bone) as channels; n_in=1 takes one wide window.")
+    elif n_in is None:
+        say("CT beside other images: one wide window and one channel for all; n_in=3 takes three windows of CTs.")
+
+
+def series_limits(
+    table: pd.DataFrame,  # As `scan_files` makes it
+) -> dict[str | int, tuple[float, float]]:
+    """(black, white) of each series of `OF_SERIES`, from frames spread over it; a file without a series by its row.
+
+    One scale for all slices of a series, where each slice's own would make a slice of air as bright as one of brain.
+    """
+    relative = table[table["modality"].isin(OF_SERIES)]
+    keys = relative["series"].where(relative["series"] != "", relative.index.to_series())
+    asked, of_series = [], []
+    for key, rows in relative.groupby(keys, sort=False):
+        frames = [(file, i) for file, n in rows[["file", "frames"]].itertuples(index=False) for i in range(n)]
+        if len(frames) > 1:
+            chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(SAMPLED, len(frames))).astype(int)]
+            asked += chosen
+            of_series += [(key, rows["modality"].iloc[0])] * len(chosen)
+    found: dict = {}
+    for series, values in zip(of_series, measure_files(asked), strict=True):
+        if values is not None:
+            found.setdefault(series, []).append(values)
+    return {key: _limits(np.concatenate(values), *OF_SERIES[modality]) for (key, modality), values in found.items()}
+
+
+def _limits(values: np.ndarray, low: float | None, high: float) -> tuple[float, float]:
+    black = 0.0 if low is None else float(np.quantile(values, low))
+    white = float(np.quantile(values, high))
+    return black, white if white > black else black + 1.0
+
+
+def check_window(window) -> None:
+    """Raises `DataError` for what is no window of DICOM files."""
+    if window is not None:
+        from selfsup_fastai.data.windows import windows_of
+
+        windows_of(window)
+
+
+def with_columns(
+    info: pd.DataFrame,  # A row an item, with `file`
+    table: pd.DataFrame,  # A row a file, with `file` and more
+) -> pd.DataFrame:
+    """`info` with what else a table says of its files; where both have a column, the table's is taken."""
+    more = table.drop_duplicates("file").set_index("file")
+    return info.drop(columns=[name for name in more if name in info]).join(more, on="file")
