@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from selfsup_fastai.data.slice_facts import SliceFacts
 from selfsup_fastai.errors import DataError
 
 __all__ = ["PROBLEMS", "Volume", "neighbors", "report", "slices_of", "volumes_of"]
@@ -19,7 +20,7 @@ PROBLEMS = {
     "unordered": "Slices without position or orientation, in the order of their numbers.",
     "orientations": "Orientations in the series; each has a stack of its own.",
     "duplicates": "Slices left out, as others are at their places.",
-    "gaps": "Steps that are not as long as most.",
+    "gaps": "Steps that are not as long as the median one.",
     "tilt": "Degrees between the normal of the slices and the direction in which they are stacked.",
     "shifted": "Slices beside the line on which the others are stacked.",
     "frames": "Frames of one file, whose places the table does not tell.",
@@ -29,7 +30,6 @@ PROBLEMS = {
 _STEP = {"rtol": 0.05, "atol": 0.1}  # steps (mm) that count as equal
 _SAME = 1e-3  # mm between slices at one place
 _TURN = 1e-3  # between direction cosines of one orientation
-_UNIT = 0.01  # by which directions may miss unit length and a right angle
 _ASIDE = 1.0  # mm off the line
 _TILT = 1.0  # degrees that rounded positions do not explain
 
@@ -85,7 +85,7 @@ def volumes_of(
     Frames of one file are out of scope: the table has one row for all of them, and not their positions. Such a file is
     a stack of its own here, and no volume.
     """
-    facts = _Facts(table)
+    facts = SliceFacts(table)
     stacks = []
     for series in _grouped(np.arange(facts.n), facts.series):
         turns = _turns(facts, series)
@@ -97,66 +97,6 @@ def volumes_of(
     return stacks
 
 
-class _Facts:
-    """What stacks depend on, as arrays with one entry a row of the table."""
-
-    def __init__(self, table: pd.DataFrame):
-        _check(table)
-        self.n, self.rows = len(table), list(table.index)
-        self.name, self.instance = _texts(table, "series"), _texts(table, "instance")
-        self.plane, self.image_type = _texts(table, "plane"), _texts(table, "image_type")
-        self.series = [name or i for i, name in enumerate(self.name)]  # nameless: each for itself
-        self.position = np.array([_vector(value, 3) for value in table["position"]]).reshape(-1, 3)
-        self.orientation = np.array([_orientation(value) for value in table["orientation"]]).reshape(-1, 6)
-        self.known = np.isfinite(self.position).all(1) & np.isfinite(self.orientation).all(1)
-        self.number, self.frames = _numbers(table, "number"), _numbers(table, "frames")
-        self.acquisition = _numbers(table, "acquisition")
-        self.sizes = np.stack([_numbers(table, name) for name in ("height", "width", "echo_time")], 1)
-        self.along = np.full(self.n, np.nan)  # mm along the normal of the stack, as soon as that is known
-
-    def key(self, i: int) -> tuple:
-        """What is the same in all slices of a stack, beside the orientation."""
-        return (*self.sizes[i].tolist(), i if self.frames[i] > 1 else -1)
-
-
-def _check(table: object) -> None:
-    if not isinstance(table, pd.DataFrame):
-        raise DataError(f"Expected a table (DataFrame) as `scan_dicoms` returns; got {type(table).__name__}.")
-    missing = [name for name in ("series", "position", "orientation") if name not in table.columns]
-    if missing:
-        raise DataError(f"The table lacks {', '.join(missing)}; `scan_dicoms` returns one with all that is needed.")
-
-
-def _texts(table: pd.DataFrame, name: str) -> list[str]:
-    if name not in table.columns:
-        return [""] * len(table)
-    return ["" if blank else str(value).strip() for value, blank in zip(table[name], table[name].isna())]
-
-
-def _numbers(table: pd.DataFrame, name: str) -> np.ndarray:
-    """-1 where there is none."""
-    if name not in table.columns:
-        return np.full(len(table), -1.0)
-    return pd.to_numeric(table[name], errors="coerce").fillna(-1).to_numpy(float)
-
-
-def _vector(value: object, n: int) -> np.ndarray:
-    """Finite numbers (n,), or NaN."""
-    try:
-        vector = np.asarray(value, float)
-    except (TypeError, ValueError):
-        vector = np.empty(0)
-    return vector if vector.shape == (n,) and np.isfinite(vector).all() else np.full(n, np.nan)
-
-
-def _orientation(value: object) -> np.ndarray:
-    """Two directions (6,) of unit length at a right angle, or NaN."""
-    vector = _vector(value, 6)
-    lengths = np.linalg.norm(vector.reshape(2, 3), axis=1)
-    fits = np.abs(lengths - 1).max() < _UNIT and abs(vector[:3] @ vector[3:]) < _UNIT
-    return vector if fits else np.full(6, np.nan)
-
-
 def _grouped(at: np.ndarray, keys: Iterable[Hashable]) -> list[np.ndarray]:
     """Parts with the same key, in the order in which keys come."""
     groups: dict[Hashable, list[int]] = {}
@@ -165,7 +105,7 @@ def _grouped(at: np.ndarray, keys: Iterable[Hashable]) -> list[np.ndarray]:
     return [np.array(group) for group in groups.values()]
 
 
-def _turns(facts: _Facts, series: np.ndarray) -> list[int]:
+def _turns(facts: SliceFacts, series: np.ndarray) -> list[int]:
     """A number for the orientation of each slice; -1 where position or orientation is missing."""
     known: list[np.ndarray] = []
     turns = {}
@@ -177,7 +117,7 @@ def _turns(facts: _Facts, series: np.ndarray) -> list[int]:
     return [turns.get(i, -1) for i in series.tolist()]
 
 
-def _of_stack(facts: _Facts, at: np.ndarray, problems: dict[str, int]) -> list[Volume]:
+def _of_stack(facts: SliceFacts, at: np.ndarray, problems: dict[str, int]) -> list[Volume]:
     """Of slices of one orientation and size."""
     at = at[np.argsort(facts.number[at], kind="stable")]
     if facts.frames[at[0]] > 1:
@@ -203,7 +143,7 @@ def _first_of(at: np.ndarray, keys: Iterable[Hashable]) -> tuple[np.ndarray, np.
     return at[is_first], at[~is_first]
 
 
-def _parts(facts: _Facts, at: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _parts(facts: SliceFacts, at: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Stacks with one slice at each place, each with the duplicates left out of it."""
     places = _places(facts, at)
     n, repeated = len(set(places)), _n_repeated(places)
@@ -218,7 +158,7 @@ def _parts(facts: _Facts, at: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarr
             yield from _parts(facts, part)
 
 
-def _places(facts: _Facts, at: np.ndarray) -> list[int]:
+def _places(facts: SliceFacts, at: np.ndarray) -> list[int]:
     """Numbers of the places along the normal, the same for slices at one place."""
     order = np.argsort(facts.along[at], kind="stable")
     places = np.empty(len(at), int)
@@ -230,14 +170,14 @@ def _n_repeated(places: list[int]) -> int:
     return int((np.bincount(places) > 1).sum())
 
 
-def _even_acquisitions(facts: _Facts, at: np.ndarray) -> list[np.ndarray]:
+def _even_acquisitions(facts: SliceFacts, at: np.ndarray) -> list[np.ndarray]:
     """By acquisition if steps are even in each and not in all together."""
     parts = _grouped(at, facts.acquisition[at])
     parted = len(parts) > 1 and not _is_even(facts, at) and all(len(p) >= 3 and _is_even(facts, p) for p in parts)
     return parts if parted else [at]
 
 
-def _is_even(facts: _Facts, at: np.ndarray) -> bool:
+def _is_even(facts: SliceFacts, at: np.ndarray) -> bool:
     return _n_uneven(np.diff(np.sort(facts.along[at]))) == 0
 
 
@@ -245,7 +185,7 @@ def _n_uneven(steps: np.ndarray) -> int:
     return int((~np.isclose(steps, np.median(steps), **_STEP)).sum())
 
 
-def _repetitions(facts: _Facts, at: np.ndarray, places: list[int]) -> list[np.ndarray]:
+def _repetitions(facts: SliceFacts, at: np.ndarray, places: list[int]) -> list[np.ndarray]:
     """By image type or acquisition if that leaves fewer places repeated in each part; else by repetition."""
     for values in (facts.image_type, facts.acquisition):
         parts = _grouped(at, [values[i] for i in at])
@@ -260,7 +200,7 @@ def _repetitions(facts: _Facts, at: np.ndarray, places: list[int]) -> list[np.nd
     return _grouped(at, times)
 
 
-def _plain(facts: _Facts, at: np.ndarray, left: np.ndarray, problems: dict[str, int]) -> Volume:
+def _plain(facts: SliceFacts, at: np.ndarray, left: np.ndarray, problems: dict[str, int]) -> Volume:
     """Slices whose places are not known."""
     counts = problems | {"duplicates": len(left), "few": len(at) if len(at) < 3 else 0}
     rows, left_out = ([facts.rows[i] for i in some] for some in (at, left))
@@ -268,7 +208,7 @@ def _plain(facts: _Facts, at: np.ndarray, left: np.ndarray, problems: dict[str, 
     return Volume(rows, facts.name[at[0]], plane=facts.plane[at[0]], problems=problems, left_out=left_out)
 
 
-def _sorted(facts: _Facts, at: np.ndarray, left: np.ndarray, forward: bool, problems: dict[str, int]) -> Volume:
+def _sorted(facts: SliceFacts, at: np.ndarray, left: np.ndarray, forward: bool, problems: dict[str, int]) -> Volume:
     """Slices in the order of their places."""
     at = at[np.argsort(facts.along[at], kind="stable")]
     along, n_places = facts.along[at], len(set(_places(facts, at)))
@@ -292,7 +232,7 @@ def _off_line(along: np.ndarray, points: np.ndarray) -> dict[str, int]:
 def slices_of(
     volumes: pd.DataFrame | list[Volume],  # What `volumes_of` returns, or a table
 ) -> pd.DataFrame:
-    """A row for each slice of each true volume: row (index label), volume (number), place (0 ... n-1), position (0 ... 1).
+    """A row for each slice of a true volume: row (index label), volume (number), place (0 to n-1), position (0 to 1).
 
     Places count along the normal. Positions are shares of the way in mm, in one direction for all volumes of a plane:
     from right to left, front to back, feet to head (of what the volume shows, not of the body).
@@ -308,15 +248,15 @@ def slices_of(
 
 def neighbors(
     volumes: pd.DataFrame | list[Volume],  # What `volumes_of` returns, or a table
-    n: int = 3,  # Slices in a run
+    n: int = 3,  # Slices in a run, at least 3: what a step is shows beside another one
 ) -> pd.DataFrame:
     """Every run of `n` slices that follow each other in a true volume by equal steps: none reaches over a gap.
 
     The columns of `slices_of`, for the middle slice (of an even number the later one), and rows: the index labels of
     all `n`, in order along the normal: (previous, itself, next).
     """
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
-        raise DataError(f"n is the number of slices in a run, an integer from 2 up; got {n!r}.")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 3:
+        raise DataError(f"n is the number of slices in a run, an integer from 3 up; got {n!r}.")
     found = []
     for number, volume in _true(volumes):
         steps, relative = np.diff(volume.positions), volume.relative
@@ -337,7 +277,7 @@ def _true(volumes: pd.DataFrame | list[Volume]) -> list[tuple[int, Volume]]:
 def report(
     volumes: pd.DataFrame | list[Volume],  # What `volumes_of` returns, or a table
 ) -> pd.DataFrame:
-    """A row for each stack: series (pseudonym), part, plane, slices, spacing (mm), volume (whether it is one), problems."""
+    """A row for each stack: series (pseudonym), part, plane, slices, spacing (mm), volume (is it one?), problems."""
     volumes = volumes_of(volumes) if isinstance(volumes, pd.DataFrame) else volumes
     rows = [
         {
