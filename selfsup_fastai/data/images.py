@@ -27,6 +27,8 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
+_OF_FILES = ("file", "item", "width", "height", "mode", "format", "frames", "channels", "bits", "max")
+"""Columns of `items_df` that tell of the file; the others are facts, for tasks that ask about them."""
 
 
 class UnlabeledDataLoaders(DataLoaders):
@@ -81,15 +83,27 @@ class UnlabeledDataLoaders(DataLoaders):
         **kwargs,  # As in `from_folder`
     ) -> "UnlabeledDataLoaders":
         """Loaders over the files given."""
-        _check_settings(**kwargs)
         if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
+            _check_settings(**kwargs)
             fix = "For one folder use from_folder, for one image from_single_image."
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
+        return cls._from_table(files, None, **kwargs)
+
+    @classmethod
+    def _from_table(
+        cls,
+        files: Iterable[str | os.PathLike],
+        facts: pd.DataFrame | None,  # Row i: what is known of file i
+        **kwargs,
+    ) -> "UnlabeledDataLoaders":
+        _check_settings(**kwargs)
         files = as_paths(files)
         with _keeping(files, **kwargs) as kept:
             ok, report = usable_files(files, kept, max(_as_size(kwargs.get("size", 128)) or (128,)))
             if kept:
                 kept.fill(ok.index)  # what changed while it was read
+            if facts is not None:
+                ok = ok.join(facts.reset_index(drop=True).drop(columns=list(_OF_FILES), errors="ignore"))
             return cls._from_items(list(ok["file"]), ok, report, kept, **kwargs)
 
     @classmethod
@@ -101,7 +115,11 @@ class UnlabeledDataLoaders(DataLoaders):
         suff: str = "",  # Added to each file name
         **kwargs,  # As in `from_folder`
     ) -> "UnlabeledDataLoaders":
-        """Loaders over the files named in a column of `df`."""
+        """Loaders over the files named in a column of `df`.
+
+        The other columns are facts: they become columns of `items_df`, and tasks may ask about them: whose image it is
+        ('patient'), of which study or series; or which labels come with it.
+        """
         if not isinstance(df, pd.DataFrame):
             raise DataError(f"from_df takes a pandas DataFrame, got {type(df).__name__}.")
         if fn_col not in (range(df.shape[1]) if isinstance(fn_col, int) else df.columns):
@@ -110,7 +128,8 @@ class UnlabeledDataLoaders(DataLoaders):
         names = df.iloc[:, fn_col] if isinstance(fn_col, int) else df[fn_col]
         if names.isna().any():
             raise DataError(f"{names.isna().sum()} of {len(names)} rows hold no file name: drop them, df.dropna().")
-        return cls.from_files([Path(path) / f"{name}{suff}" for name in names], **kwargs)
+        facts = df.drop(columns=[df.columns[fn_col] if isinstance(fn_col, int) else fn_col])
+        return cls._from_table([Path(path) / f"{name}{suff}" for name in names], facts, **kwargs)
 
     @classmethod
     def from_array(
@@ -193,6 +212,7 @@ class UnlabeledDataLoaders(DataLoaders):
         pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
         device = torch.device(device or default_device())
         store = stored(kept, info.index, n_in, device if cache == "device" else None)
+        facts = [_facts(info.iloc[rows]) for rows in (train, valid)]
         with preserved_rng():  # fastai tries one item, with the user's random transforms
             loaders = Datasets(items, tfms=[[_opener(info, n_in, size, item_tfms)]], splits=(train, valid)).dataloaders(
                 dl_type=IndexedDL,
@@ -202,7 +222,7 @@ class UnlabeledDataLoaders(DataLoaders):
                 after_batch=[IntToFloatTensor(), *_as_list(batch_tfms)],
                 num_workers=auto_workers(len(items), pixels) if num_workers is None else num_workers,
                 device=device,
-                dl_kwargs=[{"store": store, "rows": rows} for rows in (train, valid)],
+                dl_kwargs=[{"store": store, "rows": r, "facts": f} for r, f in zip((train, valid), facts)],
             )
         for dl in loaders:
             dl.rng.seed(random.getrandbits(62))
@@ -241,6 +261,12 @@ def split(n: int, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
     n_valid = min(max(1, round(n * valid_pct)), n - 1)
     order = np.random.default_rng(seed).permutation(n).tolist()
     return sorted(order[n_valid:]), sorted(order[:n_valid])
+
+
+def _facts(info: pd.DataFrame) -> pd.DataFrame | None:
+    """The columns that tell more than what the files are; None where there are none."""
+    facts = info.drop(columns=list(_OF_FILES), errors="ignore")
+    return facts if len(facts.columns) else None
 
 
 def auto_workers(
