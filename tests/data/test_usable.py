@@ -28,7 +28,9 @@ def export(tmp_path):
 
 
 def loaders(folder, **kwargs):
-    return UnlabeledDataLoaders.from_folder(folder, **{"size": 24, "bs": 4, "valid_pct": 0.25, "num_workers": 0, **kwargs})
+    return UnlabeledDataLoaders.from_folder(
+        folder, **{"size": 24, "bs": 4, "valid_pct": 0.25, "num_workers": 0, **kwargs}
+    )
 
 
 def test_a_folder_of_cts_gives_windows_a_report_and_a_split_by_patient(export, capsys):
@@ -161,4 +163,8 @@ def test_a_picture_opened_by_itself(tmp_path):
     file = write_dicom(tmp_path / "x", np.arange(576, dtype=np.int16).reshape(24, 24) - 288, "CT")
     assert open_image(file).mode == "RGB" and open_image(file, n_in=1).mode == "F"
     with open(file, "rb") as opened:
-        assert Image.Image.tobytes(open_image(opened)) == open_image(file).tobytes() == open_image(file.read_bytes()).tobytes()
+        assert (
+            Image.Image.tobytes(open_image(opened))
+            == open_image(file).tobytes()
+            == open_image(file.read_bytes()).tobytes()
+        )
