@@ -1,4 +1,4 @@
-"""No name, id, UID, header value or path of a DICOM file gets out: a marker stands in all of them, and is looked for."""
+"""No name, id, UID, header value or path of a DICOM file gets out: marks stand in all of them, and are looked for."""
 
 import logging
 import os
