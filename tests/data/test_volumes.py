@@ -264,9 +264,14 @@ def test_gaps_are_counted_and_no_run_reaches_over_one():
     assert neighbors(table, 4)["row"].tolist() == [2]
 
 
+def test_of_two_steps_the_shorter_one_is_usual():
+    (volume,) = volumes_of(made([0, 1, 5]))
+    assert volume.problems == {"gaps": 1} and volume.spacing == 1.0
+
+
 def test_steps_within_the_tolerance_are_no_gaps():
-    assert volumes_of(made([0, 5.0, 10.3, 15.0, 20.0]))[0].problems == {}  # 5.3 and 4.7 of 5: 0.1 + 5 %
-    assert volumes_of(made([0, 5.0, 10.4, 15.0, 20.0]))[0].problems == {"gaps": 2}
+    assert volumes_of(made([0, 5, 10.3, 15, 20, 25]))[0].problems == {}  # 5.3 and 4.7 of 5: 0.1 + 5 %
+    assert volumes_of(made([0, 5, 10.4, 15, 20, 25]))[0].problems == {"gaps": 2}
 
 
 def test_tilt_in_degrees():
