@@ -13,7 +13,7 @@ import pandas as pd
 from selfsup_fastai.data.slice_facts import SliceFacts
 from selfsup_fastai.errors import DataError
 
-__all__ = ["PROBLEMS", "Volume", "neighbors", "report", "slices_of", "volumes_of"]
+__all__ = ["PROBLEMS", "Volume", "neighbors", "slices_of", "volume_report", "volumes_of"]
 
 PROBLEMS = {
     "few": "Places with a slice; a volume has three at least.",
@@ -279,7 +279,7 @@ def _true(volumes: pd.DataFrame | list[Volume]) -> list[tuple[int, Volume]]:
     return [(number, volume) for number, volume in enumerate(volumes) if volume.is_volume]
 
 
-def report(
+def volume_report(
     volumes: pd.DataFrame | list[Volume],  # What `volumes_of` returns, or a table
 ) -> pd.DataFrame:
     """A row for each stack: series (pseudonym), part, plane, slices, spacing (mm), volume (is it one?), problems."""

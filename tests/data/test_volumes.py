@@ -9,7 +9,7 @@ import pydicom
 import pytest
 import SimpleITK
 
-from selfsup_fastai.data.volumes import PROBLEMS, neighbors, report, slices_of, volumes_of
+from selfsup_fastai.data.volumes import PROBLEMS, neighbors, slices_of, volume_report, volumes_of
 from selfsup_fastai.errors import DataError
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests"
@@ -305,7 +305,7 @@ def test_a_file_of_many_frames_is_for_itself():
 def test_the_report_and_its_words():
     table = pd.concat([made([0, 1, 2, 3, 6]), made(range(2), series="t")], ignore_index=True)
     table["plane"] = "axial"
-    told = report(table)
+    told = volume_report(table)
     assert told.to_dict("list") == {
         "series": ["s", "t"],
         "part": [0, 0],
@@ -316,7 +316,7 @@ def test_the_report_and_its_words():
         "problems": ["gaps: 1", "few: 2"],
     }
     assert {name for volume in volumes_of(table) for name in volume.problems} <= set(PROBLEMS)
-    assert report(table[:0]).empty and slices_of(table[:0]).empty and neighbors(table[:0]).empty
+    assert volume_report(table[:0]).empty and slices_of(table[:0]).empty and neighbors(table[:0]).empty
 
 
 def test_mistakes():
