@@ -32,6 +32,12 @@ from selfsup_fastai.errors import DataError
 
 __all__ = ["DicomImage", "DicomInfo", "quantiles_of", "read_dicom", "values_of"]
 
+READER = 1
+"""Counts changes of what `read_dicom` makes of a file: pixels that an older one made are not used."""
+
+SETTINGS = "frame", "window", "limits", "n_in"
+"""Of a `DicomImage`."""
+
 CT_WINDOWS = "lung", "mediastinum", "bone"
 """A CT's three channels where nothing else is asked for; its one channel is 'wide'."""
 
@@ -71,7 +77,17 @@ class DicomImage(os.PathLike):
     def identity(self) -> bytes:
         """Frame and settings, without the path."""
         limits = self.limits and tuple(map(float, self.limits))
-        return repr((self.frame, as_window(self.window), limits, self.n_in)).encode()
+        return repr((READER, self.frame, as_window(self.window), limits, self.n_in)).encode()
+
+    @property
+    def settings(self) -> dict:
+        """All but the path, as JSON can hold it."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @classmethod
+    def from_settings(cls, path: str, settings: dict) -> "DicomImage":
+        """What `settings` came from; other keys are passed over."""
+        return cls(path, **{name: settings[name] for name in SETTINGS})
 
     def read(self) -> tuple[np.ndarray, DicomInfo]:
         """As `read_dicom`."""

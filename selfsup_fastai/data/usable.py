@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from selfsup_fastai.data.files import as_paths, check_files, measure_files, summ
 from selfsup_fastai.data.keeping import Keeping
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.data.volumes import slices_of
+from selfsup_fastai.data.windows import as_window
 from selfsup_fastai.messages import say
 
 OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
@@ -83,11 +85,11 @@ def _frames(files, kept: Keeping | None, first: int, min_side: int, n_in, window
     items, rows = _items(table, n_in, window, only)
     keeper = kept.add(items) if kept else None
     ok, failed = check_files(items, keeper=keeper, min_side=min_side)
-    failed = failed.assign(file=failed["file"].map(lambda item: item.file)).drop_duplicates("file")
+    failed = failed.assign(file=failed["file"].map(lambda item: Path(item))).drop_duplicates("file")
     known = _in_volumes(table).loc[rows].set_axis(range(len(items)))
     known["frame"] = [item.frame for item in items]
     known["are_scans"] = ~known["color"].astype(bool)
-    ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: item.file))
+    ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: Path(item)))
     about = [name for name in ABOUT if name in known]
     ok = ok.join(known[[*about, "frames", "frame", "are_scans"]])
     return ok.set_axis(ok.index + first), pd.concat([problems, failed], ignore_index=True)
@@ -144,6 +146,8 @@ def series_limits(
 
     One scale for all slices of a series, where each slice's own would make a slice of air as bright as one of brain.
     """
+    from selfsup_fastai.data.dicom_pixels import DicomImage
+
     relative = table[table["modality"].isin(OF_SERIES)]
     keys = relative["series"].where(relative["series"] != "", relative.index.to_series())
     asked, of_series = [], []
@@ -154,7 +158,9 @@ def series_limits(
             asked += chosen
             of_series += [(key, rows["modality"].iloc[0])] * len(chosen)
     found: dict = {}
-    for series, values in zip(of_series, measure_files(asked), strict=True):
+    for series, values in zip(
+        of_series, measure_files([DicomImage(os.fspath(file), frame) for file, frame in asked]), strict=True
+    ):
         if values is not None:
             found.setdefault(series, []).append(values)
     return {key: _limits(np.concatenate(values), *OF_SERIES[modality]) for (key, modality), values in found.items()}
@@ -167,11 +173,8 @@ def _limits(values: np.ndarray, low: float | None, high: float) -> tuple[float, 
 
 
 def check_window(window) -> None:
-    """Raises `DataError` for what is no window of DICOM files."""
-    if window is not None:
-        from selfsup_fastai.data.windows import windows_of
-
-        windows_of(window)
+    """Raises `DataError` for what is no window, and `UnknownNameError` for a name that does not exist."""
+    as_window(window)
 
 
 def with_columns(
