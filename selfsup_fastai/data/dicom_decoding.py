@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from selfsup_fastai.data.codestreams import Codestream, codestream
+from selfsup_fastai.data.deep_jpeg import DEEP_JPEG, deep_jpeg, deep_jpeg_available
 from selfsup_fastai.data.dicom import looks_like_dicom, open_dataset
 from selfsup_fastai.data.dicom_elements import check_object, element, whole_number
 from selfsup_fastai.data.reasons import MAX_PIXELS, BadImage, bad
@@ -43,7 +44,7 @@ class Stored(NamedTuple):
 
 
 class _Exact:
-    """A file whose end may not lie within what is read at once, but for the few bytes of a tag."""
+    """A file whose end may not lie within what is read at once, unless it is that of a codestream, or of a tag."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.tell, self.seek = file, file.tell, file.seek
@@ -51,7 +52,7 @@ class _Exact:
     def read(self, n: int = -1) -> bytes:
         """The next `n` bytes."""
         data = self.file.read(n)
-        if len(data) < n and n > 8:
+        if len(data) < n and n > 8 and b"\xff\xd9" not in data[-16:]:
             raise bad("truncated")
         return data
 
@@ -309,17 +310,17 @@ class PixelFile:
         if self.syntax == _DEFLATED_FRAMES:
             return self._inflated_frame(source)
         stream = codestream(source)
-        if stream and stream.height * stream.width > MAX_PIXELS:
-            raise bad("too_large")
+        if stream and not stream.is_of(self.rows, self.columns):  # larger, it may be a bomb
+            raise bad("unreadable", "(The compressed image is not of the size that the file states.)")
         syntax = self._syntax_of(stream)
         failures = []
-        for plugin in _plugins(syntax):
+        for plugin in [*_plugins(syntax), *self._deep_jpeg(syntax)]:
             try:
                 stored = self._decoded_by(plugin, syntax, source, stream)
             except Exception as err:  # decoders raise anything
                 failures.append(type(err))
                 continue
-            self.decoder = plugin
+            self.decoder = plugin.removesuffix(" 12 bits")
             return stored
         raise self._undecodable(failures, syntax)
 
@@ -331,10 +332,17 @@ class PixelFile:
             self.flags.append("wrong_syntax")
         return stream.syntax
 
+    def _deep_jpeg(self, syntax: str) -> list[str]:
+        """pydicom does not let GDCM decode JPEG of 12 bits, which it can: it is asked without pydicom."""
+        able = syntax.endswith(".4.51") and self.samples == 1 and self.allocated == 16 and deep_jpeg_available()
+        return [DEEP_JPEG] if able else []
+
     def _decoded_by(self, plugin: str, syntax: str, source: bytes, stream: Codestream | None) -> Stored:
         from pydicom.encaps import encapsulate
         from pydicom.pixels import get_decoder
 
+        if plugin == DEEP_JPEG:
+            return Stored(deep_jpeg(source, self.rows, self.columns, self.bits, self.signed), self.photometric)
         options = {**self.options, "number_of_frames": 1}
         data = encapsulate([source], has_bot=False)
         decoder = get_decoder(syntax)
