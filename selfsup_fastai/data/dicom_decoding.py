@@ -27,6 +27,7 @@ _ORDER = ("pyjpegls", "pillow", "pylibjpeg", "pydicom", "gdcm")
 
 _UNDEFINED = 0xFFFFFFFF
 _KEYWORDS = {0x0010: "PixelData", 0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData"}
+_VRS = b"OB", b"OW", b"OF", b"OD", b"OV", b"UN"  # as a length of pixel data each would be odd, which none is
 _FLOATS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
 _DEFLATED, _DEFLATED_FRAMES = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1"
 _LITTLE, _BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -116,14 +117,13 @@ class PixelFile:
 
     def _find_pixels(self) -> None:
         """Where the pixel data begins, how long it claims to be and how long it can be."""
-        implicit, little = self.dataset.original_encoding
-        order = "little" if little else "big"
+        order = "little" if self.dataset.original_encoding[1] else "big"
         head = self.file.read(12)
         group, number = int.from_bytes(head[:2], order), int.from_bytes(head[2:4], order)
         if len(head) < 8 or group != 0x7FE0 or number not in _KEYWORDS:
             raise bad("no_pixels")
         self.keyword = _KEYWORDS[number]
-        if implicit:
+        if head[4:6] not in _VRS:  # implicit; what the syntax says of it need not be true
             self.vr, self.length = "OW", int.from_bytes(head[4:8], order)
             self.file.seek(8 - len(head), os.SEEK_CUR)
         else:
@@ -347,7 +347,10 @@ class PixelFile:
         data = encapsulate([source], has_bot=False)
         decoder = get_decoder(syntax)
         array, about = decoder.as_array(data, index=0, raw=True, decoding_plugin=plugin, **options)
-        return Stored(_native_order(array), about["photometric_interpretation"])
+        photometric = about["photometric_interpretation"]
+        if stream and stream.adobe == 1 and self.samples == 3:  # Pillow has undone the transform that is stated there
+            photometric = {"pillow": "RGB", "gdcm": "YBR_FULL"}.get(plugin, photometric)
+        return Stored(_native_order(array), photometric)
 
     def _inflated_frame(self, source: bytes) -> Stored:
         from pydicom.pixels import get_decoder
