@@ -27,6 +27,10 @@ class Codestream(NamedTuple):
         """Whether a transfer syntax is one for such bytes."""
         return syntax in [_UID + end for end in _FAMILIES[self.kind]]
 
+    def is_of(self, height: int, width: int) -> bool:
+        """Whether it has this size; the height may be left to the end of a JPEG, where nobody looks."""
+        return self.width == width and self.height in (height, 0)
+
     @property
     def syntax(self) -> str:
         """The transfer syntax to decode such bytes with."""

@@ -57,10 +57,17 @@ def _through_palette(dataset, array: np.ndarray) -> np.ndarray:
         found = _segmented(dataset, color, n, first, bits)
         if not found:
             raise bad("missing_tag", f"({color}PaletteColorLookupTableData)")
-        # entries of 8 bits that fill 16, as some write them, are told by their size
-        top = (1 << bits) - 1 if found.entries.max() < 1 << bits else 0xFFFF
-        channels.append(found(array).astype(np.float32) / np.float32(top))
-    return np.stack(channels, -1)
+        channels.append(found)
+    shift = 8 if all(c.bits > 8 and not (c.entries & 0xFF).any() for c in channels) else 0  # 8 bits, as 16
+    return np.stack([_unit(c, shift)(array) for c in channels], -1)
+
+
+def _unit(channel: Table, shift: int) -> Table:
+    """The same table with entries in [0, 1]."""
+    bits = channel.bits - shift
+    top = (1 << bits) - 1
+    entries = np.minimum((channel.entries >> shift).astype(np.float32) / np.float32(top), 1)
+    return Table(entries, channel.first, bits)
 
 
 def _segmented(dataset, color: str, n: int, first: int, bits: int) -> Table | None:

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from selfsup_fastai.data.codestreams import Codestream, codestream
+from selfsup_fastai.data.deep_jpeg import DEEP_JPEG, deep_jpeg, deep_jpeg_available
 from selfsup_fastai.data.dicom import looks_like_dicom, open_dataset
 from selfsup_fastai.data.dicom_elements import check_object, element, whole_number
 from selfsup_fastai.data.reasons import MAX_PIXELS, BadImage, bad
@@ -26,6 +27,7 @@ _ORDER = ("pyjpegls", "pillow", "pylibjpeg", "pydicom", "gdcm")
 
 _UNDEFINED = 0xFFFFFFFF
 _KEYWORDS = {0x0010: "PixelData", 0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData"}
+_VRS = b"OB", b"OW", b"OF", b"OD", b"OV", b"UN"  # as a length of pixel data each would be odd, which none is
 _FLOATS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
 _DEFLATED, _DEFLATED_FRAMES = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1"
 _LITTLE, _BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -43,7 +45,7 @@ class Stored(NamedTuple):
 
 
 class _Exact:
-    """A file whose end may not lie within what is read at once, but for the few bytes of a tag."""
+    """A file whose end may not lie within what is read at once, unless it is that of a codestream, or of a tag."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.tell, self.seek = file, file.tell, file.seek
@@ -51,7 +53,7 @@ class _Exact:
     def read(self, n: int = -1) -> bytes:
         """The next `n` bytes."""
         data = self.file.read(n)
-        if len(data) < n and n > 8:
+        if len(data) < n and n > 8 and b"\xff\xd9" not in data[-16:]:
             raise bad("truncated")
         return data
 
@@ -115,14 +117,13 @@ class PixelFile:
 
     def _find_pixels(self) -> None:
         """Where the pixel data begins, how long it claims to be and how long it can be."""
-        implicit, little = self.dataset.original_encoding
-        order = "little" if little else "big"
+        order = "little" if self.dataset.original_encoding[1] else "big"
         head = self.file.read(12)
         group, number = int.from_bytes(head[:2], order), int.from_bytes(head[2:4], order)
         if len(head) < 8 or group != 0x7FE0 or number not in _KEYWORDS:
             raise bad("no_pixels")
         self.keyword = _KEYWORDS[number]
-        if implicit:
+        if head[4:6] not in _VRS:  # implicit; what the syntax says of it need not be true
             self.vr, self.length = "OW", int.from_bytes(head[4:8], order)
             self.file.seek(8 - len(head), os.SEEK_CUR)
         else:
@@ -309,17 +310,17 @@ class PixelFile:
         if self.syntax == _DEFLATED_FRAMES:
             return self._inflated_frame(source)
         stream = codestream(source)
-        if stream and stream.height * stream.width > MAX_PIXELS:
-            raise bad("too_large")
+        if stream and not stream.is_of(self.rows, self.columns):  # larger, it may be a bomb
+            raise bad("unreadable", "(The compressed image is not of the size that the file states.)")
         syntax = self._syntax_of(stream)
         failures = []
-        for plugin in _plugins(syntax):
+        for plugin in [*_plugins(syntax), *self._deep_jpeg(syntax)]:
             try:
                 stored = self._decoded_by(plugin, syntax, source, stream)
             except Exception as err:  # decoders raise anything
                 failures.append(type(err))
                 continue
-            self.decoder = plugin
+            self.decoder = plugin.removesuffix(" 12 bits")
             return stored
         raise self._undecodable(failures, syntax)
 
@@ -331,15 +332,25 @@ class PixelFile:
             self.flags.append("wrong_syntax")
         return stream.syntax
 
+    def _deep_jpeg(self, syntax: str) -> list[str]:
+        """pydicom does not let GDCM decode JPEG of 12 bits, which it can: it is asked without pydicom."""
+        able = syntax.endswith(".4.51") and self.samples == 1 and self.allocated == 16 and deep_jpeg_available()
+        return [DEEP_JPEG] if able else []
+
     def _decoded_by(self, plugin: str, syntax: str, source: bytes, stream: Codestream | None) -> Stored:
         from pydicom.encaps import encapsulate
         from pydicom.pixels import get_decoder
 
+        if plugin == DEEP_JPEG:
+            return Stored(deep_jpeg(source, self.rows, self.columns, self.bits, self.signed), self.photometric)
         options = {**self.options, "number_of_frames": 1}
         data = encapsulate([source], has_bot=False)
         decoder = get_decoder(syntax)
         array, about = decoder.as_array(data, index=0, raw=True, decoding_plugin=plugin, **options)
-        return Stored(_native_order(array), about["photometric_interpretation"])
+        photometric = about["photometric_interpretation"]
+        if stream and stream.adobe == 1 and self.samples == 3:  # Pillow has undone the transform that is stated there
+            photometric = {"pillow": "RGB", "gdcm": "YBR_FULL"}.get(plugin, photometric)
+        return Stored(_native_order(array), photometric)
 
     def _inflated_frame(self, source: bytes) -> Stored:
         from pydicom.pixels import get_decoder

@@ -24,48 +24,9 @@ FLAGS = {
 }
 """What may be said of a file, and what it means."""
 
-MODALITIES = {
-    "BI",
-    "BMD",
-    "CR",
-    "CT",
-    "DG",
-    "DX",
-    "EC",
-    "EM",
-    "ES",
-    "GM",
-    "IO",
-    "IVOCT",
-    "IVUS",
-    "LS",
-    "MG",
-    "MR",
-    "NM",
-}
-MODALITIES |= {
-    "OCT",
-    "OP",
-    "OPM",
-    "OPT",
-    "OPTBSV",
-    "OPTENF",
-    "OT",
-    "PT",
-    "PX",
-    "RF",
-    "RG",
-    "RTIMAGE",
-    "SC",
-    "SM",
-    "ST",
-    "TG",
-    "US",
-    "VL",
-    "XA",
-    "XC",
-    "XRF",
-}
+MODALITIES = {"BI", "BMD", "CR", "CT", "DG", "DX", "EC", "EM", "ES", "GM", "IO", "IVOCT", "IVUS", "LS"}
+MODALITIES |= {"MG", "MR", "NM", "OCT", "OP", "OPM", "OPT", "OPTBSV", "OPTENF", "OT", "PT", "PX"}
+MODALITIES |= {"RF", "RG", "RTIMAGE", "SC", "SM", "ST", "TG", "US", "VL", "XA", "XC", "XRF"}
 """What is shown of the element Modality; anything else may be a name."""
 
 
