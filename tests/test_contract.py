@@ -54,7 +54,7 @@ SMALL = {
     "npid": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "pirl": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "dicom_tags": {"min_area": 0.9, "window": 0.1},
-    "slice_order": {"min_area": 0.9, "hidden": 64},
+    "slice_order": {"weight": 3.0, "min_area": 0.9, "hidden": 64},
     "micle": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "moco": {"temperature": 0.7, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "mocov3": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
@@ -168,10 +168,10 @@ def pictures(n: int, size: tuple[int, int] = (40, 40), channels: int = 3, seed: 
 
 
 def siblings(n: int) -> np.ndarray:
-    """Pictures of which `facts` are true: two of one patient are alike but for a bar, which moves with the place."""
+    """Pictures of which `facts` are true: two of one patient are alike but for a band, brighter from place to place."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 200, (n, 8, 8, 3))[np.arange(n) // 2 * 2]
-    coarse[np.arange(n), np.arange(n) % 8] = 255
+    coarse[:, 3:6] = 36 * (np.arange(n) % 8)[:, None, None, None]
     return np.stack([np.asarray(Image.fromarray(c.astype(np.uint8)).resize((40, 40))) for c in coarse])
 
 
@@ -200,8 +200,9 @@ def give_facts(task, dls) -> None:
 def facts(n: int) -> pd.DataFrame:
     """Of n images."""
     at = np.arange(n)
-    tags = {"modality": np.array(["CT", "MR"])[at % 2], "view": np.array(["PA", "", "LL"])[at % 3]}
-    return pd.DataFrame({"patient": at // 2, "volume": at // 8, "place": at % 8, **tags})
+    owner = at // 2
+    tags = {"modality": np.array(["CT", "MR"])[owner % 2], "view": np.array(["PA", "", "LL"])[owner % 3]}
+    return pd.DataFrame({"patient": owner, "volume": at // 8, "place": at % 8, **tags})
 
 
 def without_bar(learn):
