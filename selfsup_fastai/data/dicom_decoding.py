@@ -16,7 +16,7 @@ import numpy as np
 from selfsup_fastai.data.codestreams import Codestream, codestream
 from selfsup_fastai.data.deep_jpeg import DEEP_JPEG, deep_jpeg, deep_jpeg_available
 from selfsup_fastai.data.dicom import looks_like_dicom, open_dataset
-from selfsup_fastai.data.dicom_elements import check_object, element, whole_number
+from selfsup_fastai.data.dicom_elements import check_object, code, element, is_there, whole_number
 from selfsup_fastai.data.reasons import MAX_PIXELS, BadImage, bad
 from selfsup_fastai.errors import DataError
 
@@ -163,17 +163,16 @@ class PixelFile:
         }
 
     def _photometric(self) -> str:
-        value = element(self.dataset, "PhotometricInterpretation")
+        value = code(self.dataset, "PhotometricInterpretation")
         if not value:
             raise bad("missing_tag", "(PhotometricInterpretation)")
-        value = str(value).strip().upper()
         if value not in (*_COLORS, *_GREYS, PALETTE):
             raise bad("bad_tag", "(PhotometricInterpretation)")
         return value
 
     def _samples(self) -> int:
         samples = 3 if self.photometric in _COLORS else 1
-        if element(self.dataset, "SamplesPerPixel") is None:
+        if not is_there(self.dataset, "SamplesPerPixel"):
             self.flags.append("assumed")
             return samples
         if whole_number(self.dataset, "SamplesPerPixel", 1, 65535) != samples:
@@ -191,7 +190,7 @@ class PixelFile:
         return frames
 
     def _assumed(self, keyword: str, least: int, most: int, default: int) -> int:
-        if element(self.dataset, keyword) is None:
+        if not is_there(self.dataset, keyword):
             self.flags.append("assumed")
             return default
         return whole_number(self.dataset, keyword, least, most)

@@ -104,11 +104,11 @@ def _ct_flags(values: np.ndarray, rescale: tuple | None) -> list[str]:
 
 def _padding(dataset, stored: np.ndarray, signed: bool) -> np.ndarray | None:
     """Where padding is; None where it is nowhere."""
-    value = number(dataset, "PixelPaddingValue")
-    if value is None:
+    found = numbers(dataset, "PixelPaddingValue", "")[:1]
+    if not found:
         return None
-    limit = number(dataset, "PixelPaddingRangeLimit")
-    ends = [_as_stored(v, stored, signed) for v in (value, value if limit is None else limit)]
+    found += numbers(dataset, "PixelPaddingRangeLimit", "")[:1]
+    ends = [_as_stored(value, stored, signed) for value in found]
     low, high = min(ends), max(ends)
     mask = stored == low if low == high else (stored >= low) & (stored <= high)
     return mask if mask.any() else None
@@ -152,7 +152,7 @@ def _rescale(dataset, frame: int) -> tuple[tuple[float, float] | Table | None, l
 
 def lookup_table(item) -> Table | None:
     """The table of an item with LUT Descriptor and LUT Data; None where it makes no sense."""
-    described = numbers(item, "LUTDescriptor")
+    described = numbers(item, "LUTDescriptor", "")
     if len(described) != 3:
         return None
     n, first, bits = (int(v) for v in described)
