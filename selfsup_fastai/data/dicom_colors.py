@@ -50,7 +50,7 @@ def _from_ybr(array: np.ndarray, bits: int) -> np.ndarray:
 def _through_palette(dataset, array: np.ndarray) -> np.ndarray:
     channels = []
     for color in "Red", "Green", "Blue":
-        described = numbers(dataset, f"{color}PaletteColorLookupTableDescriptor")
+        described = numbers(dataset, f"{color}PaletteColorLookupTableDescriptor", "")
         if len(described) != 3:
             raise bad("missing_tag", f"({color}PaletteColorLookupTableDescriptor)")
         n, first, bits = (int(v) for v in described)

@@ -4,7 +4,7 @@ import math
 
 from selfsup_fastai.data.reasons import bad
 
-__all__ = ["check_object", "code", "codes", "element", "first_item", "number", "numbers", "whole_number"]
+__all__ = ["check_object", "code", "codes", "element", "first_item", "is_there", "number", "numbers", "whole_number"]
 
 _NO_IMAGE = ("Segmentation", "SR", "PresentationState", "Waveform", "Encapsulated", "ColorPalette", "RT", "Surface")
 _NO_IMAGE += ("KeyObject", "Report", "Measurements", "Registration", "Fiducials", "HangingProtocol", "Template")
@@ -26,9 +26,21 @@ def element(dataset, keyword: str):
     raise bad("bad_tag", f"({keyword})")
 
 
+def is_there(dataset, keyword: str) -> bool:
+    """Whether an element is there and not empty."""
+    if keyword not in dataset:
+        return False
+    item = dataset.get_item(keyword)
+    return bool(item.value) if item.is_raw else not item.is_empty
+
+
 def whole_number(dataset, keyword: str, least: int, most: int) -> int:
     """A number that must be there. Raises `BadImage`: 'missing_tag', or 'bad_tag' outside of `least`..`most`."""
-    value = element(dataset, keyword)
+    raw = _unparsed(dataset, keyword, "US")
+    if raw is not None and len(raw.value) == 2:
+        value = int.from_bytes(raw.value, "little" if raw.is_little_endian else "big")
+    else:
+        value = element(dataset, keyword)
     if value is None:
         raise bad("missing_tag", f"({keyword})")
     if not isinstance(value, int) or not least <= value <= most:
@@ -36,30 +48,44 @@ def whole_number(dataset, keyword: str, least: int, most: int) -> int:
     return int(value)
 
 
-def numbers(dataset, keyword: str) -> list[float]:
-    """The finite numbers of an element; none where it is absent, empty or cannot be read."""
+def _unparsed(dataset, keyword: str, vr: str):  # `vr`: the form in which it can be read; "": none
+    """An element as it stands in the file, if nobody has asked for its value yet: pydicom's parser takes its time."""
+    if keyword not in dataset:
+        return None
+    item = dataset.get_item(keyword)
+    return item if vr and item.is_raw and item.VR in (None, vr) and isinstance(item.value, bytes) else None
+
+
+def _texts(dataset, keyword: str, vr: str) -> list | None:
+    """The values of an element of text; None where it is absent, empty or cannot be read."""
+    raw = _unparsed(dataset, keyword, vr)
+    if raw is not None:
+        text = raw.value.decode("latin-1").rstrip("\0 ")
+        return text.split("\\") if text else None
     try:
         value = element(dataset, keyword)
-        values = [] if value is None else [value] if isinstance(value, (str, int, float)) else list(value)
-        found = [float(v) for v in values if v is not None and v != ""]
+    except ValueError:
+        return None
+    return None if value is None else [value] if isinstance(value, (str, int, float)) else list(value)
+
+
+def numbers(dataset, keyword: str, vr: str = "DS") -> list[float]:
+    """The finite numbers of an element; none where it is absent, empty or cannot be read."""
+    try:
+        found = [float(v) for v in _texts(dataset, keyword, vr) or () if v is not None and v != ""]
     except (ValueError, TypeError, OverflowError):
         return []
     return found if all(map(math.isfinite, found)) else []
 
 
 def number(dataset, keyword: str) -> float | None:
-    """The first number of an element."""
+    """The first number of an element of decimal text."""
     return next(iter(numbers(dataset, keyword)), None)
 
 
-def codes(dataset, keyword: str) -> list[str]:
+def codes(dataset, keyword: str, vr: str = "CS") -> list[str]:
     """Code strings in upper case; none where there are none. They may hold anything: compare them, do not show them."""
-    try:
-        value = element(dataset, keyword)
-    except ValueError:
-        return []
-    values = [] if value is None else [value] if isinstance(value, str) else list(value)
-    return [str(v).strip().upper() for v in values]
+    return [str(v).strip(" \0").upper() for v in _texts(dataset, keyword, vr) or ()]
 
 
 def code(dataset, keyword: str) -> str:
@@ -80,7 +106,7 @@ def check_object(dataset) -> None:
     """Raises `BadImage` 'excluded' for a DICOM object that is no image: a report, a plan, a mask, ..."""
     from pydicom.uid import UID
 
-    kind = UID(str(element(dataset, "SOPClassUID") or "")).keyword
+    kind = UID(next(iter(codes(dataset, "SOPClassUID", "UI")), "")).keyword
     if any(word in kind for word in _NO_IMAGE) and "ImageStorage" not in kind:  # RT images are X-rays
         raise bad("excluded")
     if code(dataset, "Modality") in _MODALITIES:

@@ -16,7 +16,7 @@ from selfsup_fastai.data.dicom_colors import is_color, luma, to_rgb
 from selfsup_fastai.data.dicom_decoding import PixelFile, pixel_file, syntax_name
 from selfsup_fastai.data.dicom_elements import code, codes
 from selfsup_fastai.data.dicom_info import MODALITIES, DicomInfo
-from selfsup_fastai.data.dicom_values import Table, Values, file_window, real_values
+from selfsup_fastai.data.dicom_values import Map, Table, Values, file_window, real_values
 from selfsup_fastai.data.reasons import diagnosis
 from selfsup_fastai.data.windows import (
     WINDOWS,
@@ -225,9 +225,7 @@ def _read(source: Source, frame: int | None, settings: _Settings) -> tuple[np.nd
             return _in_channels(_colors(file, frame, info), settings.n_in, info), info
         found = _grey(file, frame, info)
         mapped = _windowed(file, found, settings, info)
-    if settings.n_in == 3 and mapped[0].ndim == 2:
-        mapped = [np.repeat(one[..., None], 3, axis=-1) for one in mapped]
-    return (np.stack(mapped) if frame is None else mapped[0]), info
+    return (mapped[0] if frame is not None else np.stack(mapped)), info
 
 
 # --- color ---
@@ -283,20 +281,35 @@ def _rescale_text(rescales: list) -> str:
 
 
 def _windowed(file: PixelFile, found: list[Values], settings: _Settings, info: DicomInfo) -> list[np.ndarray]:
-    """Each frame in [0, 1]: (H, W), or (H, W, 3) of three windows. The last steps: inversion, and padding to black."""
+    """Each frame in [0, 1]: (H, W) or (H, W, 3). The last steps: inversion, and padding to black."""
     maps = _maps(file, found, settings, info)
-    inverted = _is_inverted(file, info)
-    info.inverted = inverted
-    out = []
-    for one, channels in zip(found, maps):
-        planes = [channel(one.values) for channel in channels]
-        for plane in planes:
-            if inverted:
-                np.subtract(1, plane, out=plane)
-            if one.mask is not None:
-                plane[one.mask] = 0
-        planes = [plane.astype(np.float32, copy=False) for plane in planes]
-        out.append(planes[0] if len(planes) == 1 else np.stack(planes, axis=-1))
+    info.inverted = _is_inverted(file, info)
+    out = [_mapped(one.values, channels) for one, channels in zip(found, maps)]
+    for image, one in zip(out, found):
+        if info.inverted:
+            np.subtract(1, image, out=image)
+        if one.mask is not None:
+            image[one.mask] = 0
+    return [_repeated(image) for image in out] if settings.n_in == 3 else out
+
+
+def _mapped(values: np.ndarray, channels: list[Map]) -> np.ndarray:
+    """(H, W) or (H, W, C) float32; one channel takes the place of the values."""
+    if len(channels) == 1:
+        (make,) = channels
+        out = make(values) if callable(make) else between(values, *make, scratch=values)
+        return out.astype(np.float32, copy=False)
+    out, scratch = np.empty((*values.shape, len(channels)), np.float32), np.empty_like(values)
+    for i, ends in enumerate(channels):
+        between(values, *ends, scratch=scratch, out=out[..., i])
+    return out
+
+
+def _repeated(image: np.ndarray) -> np.ndarray:
+    if image.ndim == 3:
+        return image
+    out = np.empty((*image.shape, 3), np.float32)
+    out[...] = image[..., None]
     return out
 
 
@@ -307,11 +320,8 @@ def _is_inverted(file: PixelFile, info: DicomInfo) -> bool:
     return first or shape == "INVERSE"
 
 
-Map = Callable[[np.ndarray], np.ndarray]
-
-
 def _maps(file: PixelFile, found: list[Values], settings: _Settings, info: DicomInfo) -> list[list[Map]]:
-    """For each frame, for each channel: what makes [0, 1] of values."""
+    """What makes [0, 1] of values, for each channel of each frame."""
     window = settings.window
     if settings.limits:
         return _ends(found, settings.limits, "({:g} to {:g})", info)
@@ -343,12 +353,12 @@ def _by_modality(file: PixelFile, found: list[Values], settings: _Settings, info
 def _linear(found: list[Values], windows: list[Window], names: list, info: DicomInfo) -> list[list[Map]]:
     named = [f"{name} " if isinstance(name, str) else "" for name in names]
     info.window = ", ".join(f"{name}({w:g}, {c:g})" for name, (w, c) in zip(named, windows))
-    return [[lambda values, w=w, c=c: linear(values, w, c) for w, c in windows]] * len(found)
+    return [[linear(w, c) for w, c in windows]] * len(found)
 
 
 def _ends(found: list[Values], ends: tuple[float, float], text: str, info: DicomInfo) -> list[list[Map]]:
     info.window = text.format(*ends)
-    return [[lambda values: between(values, *ends)]] * len(found)
+    return [[ends]] * len(found)
 
 
 def _percentiles(found: list[Values], percents: tuple, info: DicomInfo) -> list[list[Map]]:

@@ -11,12 +11,13 @@ import numpy as np
 from selfsup_fastai.data.dicom_elements import code, first_item, number, numbers
 from selfsup_fastai.data.windows import between, linear, linear_exact, quantiles, sigmoid, table
 
-__all__ = ["Values", "file_window", "real_values"]
+__all__ = ["Map", "Table", "Values", "as_table", "file_window", "real_values"]
 
 HU_RANGE = (-1024.0, 3071.0)
 """What CT values are cut to: air outside of the body, and 12 bits from there on."""
 
-_FUNCTIONS = {"": linear, "LINEAR": linear, "LINEAR_EXACT": linear_exact, "SIGMOID": sigmoid}
+Map = tuple[float, float] | Callable[[np.ndarray], np.ndarray]
+"""What makes [0, 1] of values: those that become 0 and 1, or a function."""
 
 
 class Table(NamedTuple):
@@ -103,11 +104,11 @@ def _ct_flags(values: np.ndarray, rescale: tuple | None) -> list[str]:
 
 def _padding(dataset, stored: np.ndarray, signed: bool) -> np.ndarray | None:
     """Where padding is; None where it is nowhere."""
-    value = number(dataset, "PixelPaddingValue")
-    if value is None:
+    found = numbers(dataset, "PixelPaddingValue", "")[:1]
+    if not found:
         return None
-    limit = number(dataset, "PixelPaddingRangeLimit")
-    ends = [_as_stored(v, stored, signed) for v in (value, value if limit is None else limit)]
+    found += numbers(dataset, "PixelPaddingRangeLimit", "")[:1]
+    ends = [_as_stored(value, stored, signed) for value in found]
     low, high = min(ends), max(ends)
     mask = stored == low if low == high else (stored >= low) & (stored <= high)
     return mask if mask.any() else None
@@ -151,7 +152,7 @@ def _rescale(dataset, frame: int) -> tuple[tuple[float, float] | Table | None, l
 
 def lookup_table(item) -> Table | None:
     """The table of an item with LUT Descriptor and LUT Data; None where it makes no sense."""
-    described = numbers(item, "LUTDescriptor")
+    described = numbers(item, "LUTDescriptor", "")
     if len(described) != 3:
         return None
     n, first, bits = (int(v) for v in described)
@@ -174,18 +175,28 @@ def as_table(item, keyword: str, n: int, first: int, bits: int) -> Table | None:
     return Table(entries[:n].astype(np.uint16), first, bits) if len(entries) >= n else None
 
 
-def file_window(dataset, frame: int) -> tuple[Callable[[np.ndarray], np.ndarray] | None, str]:
-    """What the file itself says is to be seen of a frame, values to [0, 1], and its description; None: nothing."""
+def file_window(dataset, frame: int) -> tuple[Map | None, str]:
+    """What the file itself says is to be seen of a frame, and its description; None: nothing that makes sense."""
     for item in _groups(dataset, "FrameVOILUTSequence", frame):
-        lut = first_item(item, "VOILUTSequence")
-        found = lookup_table(lut) if lut is not None else None
-        if found and found.entries.max() > found.entries.min():
-            ends = float(found.entries.min()), float(found.entries.max())
-            return lambda v, t=found, ends=ends: between(t(v).astype(np.float32), *ends), "the file's table"
-        centers, widths = numbers(item, "WindowCenter"), numbers(item, "WindowWidth")
-        function = _FUNCTIONS.get(code(item, "VOILUTFunction"), linear)
-        if centers and widths and (widths[0] >= 1 or (widths[0] > 0 and function is not linear)):
-            width, center = widths[0], centers[0]
-            about = f"the file's ({width:g}, {center:g}), {function.__name__}"
-            return lambda values, w=width, c=center, f=function: f(values, w, c), about
+        found = _window_of(item)
+        if found:
+            return found
     return None, ""
+
+
+def _window_of(item) -> tuple[Map, str] | None:
+    """The table of an item, else the first of its windows; None where there is neither, or none that makes sense."""
+    lut = first_item(item, "VOILUTSequence")
+    entries = lookup_table(lut) if lut is not None else None
+    if entries and entries.entries.max() > entries.entries.min():
+        ends = float(entries.entries.min()), float(entries.entries.max())
+        return lambda values: between(entries(values).astype(np.float32), *ends), "the file's table"
+    width, center = number(item, "WindowWidth"), number(item, "WindowCenter")
+    if width is None or center is None or width <= 0:
+        return None
+    about, function = f"the file's ({width:g}, {center:g})", code(item, "VOILUTFunction")
+    if function == "SIGMOID":
+        return lambda values: sigmoid(values, width, center), f"{about}, sigmoid"
+    if function == "LINEAR_EXACT":
+        return linear_exact(width, center), f"{about}, exact"
+    return (linear(width, center), about) if width >= 1 else None

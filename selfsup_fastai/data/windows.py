@@ -90,17 +90,15 @@ def _is_finite(x: object) -> bool:
     return number and math.isfinite(x)
 
 
-def linear(values: np.ndarray, width: float, center: float) -> np.ndarray:
-    """DICOM's LINEAR: from center - 0.5 - (width - 1) / 2 to center - 0.5 + (width - 1) / 2. A new array."""
-    if width <= 1:  # the two ends are one: a step
-        return (values > center - 0.5).astype(values.dtype)
-    half = (width - 1) / 2
-    return between(values, center - 0.5 - half, center - 0.5 + half)
+def linear(width: float, center: float) -> tuple[float, float]:
+    """DICOM's LINEAR: the values that become 0 and 1. With a width of 1 they are one, and the window is a step."""
+    half = max(width - 1, 0) / 2
+    return center - 0.5 - half, center - 0.5 + half
 
 
-def linear_exact(values: np.ndarray, width: float, center: float) -> np.ndarray:
-    """DICOM's LINEAR_EXACT: from center - width / 2 to center + width / 2. A new array."""
-    return between(values, center - width / 2, center + width / 2)
+def linear_exact(width: float, center: float) -> tuple[float, float]:
+    """DICOM's LINEAR_EXACT: the values that become 0 and 1."""
+    return center - width / 2, center + width / 2
 
 
 def sigmoid(values: np.ndarray, width: float, center: float) -> np.ndarray:
@@ -109,14 +107,21 @@ def sigmoid(values: np.ndarray, width: float, center: float) -> np.ndarray:
     return 1 / (1 + np.exp(steep, out=steep))
 
 
-def between(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """`low` and below becomes 0, `high` and above 1, linear between them. A new array."""
-    if not high > low:
-        return (values > high).astype(values.dtype)
-    scale = 1 / (high - low)
-    out = np.multiply(values, values.dtype.type(scale))
-    out -= values.dtype.type(low * scale)
-    return np.clip(out, 0, 1, out=out)
+def between(
+    values: np.ndarray,  # Floats
+    low: float,
+    high: float,
+    scratch: np.ndarray | None = None,  # Like `values`, to compute in (may be `values`): memory is slow to come by
+    out: np.ndarray | None = None,  # Where the result goes
+) -> np.ndarray:
+    """`low` and below becomes 0, `high` and above 1, linear between them."""
+    if high > low:
+        number = values.dtype.type
+        scratch = np.multiply(values, number(1 / (high - low)), out=scratch)
+        scratch -= number(low / (high - low))
+    else:
+        scratch = np.greater(values, high).astype(values.dtype)
+    return np.clip(scratch, 0, 1, out=scratch if out is None else out)
 
 
 def table(values: np.ndarray, entries: np.ndarray, first: int) -> np.ndarray:
