@@ -58,6 +58,15 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "selfsup_fastai"
 
 
+def cache_secret(folder: str | os.PathLike) -> bytes:
+    """The random bytes of a cache folder, which is made if need be. Raises `CacheUnusable` or `OSError`."""
+    with PixelCache(folder) as cache:
+        secret = cache._secret
+    if len(secret) != _SECRET_BYTES:  # no key: names could be found out by trying
+        raise CacheUnusable("the cache folder cannot be used (its SECRET is damaged)")
+    return secret
+
+
 class CacheUnusable(DataError):
     """The folder cannot be used; the text says why, and names no image."""
 

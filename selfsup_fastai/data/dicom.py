@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import pydicom
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -24,7 +28,7 @@ from pydicom.uid import (
 
 from selfsup_fastai.data.reasons import bad
 
-__all__ = ["looks_like_dicom", "open_dataset", "quiet_pydicom"]
+__all__ = ["decoded", "looks_like_dicom", "missing_decoder", "open_dataset", "quiet_pydicom", "tag_of", "uid_name"]
 
 PREAMBLE = 132
 """Bytes of a file that tell what it is: 128 of anything, then 'DICM'."""
@@ -34,6 +38,9 @@ _BY_NATURE = {  # (implicit, little endian) as pydicom found the elements to be
     (False, True): ExplicitVRLittleEndian,
     (False, False): ExplicitVRBigEndian,
 }
+
+
+_PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 
 
 def looks_like_dicom(head: bytes) -> bool:
@@ -113,3 +120,41 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def missing_decoder(syntax: str) -> str:
+    """'unsupported_syntax' for one that nothing decodes, 'no_decoder' where none of its decoders is installed, else
+    ''."""
+    if syntax in _PLAIN:
+        return ""
+    from pydicom.pixels import get_decoder  # looks for all decoders: half a second
+
+    try:
+        return "" if get_decoder(syntax).is_available else "no_decoder"
+    except NotImplementedError:
+        return "unsupported_syntax"
+
+
+def tag_of(keyword: str) -> int:
+    """The number of a standard element."""
+    tag = tag_for_keyword(keyword)
+    assert tag is not None, f"no element of the standard has the keyword {keyword!r}"
+    return tag
+
+
+def uid_name(uid: str) -> str:
+    """The standard's name of a syntax or a kind of object; 'private' for one that is not in it, '' for no UID."""
+    name = UID(uid).name
+    return name if name != uid else "private" if uid else ""
+
+
+def decoded(
+    value: bytes,
+    charset: list[str],  # As the element SpecificCharacterSet says
+) -> str:
+    """A text in the characters that it was written in; byte by byte where they are unknown."""
+    with quiet_pydicom():
+        try:
+            return decode_bytes(value, convert_encodings(charset), set())
+        except Exception:  # unknown names of character sets, broken escape sequences
+            return value.decode("latin-1")

@@ -157,8 +157,12 @@ def as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def _default_workers(n_files: int) -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, usable, n_files // _FILES_PER_WORKER))
+    return max(1, min(8, usable_cpus(), n_files // _FILES_PER_WORKER))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_files(
@@ -168,25 +172,34 @@ def measure_files(
 ) -> list[np.ndarray | None]:
     """Quantiles of the values of each frame outside of its padding (`quantiles_of`), from child processes with limits;
     None for one that cannot be read."""
-    found: list[Facts | None] = [None] * len(frames)
-    if len(frames):
-        crew = _Crew(
-            list(enumerate(frames)), n_workers or _default_workers(len(frames)), timeout, None, 128, "quantiles"
-        )
-        _all_done(crew, found, "Measuring series")
+    found = ask_files("quantiles", frames, "Measuring series", n_workers or _default_workers(len(frames)), timeout)
     return [np.array(facts["quantiles"], np.float32) if "quantiles" in facts else None for facts in found]
+
+
+def ask_files(
+    what: str,  # A key of `opening.ANSWERS`
+    files: Sequence[os.PathLike],  # A `DicomImage` or a batch brings `settings` for the request
+    doing: str,  # Over the progress bar
+    n_workers: int,  # Child processes
+    timeout: float,  # Seconds for one of `files`
+) -> list[Facts]:
+    """What child processes with limits answer about each; code and message where one hangs or crashes."""
+    found: list[Facts | None] = [None] * len(files)
+    if len(files):
+        _all_done(_Crew(list(enumerate(files)), n_workers, timeout, None, 128, what), found, doing)
+    return found
 
 
 def _all_done(crew: "_Crew", found: list[Facts | None], what: str) -> None:
     """Fills in what is found of the files that the crew is to try."""
     notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
-    bar = tqdm(total=crew.n_jobs, desc=what, unit="file", delay=1, disable=False if notebook else None)
+    bar = tqdm(total=sum(crew.sizes.values()), desc=what, unit="file", delay=1, disable=False if notebook else None)
     with bar, crew:
         for _ in range(crew.n_jobs):
             i, found[i], array = crew.result()
             if crew.keeper:
                 crew.keeper.keep(i, found[i], array)
-            bar.update()
+            bar.update(crew.sizes[i])
 
 
 class _Crew:
@@ -202,6 +215,7 @@ class _Crew:
         what: str = "image",  # What is wanted of each file: a key of `opening.ANSWERS`
     ):
         self.keeper, self.min_side, self.what, self.n_jobs = keeper, min_side, what, len(jobs)
+        self.sizes = {i: getattr(file, "n_files", 1) for i, file in jobs}
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.done: queue.Queue = queue.Queue(maxsize=64)  # pixels wait here: no more than are soon taken
         for job in jobs:

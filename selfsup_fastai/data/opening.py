@@ -313,13 +313,25 @@ def _quantiles(asked: dict) -> tuple[Facts, None]:
     return {"quantiles": _reported(lambda: quantiles_of(asked["path"], asked["frame"])).tolist()}, None
 
 
+def _headers(asked: dict) -> tuple[dict, None]:
+    from selfsup_fastai.data.headers import read_header  # brings pydicom
+
+    def read(path: str) -> dict:
+        try:
+            return _reported(lambda: read_header(path, asked["identifying"]))
+        except BadImage as err:
+            return {"code": err.code, "message": str(err)}
+
+    return {"rows": [read(path) for path in asked["paths"]]}, None
+
+
 def _frame(asked: dict) -> os.PathLike:
     from selfsup_fastai.data.dicom_pixels import DicomImage
 
     return DicomImage.from_settings(asked["path"], asked)
 
 
-ANSWERS = {"image": _image, "quantiles": _quantiles}
+ANSWERS = {"image": _image, "quantiles": _quantiles, "headers": _headers}
 """What can be asked about a file."""
 
 

@@ -1,0 +1,43 @@
+"""Names for patients, studies, series and instances that tell them apart and say nothing about them.
+
+Each is a hash keyed with the random bytes of the pixel cache's folder: the same on this machine for this user from run
+to run, and of no use to anybody without that folder. A plain hash of an id would be found out by trying all ids.
+"""
+
+import hashlib
+import os
+import secrets
+import sqlite3
+from functools import lru_cache
+
+from selfsup_fastai.data.cache import CacheUnusable, cache_folder, cache_secret
+
+__all__ = ["KINDS", "pseudonym"]
+
+KINDS = {"patient": b"patient", "study": b"study", "series": b"series", "instance": b"instance", "term": b"term"}
+"""What is named. The same text as an id of another kind has another pseudonym."""
+
+_DIGITS = 12
+
+
+def pseudonym(
+    kind: str,  # A key of `KINDS`
+    *parts: str,  # What the file says, such as PatientID and IssuerOfPatientID
+) -> str:
+    """Twelve hexadecimal digits; '' where the first part is blank: what has no name must not get one for all."""
+    if not parts[0]:
+        return ""
+    digest = hashlib.blake2b(digest_size=_DIGITS // 2, key=_key(os.fspath(cache_folder())), person=KINDS[kind])
+    for part in parts:
+        text = part.encode("utf-8", "surrogatepass")
+        digest.update(len(text).to_bytes(8, "little") + text)  # ('ab', 'c') is not ('a', 'bc')
+    return digest.hexdigest()
+
+
+@lru_cache
+def _key(folder: str) -> bytes:
+    """The secret of the cache folder; where it cannot be used, one of this process alone."""
+    try:
+        return cache_secret(folder)
+    except (CacheUnusable, OSError, sqlite3.Error):
+        return secrets.token_bytes(32)
