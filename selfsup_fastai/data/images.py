@@ -29,7 +29,20 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
-_OF_FILES = ("file", "source", "item", "width", "height", "mode", "format", "frames", "channels", "bits", "max")
+_OF_FILES = (
+    "file",
+    "source",
+    "item",
+    "width",
+    "height",
+    "mode",
+    "format",
+    "frames",
+    "channels",
+    "bits",
+    "max",
+    "pixel_hash",
+)
 """Columns of `items_df` that tell of the file; the others are facts, for tasks that ask about them."""
 
 
