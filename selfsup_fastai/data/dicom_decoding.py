@@ -9,6 +9,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ _ORDER = ("pyjpegls", "pillow", "pylibjpeg", "pydicom", "gdcm")
 """Decoders from the fastest to the slowest, as measured; each is tried where those before it fail."""
 
 _UNDEFINED = 0xFFFFFFFF
+_ITEM = b"\xfe\xff\x00\xe0"
 _KEYWORDS = {0x0010: "PixelData", 0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData"}
 _VRS = b"OB", b"OW", b"OF", b"OD", b"OV", b"UN"  # as a length of pixel data each would be odd, which none is
 _FLOATS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
@@ -47,12 +49,13 @@ class Stored(NamedTuple):
 class _Exact:
     """A file whose end may not lie within what is read at once, unless it is that of a codestream, or of a tag."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.tell, self.seek = file, file.tell, file.seek
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.tell, self.seek = file, size, file.tell, file.seek
 
     def read(self, n: int = -1) -> bytes:
         """The next `n` bytes."""
-        data = self.file.read(n)
+        left = max(self.size - self.tell(), 0)  # a claim of 4 GiB is not to allocate them
+        data = self.file.read(left if n < 0 else min(n, left))
         if len(data) < n and n > 8 and b"\xff\xd9" not in data[-16:]:
             raise bad("truncated")
         return data
@@ -206,14 +209,17 @@ class PixelFile:
         """Whether the frames are encapsulated, whatever the syntax says, and whether they can all be there."""
         from pydicom.uid import UID
 
-        claims = not UID(self.syntax).is_private and UID(self.syntax).is_encapsulated if self._known() else True
+        known = self.syntax in _known_syntaxes()
+        claims = UID(self.syntax).is_encapsulated if known else True
         self.file.seek(self.start)
         begins = self.file.read(8)
         self.encapsulated = claims
-        if begins[:4] == b"\xfe\xff\x00\xe0" and self.length == _UNDEFINED:
+        if begins[:4] == _ITEM and self.length == _UNDEFINED:
             self.encapsulated = True
-        elif claims and self.length != _UNDEFINED and self.length >= self._needed():
+        elif claims and self.length != _UNDEFINED and self.length >= self._needed() and not _is_codestream(begins):
             self.encapsulated = False
+        if not known and not self.encapsulated or known and not self._is_supported():
+            raise bad("unsupported_syntax", f"({syntax_name(self.syntax)})")
         if self.encapsulated != claims:
             self.flags.append("wrong_syntax")
         if self.encapsulated:
@@ -222,10 +228,13 @@ class PixelFile:
         else:
             self._check_native(begins)
 
-    def _known(self) -> bool:
-        from pydicom.uid import AllTransferSyntaxes
+    def _is_supported(self) -> bool:
+        from pydicom.pixels import get_decoder
 
-        return self.syntax in AllTransferSyntaxes
+        try:
+            return self.syntax == _DEFLATED_FRAMES or bool(get_decoder(self.syntax))
+        except NotImplementedError:
+            return False
 
     def _needed(self, frames: int | None = None) -> int:
         bits = self.rows * self.columns * self.samples * self.allocated * (frames or self.frames)
@@ -239,7 +248,7 @@ class PixelFile:
             self.photometric = self.options["photometric_interpretation"] = "YBR_FULL"
         if available >= self._needed():
             return
-        if begins[:3] == b"\xff\xd8\xff" or begins[:4] == b"\xff\x4f\xff\x51":
+        if _is_codestream(begins):
             self.flags.append("wrong_syntax")
             self.encapsulated = True
         elif self.length == _UNDEFINED or self.length > self.available:
@@ -302,10 +311,15 @@ class PixelFile:
         self.file.seek(self.start)
         begins = self.file.read(4)
         self.file.seek(self.start)
-        if begins != b"\xfe\xff\x00\xe0":  # not in items: a codestream where native pixels should be
+        if begins != _ITEM:  # not in items: a codestream where native pixels should be
             return self.file.read(min(self.length, self.available))
         try:
-            return get_frame(_Exact(self.file), frame, number_of_frames=self.frames, extended_offsets=self._offsets())
+            return get_frame(
+                _Exact(self.file, self.start + self.available),
+                frame,
+                number_of_frames=self.frames,
+                extended_offsets=self._offsets(),
+            )
         except ValueError as err:  # there are not so many
             reason = err if isinstance(err, BadImage) else bad("bad_frames")
         raise reason
@@ -317,7 +331,7 @@ class PixelFile:
         self.file.seek(self.start)
         options = {"number_of_frames": self.frames, "extended_offsets": self._offsets()}
         found = 0
-        for source in generate_frames(_Exact(self.file), **options):
+        for source in generate_frames(_Exact(self.file, self.start + self.available), **options):
             if found == self.frames:
                 break  # more than the header says: not asked for
             place = self.file.tell()
@@ -406,9 +420,21 @@ class PixelFile:
 
 def syntax_name(uid: str) -> str:
     """The standard's name for a transfer syntax; 'private syntax' for one that is not in the standard."""
-    from pydicom.uid import UID, AllTransferSyntaxes
+    from pydicom.uid import UID
 
-    return UID(uid).name if uid in AllTransferSyntaxes else "private syntax"
+    return UID(uid).name if uid in _known_syntaxes() else "private syntax"
+
+
+@cache
+def _known_syntaxes() -> frozenset[str]:
+    """Those of the standard; the ones of single vendors may mean anything."""
+    from pydicom.uid import AllTransferSyntaxes
+
+    return frozenset(map(str, AllTransferSyntaxes)) | {_DEFLATED_FRAMES}
+
+
+def _is_codestream(begins: bytes) -> bool:
+    return begins[:3] == b"\xff\xd8\xff" or begins[:4] == b"\xff\x4f\xff\x51"
 
 
 def _plugins(syntax: str) -> list[str]:
