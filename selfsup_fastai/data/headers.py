@@ -171,7 +171,8 @@ class _Header:
     # --- values ---
 
     def has(self, keyword: str) -> bool:
-        return bool(self.values.get(_TAGS[keyword], (None, b""))[1].strip(b"\0 "))
+        value = self.values.get(_TAGS[keyword], (None, b""))[1]
+        return bool(value if keyword in _WHOLE else value.strip(b"\0 "))  # a blank is the number 32
 
     def numbers(self, keyword: str) -> list[float]:
         """All numbers of an element, if all of it are finite numbers."""
