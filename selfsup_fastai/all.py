@@ -15,6 +15,8 @@ from selfsup_fastai.compare import compare_encoders, summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
+from selfsup_fastai.data.dicom_loaders import DicomBlock, DicomDataLoaders
+from selfsup_fastai.data.dicom_pixels import DicomImage, DicomInfo, read_dicom
 from selfsup_fastai.data.draws import Views, draw_views
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_files
@@ -33,8 +35,12 @@ from selfsup_fastai.data.recipes import (
     Recipe,
     simclr_recipe,
 )
+from selfsup_fastai.data.scanning import scan_dicoms
 from selfsup_fastai.data.showing import show_views
+from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert_disjoint, duplicates_across
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
+from selfsup_fastai.data.volumes import volume_report, volumes_of
+from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
@@ -69,15 +75,22 @@ OURS = [
     "SWAV_GLOBAL",
     "SWAV_LOCAL",
     "TASKS",
+    "WINDOWS",
     "AlbumentationsTransform",
     "CollapseAlarm",
     "Consistency",
+    "DicomBlock",
+    "DicomDataLoaders",
+    "DicomImage",
+    "DicomInfo",
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
+    "GroupSplitter",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
+    "PatientSplitter",
     "PixelCache",
     "PretextDL",
     "PretextLearner",
@@ -94,10 +107,12 @@ OURS = [
     "__version__",
     "alignment",
     "apply_views",
+    "assert_disjoint",
     "compare_encoders",
     "create_encoder",
     "downstream_learner",
     "draw_views",
+    "duplicates_across",
     "effective_rank",
     "embed",
     "embed_layers",
@@ -116,10 +131,14 @@ OURS = [
     "pretext_learner",
     "random_view",
     "read_card",
+    "read_dicom",
     "save_encoder",
+    "scan_dicoms",
     "show_views",
     "simclr_recipe",
     "summarize",
     "uniformity",
+    "volume_report",
+    "volumes_of",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

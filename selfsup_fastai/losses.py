@@ -20,6 +20,7 @@ def nt_xent(
     z2: Tensor,  # (B, D) embeddings of the second views, row i from the same image as in z1
     temperature: float = 0.1,  # τ; the author's code takes 0.1 on ImageNet
     reduction: str = "mean",  # 'mean' over the 2B views, or 'none': the mean of each image's two terms
+    alike: Tensor | None = None,  # (B,) int: images with the same number are not told apart; None: all are
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
     """The loss of SimCLR (Chen et al. 2020): each of the 2B views must find its partner among the 2B - 1 others.
 
@@ -39,9 +40,12 @@ def nt_xent(
         similarity = torch.cat([z1, z2]) @ others.T / temperature  # (2B, 2N)
         first, n = first_row(z1), len(others) // 2
         own = torch.cat([torch.arange(b), torch.arange(b) + n]).to(z1.device) + first
-        itself = F.one_hot(own, 2 * n).bool()
-        similarity = similarity.masked_fill(itself, float("-inf"))
-        terms = F.cross_entropy(similarity, own.roll(b), reduction="none").view(2, b).mean(dim=0)
+        partner, left_out = own.roll(b), F.one_hot(own, 2 * n).bool()
+        if alike is not None:
+            same = alike.repeat(2).unsqueeze(1) == gathered(alike).repeat(2)
+            left_out = same & ~F.one_hot(partner, 2 * n).bool()
+        similarity = similarity.masked_fill(left_out, float("-inf"))
+        terms = F.cross_entropy(similarity, partner, reduction="none").view(2, b).mean(dim=0)
     return terms.mean() if reduction == "mean" else terms
 
 

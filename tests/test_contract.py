@@ -6,6 +6,7 @@
 from copy import deepcopy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -26,7 +27,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
-from selfsup_fastai.pretext import TASKS, task_class
+from selfsup_fastai.pretext import TASKS, get_task, task_class
 from selfsup_fastai.pretext.base import PerView, PretextTask, per_image
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
@@ -52,6 +53,9 @@ SMALL = {
     "models_genesis": {"curve": 0, "paint": 0},
     "npid": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "pirl": {"temperature": 0.5, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
+    "dicom_tags": {"min_area": 0.9, "window": 0.1},
+    "slice_order": {"weight": 3.0, "min_area": 0.9, "hidden": 64},
+    "micle": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "moco": {"temperature": 0.7, "dim": 16, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "mocov3": {"dim": 16, "hidden": 32, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
     "simclr": {"temperature": 0.5, "views": {"strength": 0.2, "scale": [0.5, 1.0]}},
@@ -163,6 +167,14 @@ def pictures(n: int, size: tuple[int, int] = (40, 40), channels: int = 3, seed: 
     return np.stack([np.asarray(i.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, -1) for i in images])
 
 
+def siblings(n: int) -> np.ndarray:
+    """Pictures of which `facts` are true: two of one patient are alike but for a band, brighter from place to place."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 200, (n, 8, 8, 3))[np.arange(n) // 2 * 2]
+    coarse[:, 3:6] = 36 * (np.arange(n) % 8)[:, None, None, None]
+    return np.stack([np.asarray(Image.fromarray(c.astype(np.uint8)).resize((40, 40))) for c in coarse])
+
+
 def loaders(array: np.ndarray, bs: int = 4, valid_pct: float = 0.25, **kwargs) -> UnlabeledDataLoaders:
     kwargs = {"size": None, "num_workers": 0, **kwargs}
     return UnlabeledDataLoaders.from_array(array, bs=bs, valid_pct=valid_pct, **kwargs)
@@ -172,8 +184,25 @@ def learner(task, dls=None, seed: int = 0, **kwargs):
     set_seed(seed)
     kwargs = kwargs if "encoder" in kwargs else {"arch": ARCH.get(task, tiny), **kwargs}
     dls = loaders(pictures(32)) if dls is None else dls
+    give_facts(task, dls)
     settings = SMALL.get(task, {}) if isinstance(task, str) else {}
     return without_bar(pretext_learner(dls, task, **settings, **kwargs))
+
+
+def give_facts(task, dls) -> None:
+    """To loaders that have none, for tasks that ask for such: pairs of one patient, volumes of eight slices."""
+    if task is not None and "facts" in get_task(task).needs:
+        for dl in dls.loaders:
+            if vars(dl).get("facts") is None:
+                dl.facts = facts(len(dl.dataset))
+
+
+def facts(n: int) -> pd.DataFrame:
+    """Of n images."""
+    at = np.arange(n)
+    owner = at // 2
+    tags = {"modality": np.array(["CT", "MR"])[owner % 2], "view": np.array(["PA", "", "LL"])[owner % 3]}
+    return pd.DataFrame({"patient": owner, "volume": at // 8, "place": at % 8, **tags})
 
 
 def without_bar(learn):
@@ -190,11 +219,18 @@ def items(dl) -> np.ndarray:
     return np.stack(list(dl.dataset.items)).reshape(len(dl.dataset), *dl.dataset.items[0].shape[:2], -1)
 
 
-def ask(learn, x: Tensor, seed: int, bs: int, train: bool):
-    """The questions about images `x` in batches of `bs`, as (inputs, targets), computed without any loader."""
-    generator, index = torch.Generator().manual_seed(seed), torch.arange(len(x))
-    for i in range(0, len(x), bs):
-        yield learn.task.make_batch(x[i : i + bs], generator=generator, train=train, idx=index[i : i + bs])
+def ask(learn, x: Tensor, seed: int, bs: int, train: bool, new: bool = False):
+    """The questions about images `x` in batches of `bs`, as (inputs, targets), computed without any loader.
+
+    `new`: nothing is known of the images; else `facts` of as many as there are.
+    """
+    generator, task = torch.Generator().manual_seed(seed), learn.task
+    known = task.known(facts(len(x))) if "facts" in task.needs and not new else None
+    companions = None if new else task.companions(facts(len(x)))
+    for index in torch.arange(len(x)).split(bs):
+        others = None if companions is None else x[companions.of(index.tolist(), seed)]
+        extras = task.wanted(known if known is None else known[index], others)
+        yield task.make_batch(x[index], generator=generator, train=train, idx=index, **extras)
 
 
 def parts(pred) -> tuple[Tensor, ...]:
@@ -464,7 +500,10 @@ def test_what_lies_behind_the_last_map_is_trained_or_named(task, capsys):
 
 @pytest.mark.parametrize("task", CASES)
 def test_twenty_steps_lower_the_loss(task):
-    learn = learner(task, loaders(pictures(33), bs=32, valid_pct=0.02))
+    dls = loaders(siblings(33) if "facts" in get_task(task).needs else pictures(33), bs=32, valid_pct=0.02)
+    for dl, valid in zip(dls.loaders, (False, True)):
+        dl.facts = facts(33)[dls.items_df["is_valid"] == valid]
+    learn = learner(task, dls)
     same_question = learn.dls.train.new(shuffle=False)
     if task in FILLED:
         learn.fit(1, 0.0)
@@ -508,7 +547,7 @@ def test_predict_asks_about_one_image_as_validation_does(task, color_folder):
     pixels = np.asarray(Image.open(file))
     learn = learner(task)
     learn.fit(1)
-    ((images, expected),) = ask(learn, plain(pixels[None]), VALID_SEED, 1, train=False)
+    ((images, expected),) = ask(learn, plain(pixels[None]), VALID_SEED, 1, train=False, new=True)
     with torch.no_grad():
         pred = learn.task.activation(learn.model.eval()(*as_fed(images, learn)))
     for item in (file, str(file), pixels, Image.open(file)):
@@ -640,6 +679,7 @@ def snapshot(dls) -> list:
 def test_the_source_stays_as_it_was(task, labeled, color_folder):
     set_seed(0)
     dls = labeled_loaders(color_folder) if labeled else loaders(pictures(32), batch_tfms=aug_transforms())
+    give_facts(task, dls)
     first = {}
     for dl in dls.loaders:
         state, _ = dl.rng.getstate(), set_seed(1)

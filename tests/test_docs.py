@@ -20,9 +20,11 @@ from fastai.torch_core import set_seed
 from selfsup_fastai import cli
 from selfsup_fastai.pretext import TASKS, task_class
 from tests.conftest import write_images
+from tests.dicoms import slices
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", *(f"docs/tasks/{name}.md" for name in TASKS)]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", "docs/dicom.md"]
+PAGES += [*(f"docs/tasks/{name}.md" for name in TASKS)]
 AT_ONCE = ("rotation", "inpainting", "simclr", "mae", "nat")  # a page of each kind; those of all tasks take minutes
 OF_TASKS = [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
 SMALLER = [  # So that nobody waits; the rest of each block is what the reader reads
@@ -57,14 +59,24 @@ def generate():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with photos/ (24 images and one that is none) and labeled/ (two classes), as the documents assume."""
+    """A folder with photos/ (24 images and one that is none), labeled/ (two classes), dicoms/ and labels.csv, as the
+    documents assume."""
     write_images(tmp_path / "photos", 24, (48, 48))
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     for seed, label in enumerate(("cat", "dog"), start=1):
         write_images(tmp_path / "labeled" / label, 20, (48, 48), seed=seed)
+    _write_scans(tmp_path)
     monkeypatch.chdir(tmp_path)
     set_seed(0)
     return tmp_path
+
+
+def _write_scans(folder: Path) -> None:
+    """dicoms/ (six patients with four slices each) and labels.csv."""
+    files = [file for i in range(6) for file in slices(folder / "dicoms" / f"{i}", 4, f"P{i}", side=48, seed=i)]
+    names = [str(file.relative_to(folder / "dicoms")) for file in files]
+    labels = pd.DataFrame({"file": names, "label": ["ab"[int(name[0]) % 2] for name in names]})
+    labels.to_csv(folder / "labels.csv", index=False)
 
 
 def run_python(page: str) -> dict:
@@ -199,9 +211,8 @@ def test_every_replacement_is_needed():
 def test_every_shell_line_is_one_we_know():
     """What the tests below do not run, they would have to be taught."""
     lines = {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()}
-    unknown = [
-        line for line in lines if not re.match(r"(selfsup (pretrain|finetune) |make [a-z-]+|pip install -e \.$)", line)
-    ]
+    known = r"(selfsup (pretrain|finetune|scan) |make [a-z-]+|pip install -e (\.|\"\.\[dicom\]\")$)"
+    unknown = [line for line in lines if not re.match(known, line)]
     assert unknown == []
     assert any(line.startswith("selfsup finetune labeled --encoder runs/rotation/") for line in lines)
 
@@ -239,9 +250,13 @@ def test_task_page_python(workplace, name):
     assert all(np.isfinite(names["learn"].recorder.values[-1]))
 
 
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("selfsup ")]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_commands(workplace, monkeypatch, capsys, page):
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("selfsup ")]
+    lines = [line for line in commands(page) if " dicoms" not in line]
     assert [line.split()[1] for line in lines] == ["pretrain", "finetune"]
     small = {"pretrain": " --size 40 --bs 8 --arch resnet10t", "finetune": " --bs 8"}
     for line in lines:
@@ -256,6 +271,25 @@ def test_commands(workplace, monkeypatch, capsys, page):
     made = {file.name for file in Path("runs").glob("*/*")}
     assert promised == made  # the table of files is complete and promises nothing else
     shutil.rmtree("runs")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/dicom.md"])
+def test_commands_for_scans(workplace, monkeypatch, capsys, page):
+    lines = [line for line in commands(page) if " dicoms" in line]
+    assert lines[0] == "selfsup scan dicoms --out scan"
+    for line in lines:
+        small = " --size 40 --bs 4 --arch resnet10t --epochs 1" if " pretrain " in line else ""
+        assert run_command(line + small, monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "CT" in said and "24" in said
+    assert len(pd.read_csv("scan/scan.csv")) == 24 and Path("scan/contact_sheet.png").stat().st_size > 1_000
+
+
+def test_dicom_page_python(workplace):
+    names = run_python("docs/dicom.md")
+    assert len(names["table"]) == len(names["dls"].items_df) == len(names["labeled"].items_df) == 24
+    sides = names["labeled"].items_df.groupby("patient")["is_valid"].nunique()
+    assert (sides == 1).all() and list(names["learn"].fine_tune_log["epoch"]) == [0, 1]
 
 
 @pytest.mark.parametrize("name", OF_TASKS)

@@ -16,7 +16,7 @@ from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.joint import JointTask
 
 RECIPES = {name for name, value in vars(ours).items() if isinstance(value, ours.Recipe)}
-DATA = {"TASKS", "__version__", *RECIPES}  # Public names that are no classes or functions
+DATA = {"TASKS", "WINDOWS", "__version__", *RECIPES}  # Public names that are no classes or functions
 
 
 @pytest.fixture(scope="module")

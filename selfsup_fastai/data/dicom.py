@@ -6,6 +6,7 @@ stand in DICOM headers, and pydicom's own warnings and errors repeat them.
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,17 +87,39 @@ def _read(source, pixels: bool, tags: Sequence[str] | None) -> Dataset:
     return dataset
 
 
+_LOGGER = logging.getLogger("pydicom")
+_NOWHERE = [logging.NullHandler()]
+_lock = threading.Lock()
+_muted: list[tuple[list, bool]] = []  # for each that works now: the handlers before, and whether they were all
+
+
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
-    """Nothing that pydicom warns of or logs gets out: it quotes the values that it cannot make sense of."""
-    logger = logging.getLogger("pydicom")
-    disabled, logger.disabled = logger.disabled, True
+    """Nothing that pydicom warns of or logs gets out: it quotes the values that it cannot make sense of.
+
+    Filters of warnings are global: in other threads than the main one they are left to those who started them, who
+    hold this themselves while the threads work.
+    """
+    with _lock:
+        _muted.append((_LOGGER.handlers, _LOGGER.propagate))
+        _LOGGER.handlers, _LOGGER.propagate = _NOWHERE, False  # its children's messages end here, too
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _no_warnings():
             yield
     finally:
-        logger.disabled = disabled
+        with _lock:
+            before = _muted.pop()  # the last to leave finds what the first one found
+            _LOGGER.handlers, _LOGGER.propagate = before
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def missing_decoder(syntax: str) -> str:

@@ -5,7 +5,6 @@ or raised.
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -55,7 +54,7 @@ def groups_of(
 
     A group is what one patient ties together. A row without patient id is tied by its study, without that by its
     series; a row without any of them is a group of its own (all of the nameless are not one patient). One line says how
-    many files that concerns.
+    many files that concerns, one more how many patients are tied to others.
 
     Duplicates are merged before any split: rows that share an instance, a file or the same pixels are in one group even
     under two patient ids. The same picture under two names is most often one patient with two names; merging keeps
@@ -68,7 +67,9 @@ def groups_of(
     ties = {name: texts_of(table[name]) for name in _TIES if name in table.columns}
     _say_nameless(ties, len(table))
     names = _names(ties, table.index)
-    return names.groupby(_tied(ties, len(table))).transform("min")
+    groups = names.groupby(_tied(ties, len(table))).transform("min")
+    _say_tied(ties.get("patient", np.full(len(table), "", object)), groups)
+    return groups
 
 
 def _with_hashes(table: pd.DataFrame, pixel_hashes: pd.Series | None) -> pd.DataFrame:
@@ -88,17 +89,23 @@ def texts_of(column: pd.Series) -> np.ndarray:
 
 
 def _say_nameless(ties: dict[str, np.ndarray], n: int) -> None:
-    files = ties.get("file", np.arange(n))
-    rows = pd.DataFrame({name: ties.get(name, [""] * n) for name in LEVELS}).assign(file=files)
-    rows = rows.drop_duplicates("file") if "file" in ties else rows
-    stood_in = Counter(
-        next((name for name in LEVELS if row[name]), "file") for row in rows[list(LEVELS)].to_dict("records")
-    )
-    nameless = len(rows) - stood_in["patient"]
+    blank = np.full(n, "", object)
+    told = np.select([ties.get(name, blank) != "" for name in LEVELS], LEVELS, "file")
+    files = pd.Series(told)[~pd.Series(ties.get("file", np.arange(n))).duplicated()]
+    counts = files.value_counts()
+    nameless = len(files) - counts.get("patient", 0)
     if nameless:
         ways = {"study": "by study", "series": "by series", "file": "each file on its own"}
-        how = ", ".join(f"{stood_in[name]:,} {way}" for name, way in ways.items() if stood_in[name])
-        say(f"{nameless:,} of {len(rows):,} files have no patient id. Kept together instead: {how}.")
+        how = ", ".join(f"{counts[name]:,} {way}" for name, way in ways.items() if name in counts)
+        say(f"{nameless:,} of {len(files):,} files have no patient id. Kept together instead: {how}.")
+
+
+def _say_tied(patients: np.ndarray, groups: pd.Series) -> None:
+    pairs = pd.DataFrame({"patient": patients, "group": groups.to_numpy()})
+    sizes = pairs[pairs["patient"] != ""].drop_duplicates()["group"].value_counts()
+    tied = int(sizes[sizes > 1].sum())
+    if tied:
+        say(f"{tied:,} patients share a study, a series or a picture with another one: those are kept together, too.")
 
 
 def _names(ties: dict[str, np.ndarray], index: pd.Index) -> pd.Series:

@@ -30,11 +30,34 @@ NUMBERS = {"number": "InstanceNumber", "acquisition": "AcquisitionNumber", "echo
 CODES = {"modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition"}
 CODES |= {"burned_in": "BurnedInAnnotation", "intent": "PresentationIntentType"}
 
-_KEYWORDS = """SpecificCharacterSet SOPClassUID ImageType ImageLaterality Laterality Rows Columns SamplesPerPixel
-    PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored PixelSpacing ImagerPixelSpacing SliceThickness
-    WindowCenter WindowWidth RescaleSlope RescaleIntercept ImagePositionPatient ImageOrientationPatient
-    LossyImageCompression DirectoryRecordSequence FrameLaterality SharedFunctionalGroupsSequence
-    PerFrameFunctionalGroupsSequence""".split()
+_KEYWORDS = [
+    "SpecificCharacterSet",
+    "SOPClassUID",
+    "ImageType",
+    "ImageLaterality",
+    "Laterality",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "SliceThickness",
+    "WindowCenter",
+    "WindowWidth",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "LossyImageCompression",
+    "DirectoryRecordSequence",
+    "FrameLaterality",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+]
 _KEYWORDS += [*IDS.values(), *PERSONAL.values(), *NUMBERS.values(), *CODES.values()]
 _TAGS = {keyword: tag_of(keyword) for keyword in _KEYWORDS}
 _META_KIND = 0x00020002

@@ -29,6 +29,8 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
+_OF_FILES = ("file", "source", "item", "width", "height", "mode", "format", "frames", "channels", "bits", "max")
+"""Columns of `items_df` that tell of the file; the others are facts, for tasks that ask about them."""
 
 
 class UnlabeledDataLoaders(DataLoaders):
@@ -88,23 +90,27 @@ class UnlabeledDataLoaders(DataLoaders):
         **kwargs,  # As in `from_folder`
     ) -> "UnlabeledDataLoaders":
         """Loaders over the files given."""
-        _check_settings(**kwargs)
         if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable):
+            _check_settings(**kwargs)
             fix = "For one folder use from_folder, for one image from_single_image."
             raise DataError(f"from_files takes a list of files, got {type(files).__name__}. {fix}")
-        return cls._from_table(pd.DataFrame({"file": as_paths(files)}), **kwargs)
+        return cls._from_table(files, None, **kwargs)
 
     @classmethod
-    def _from_table(cls, table: pd.DataFrame, **kwargs) -> "UnlabeledDataLoaders":
-        """Of the files in a table; `items_df` keeps its other columns."""
-        files, side = list(table["file"]), max(as_size(kwargs.get("size", 128)) or (128,))
+    def _from_table(
+        cls,
+        files: Iterable[str | os.PathLike],
+        facts: pd.DataFrame | None,  # Row i: what is known of file i
+        **kwargs,
+    ) -> "UnlabeledDataLoaders":
+        _check_settings(**kwargs)
+        files, side = as_paths(files), max(as_size(kwargs.get("size", 128)) or (128,))
         with _keeping(files, **kwargs) as kept:
             info, report = usable_items(files, kept, side, kwargs.get("n_in"), kwargs.get("window"))
             if kept:
                 kept.fill(info.index)  # what changed while it was read
-            more = table.drop(columns="file")
-            if len(more.columns):
-                info = with_columns(info, table)
+            if facts is not None:
+                info = with_columns(info, facts.drop(columns=list(_OF_FILES), errors="ignore").assign(file=files))
             return cls._from_items(list(info["source"]), info, report, kept, **kwargs)
 
     @classmethod
@@ -116,7 +122,11 @@ class UnlabeledDataLoaders(DataLoaders):
         suff: str = "",  # Added to each file name
         **kwargs,  # As in `from_folder`
     ) -> "UnlabeledDataLoaders":
-        """Loaders over the files named in a column of `df`."""
+        """Loaders over the files named in a column of `df`.
+
+        The other columns are facts: they become columns of `items_df`, and tasks may ask about them: whose image it is
+        ('patient'), of which study or series; or which labels come with it.
+        """
         if not isinstance(df, pd.DataFrame):
             raise DataError(f"from_df takes a pandas DataFrame, got {type(df).__name__}.")
         if fn_col not in (range(df.shape[1]) if isinstance(fn_col, int) else df.columns):
@@ -125,10 +135,8 @@ class UnlabeledDataLoaders(DataLoaders):
         names = df.iloc[:, fn_col] if isinstance(fn_col, int) else df[fn_col]
         if names.isna().any():
             raise DataError(f"{names.isna().sum()} of {len(names)} rows hold no file name: drop them, df.dropna().")
-        files = [Path(path) / f"{name}{suff}" for name in names]
-        _check_settings(**kwargs)
-        others = df.drop(columns=names.name) if isinstance(names.name, str) else df.iloc[:, 0:0]
-        return cls._from_table(others.reset_index(drop=True).assign(file=files), **kwargs)
+        facts = df.drop(columns=[df.columns[fn_col] if isinstance(fn_col, int) else fn_col])
+        return cls._from_table([Path(path) / f"{name}{suff}" for name in names], facts, **kwargs)
 
     @classmethod
     def from_array(
@@ -213,6 +221,7 @@ class UnlabeledDataLoaders(DataLoaders):
         pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
         device = torch.device(device or default_device())
         store = stored(kept, info.index, n_in, device if cache == "device" else None)
+        facts = [_facts(info.iloc[rows]) for rows in (train, valid)]
         with preserved_rng():  # fastai tries one item, with the user's random transforms
             loaders = Datasets(items, tfms=[[_opener(info, n_in, size, item_tfms)]], splits=(train, valid)).dataloaders(
                 dl_type=IndexedDL,
@@ -222,7 +231,7 @@ class UnlabeledDataLoaders(DataLoaders):
                 after_batch=[IntToFloatTensor(), *_as_list(batch_tfms)],
                 num_workers=auto_workers(len(items), pixels) if num_workers is None else num_workers,
                 device=device,
-                dl_kwargs=[{"store": store, "rows": rows} for rows in (train, valid)],
+                dl_kwargs=[{"store": store, "rows": r, "facts": f} for r, f in zip((train, valid), facts)],
             )
         for dl in loaders:
             dl.rng.seed(random.getrandbits(62))
@@ -266,6 +275,12 @@ def _default_split(info: pd.DataFrame) -> str:
         return "patient"
     say("All images are of one patient: they are split at random, and validation will look better than it is.")
     return "random"
+
+
+def _facts(info: pd.DataFrame) -> pd.DataFrame | None:
+    """The columns that tell more than what the files are; None where there are none."""
+    facts = info.drop(columns=list(_OF_FILES), errors="ignore")
+    return facts if len(facts.columns) else None
 
 
 def auto_workers(

@@ -10,6 +10,7 @@ from inspect import signature
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader, fa_collate
@@ -22,6 +23,7 @@ from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered, OpenImage, TensorGrey, draw_corner
+from selfsup_fastai.data.companions import Companions, TensorCompanion
 from selfsup_fastai.data.opening import image_size, open_image
 from selfsup_fastai.data.pixels import LUMA, is_grey
 from selfsup_fastai.data.pixelstore import PixelStore, deep_to_255
@@ -46,14 +48,26 @@ class IndexedDL(TfmdDL):
 
     With the pixels of its images in a store, a batch is one gather, and no worker process is started. The same images,
     order and pixels come out as without: an item pipeline that does more than to open and to cut takes the slow road.
+
+    What else is known of the images, such as whose they are, are its `facts`. An image may bring others of its dataset
+    along (`companions`): they are opened and cut by the very draws that it is cut by, and follow it in the batch.
     """
 
     with_index = False  # True: the last element of every batch is a `TensorIndex`
+    companions: Companions | None = None  # Each is a `TensorCompanion` behind the images of a batch
 
-    def __init__(self, dataset, *args, store: PixelStore | None = None, rows: Iterable[int] | None = None, **kwargs):
-        self.store = store  # Pixels of the images, or None
-        self.rows = None if rows is None else np.asarray(rows)  # Where in `store` each image of `dataset` is
-        images = None if store is None else _images_of(dataset)
+    def __init__(
+        self,
+        dataset,
+        *args,
+        store: PixelStore | None = None,  # Pixels of the images, or None
+        rows: Iterable[int] | None = None,  # Where in `store` each image of `dataset` is
+        facts: pd.DataFrame | None = None,  # Row i: what is known of image i of `dataset`
+        **kwargs,
+    ):
+        self.store, self.facts = store, facts
+        self.rows = None if rows is None else np.asarray(rows)
+        images = _images_of(dataset)
         self.stored = list(images.items) if images else []  # Which they are: datasets can be changed in place
         super().__init__(dataset, *args, **kwargs)
         self.slow_workers = self.fake_l.num_workers
@@ -85,8 +99,10 @@ class IndexedDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         kwargs = {"num_workers": self.slow_workers, **kwargs}
-        if "store" not in kwargs and issubclass(cls or type(self), IndexedDL) and self._has_items_of(dataset):
-            kwargs |= {"store": self._store_for(dataset), "rows": self.rows}
+        if issubclass(cls or type(self), IndexedDL) and self._has_items_of(dataset):
+            if "store" not in kwargs and self.store is not None:
+                kwargs |= {"store": self._store_for(dataset), "rows": self.rows}
+            kwargs = {"facts": self.facts, **kwargs}
         return super().new(dataset, cls, **kwargs)
 
     def over(self, source: "IndexedDL", places: Iterable[int], **kwargs) -> "IndexedDL":
@@ -102,11 +118,12 @@ class IndexedDL(TfmdDL):
         parts = [part._new([part.items[i] for i in places], split_idx=split) for part in parts]
         chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]
         rows = None if source.rows is None else source.rows[places]
-        return self.new(chosen, store=source.store, rows=rows, **kwargs)
+        facts = None if source.facts is None else source.facts.iloc[places]
+        return self.new(chosen, store=source.store, rows=rows, facts=facts, **kwargs)
 
     def _has_items_of(self, dataset) -> bool:
-        if self.store is None or dataset is None or dataset is self.dataset:
-            return self.store is not None
+        if (self.store is None and self.facts is None) or dataset is None or dataset is self.dataset:
+            return True
         others = _images_of(dataset)
         return others is not None and len(others) == len(self.stored) and self._unchanged(others, range(len(others)))
 
@@ -135,32 +152,55 @@ class IndexedDL(TfmdDL):
             yield from super().__iter__()
 
     def do_item(self, s):
-        with seeded_item(getattr(self, "pass_seed", VALID_SEED), s or 0):
-            item = super().do_item(s)
-        if item is None or not self.with_index:
+        s_all = [s, *self._companions_of([s or 0])[:, 0].tolist()]
+        items = [self._seeded(one, s or 0) for one in s_all]
+        if any(item is None for item in items):
+            return None
+        item, *others = items
+        if not others and not self.with_index:
             return item
-        return (*(item if isinstance(item, tuple) else (item,)), TensorIndex(s or 0))
+        image, *labels = item if isinstance(item, tuple) else (item,)
+        others = [_first(other).as_subclass(TensorCompanion) for other in others]
+        return (image, *others, *labels, *([TensorIndex(s or 0)] if self.with_index else []))
+
+    def _seeded(self, s: int | None, by: int):
+        """Item `s`, whatever is random about it drawn as for item `by`."""
+        with seeded_item(getattr(self, "pass_seed", VALID_SEED), by):
+            return super().do_item(s)
+
+    def _companions_of(self, samps: list[int]) -> np.ndarray:
+        """(companions of an image, B): places in the dataset."""
+        if self.companions is None:
+            return np.empty((0, len(samps)), int)
+        return self.companions.of(samps, getattr(self, "pass_seed", VALID_SEED)).T
 
     def create_batches(self, samps):
         if not self.is_fast:
             yield from super().create_batches(samps)
             return
         pixels = ((samps, self._pixels(samps)) for samps in chunked((s or 0 for s in samps), self.bs, self.drop_last))
-        for samps, x in _ahead(pixels) if self._pins else pixels:
-            yield self.do_batch(list(map(self.do_item, samps))) if x is None else self._batch(samps, x)
+        for samps, xs in _ahead(pixels) if self._pins else pixels:
+            yield self.do_batch(list(map(self.do_item, samps))) if xs is None else self._batch(samps, xs)
 
-    def _pixels(self, samps: list[int]) -> torch.Tensor | None:
-        """The images of a batch, on their way to a GPU; None if others have taken their places in the dataset."""
-        if not self._unchanged(_images_of(self.dataset), samps):
+    def _pixels(self, samps: list[int]) -> list[torch.Tensor] | None:
+        """The images of a batch and their companions, on their way to a GPU; None if others have taken their places in
+        the dataset."""
+        wanted, images = [samps, *self._companions_of(samps)], _images_of(self.dataset)
+        if not all(self._unchanged(images, places) for places in wanted):
             return None
-        rows, size = self.rows[samps], self._window
+        return [self._cut(places, samps) for places in wanted]
+
+    def _cut(self, places: list[int] | np.ndarray, samps: list[int]) -> torch.Tensor:
+        """The images at `places`, as windows drawn for those at `samps`."""
+        rows, size = self.rows[places], self._window
         x = self.store.gather(rows, self._corners(samps, rows, size), size, pin=self._pins)
         x = x.to(self.device, non_blocking=True) if self._pins else x
         return deep_to_255(x) if self.store.deep else x
 
-    def _batch(self, samps: list[int], x: torch.Tensor) -> tuple:
+    def _batch(self, samps: list[int], xs: list[torch.Tensor]) -> tuple:
         """A batch as `do_batch` would make it of the same items."""
-        batch = ((TensorImage if self.store.n_in == 3 else TensorGrey)(x),)
+        x, *others = xs
+        batch = ((TensorImage if self.store.n_in == 3 else TensorGrey)(x), *map(TensorCompanion, others))
         if isinstance(self.dataset, Datasets) and len(self.dataset.tls) > 1:
             batch += self._labels(samps)
         return (*batch, TensorIndex(torch.tensor(samps))) if self.with_index else batch
@@ -188,6 +228,11 @@ class IndexedDL(TfmdDL):
                 rng.seed(item_seed(self.pass_seed, samps[i]))
                 corners[i] = draw_corner(left_over[i].tolist(), rng)
         return corners
+
+
+def _first(item: T | tuple[T, ...]) -> T:
+    """The image of an item."""
+    return item[0] if isinstance(item, tuple) else item
 
 
 def _ahead(batches: Iterator[T], n: int = 2) -> Iterator[T]:
@@ -266,6 +311,8 @@ def _new_loader(dl: TfmdDL, dataset, dl_type: type[TfmdDL] | None, **kwargs) -> 
     """`dl.new(...)` that leaves no trace in `dl` and keeps nothing that was learned from its old pipeline."""
     before = set(dl.__dict__)
     kwargs = {"before_batch": Pipeline(without(dl.before_batch.fs)), **kwargs}
+    if issubclass(dl_type or type(dl), IndexedDL):
+        kwargs["facts"] = dl.__dict__.get("facts")  # fastai's own loaders have those that somebody gave them
     if dl_type in (None, type(dl)):
         kwargs = {**_own_settings(dl), **kwargs}
     with preserved_rng():  # fastai tries one item, with the user's random transforms
@@ -339,12 +386,16 @@ class ToChannels(Transform):
 
     def __call__(self, b, **kwargs):
         x, *rest = b if isinstance(b, (tuple, list)) else (b,)
+        return (self.changed(x), *(self.changed(t) if isinstance(t, TensorCompanion) else t for t in rest))
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) with `n_in` channels."""
         if x.shape[1] == self.n_in:
-            return (x, *rest)
+            return x
         if x.shape[1] == 1:
-            return (x.expand(-1, self.n_in, -1, -1), *rest)
+            return x.expand(-1, self.n_in, -1, -1)
         if x.shape[1] == 3 and self.n_in == 1:
-            return (luma(x), *rest)
+            return luma(x)
         raise DataError(
             f"Images of {x.shape[1]} channels cannot be turned into {self.n_in}. Choose channels in the dataset, or "
             f"take a net with n_in={x.shape[1]}."

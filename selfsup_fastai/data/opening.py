@@ -195,13 +195,13 @@ def _lazy(
         yield from_array(source)
     elif isinstance(source, bytes):
         yield _identify(io.BytesIO(source), source, n_in)
-    elif hasattr(source, "read"):
-        seekable = getattr(source, "seekable", lambda: False)()
-        yield _identify(source if seekable else io.BytesIO(source.read()), source, n_in)
     elif isinstance(source, (str, os.PathLike)):
         _refuse_non_file(os.stat(source))
         with open(source, "rb") as file:
             yield _identify(file, source, n_in)
+    elif hasattr(source, "read"):
+        seekable = getattr(source, "seekable", lambda: False)()
+        yield _identify(source if seekable else io.BytesIO(source.read()), source, n_in)
     else:
         raise DataError(
             f"An image is opened from a path, bytes, a binary file object, a NumPy array or a PIL image; "

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ import pandas as pd
 from selfsup_fastai.data.files import as_paths, check_files, measure_files, summary
 from selfsup_fastai.data.keeping import Keeping
 from selfsup_fastai.data.reasons import REASONS
+from selfsup_fastai.data.volumes import slices_of
+from selfsup_fastai.data.windows import as_window
 from selfsup_fastai.messages import say
 
 OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
@@ -17,8 +20,8 @@ OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
 
 SAMPLED = 8  # frames of a series that its quantiles are taken from, evenly spread
 ABOUT = ["patient", "study", "series", "instance", "modality", "body_part", "view", "laterality", "plane"]
-ABOUT += ["number", "position", "orientation", "acquisition", "echo_time", "burned_in"]
-"""What items keep of the table that `scan_files` makes, beside the frame."""
+ABOUT += ["age", "sex", "volume", "place", "position"]
+"""What items keep of the table that `scan_files` makes, and of the volumes that `slices_of` finds in it."""
 
 
 class Usable(NamedTuple):
@@ -62,7 +65,7 @@ def _joined(photos: pd.DataFrame, frames: pd.DataFrame) -> pd.DataFrame:
     """Both, with what is known of the frames; of photographs that is nothing."""
     texts = [name for name in ABOUT if name in frames and frames[name].map(type).eq(str).all()]
     both = pd.concat([photos, frames]) if len(photos) else frames
-    return both.fillna(dict.fromkeys(texts, ""))
+    return both.fillna({**dict.fromkeys(texts, ""), "are_scans": False})
 
 
 def _large_enough(ok: pd.DataFrame, report: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -82,13 +85,20 @@ def _frames(files, kept: Keeping | None, first: int, min_side: int, n_in, window
     items, rows = _items(table, n_in, window, only)
     keeper = kept.add(items) if kept else None
     ok, failed = check_files(items, keeper=keeper, min_side=min_side)
-    failed = failed.assign(file=failed["file"].map(lambda item: item.file)).drop_duplicates("file")
-    known = table.loc[rows].set_axis(range(len(items)))
+    failed = failed.assign(file=failed["file"].map(lambda item: Path(item))).drop_duplicates("file")
+    known = _in_volumes(table).loc[rows].set_axis(range(len(items)))
     known["frame"] = [item.frame for item in items]
-    ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: item.file))
+    known["are_scans"] = ~known["color"].astype(bool)
+    ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: Path(item)))
     about = [name for name in ABOUT if name in known]
-    ok = ok.join(known[[*about, "frames", "frame"]])
+    ok = ok.join(known[[*about, "frames", "frame", "are_scans"]])
     return ok.set_axis(ok.index + first), pd.concat([problems, failed], ignore_index=True)
+
+
+def _in_volumes(table: pd.DataFrame) -> pd.DataFrame:
+    """With the volume, place and position (0 to 1) of each slice in place of its position in mm."""
+    places = slices_of(table).set_index("row")
+    return table.drop(columns="position").join(places)
 
 
 def _items(table: pd.DataFrame, n_in: int | None, window, only: bool):
@@ -136,6 +146,8 @@ def series_limits(
 
     One scale for all slices of a series, where each slice's own would make a slice of air as bright as one of brain.
     """
+    from selfsup_fastai.data.dicom_pixels import DicomImage
+
     relative = table[table["modality"].isin(OF_SERIES)]
     keys = relative["series"].where(relative["series"] != "", relative.index.to_series())
     asked, of_series = [], []
@@ -146,7 +158,9 @@ def series_limits(
             asked += chosen
             of_series += [(key, rows["modality"].iloc[0])] * len(chosen)
     found: dict = {}
-    for series, values in zip(of_series, measure_files(asked), strict=True):
+    for series, values in zip(
+        of_series, measure_files([DicomImage(os.fspath(file), frame) for file, frame in asked]), strict=True
+    ):
         if values is not None:
             found.setdefault(series, []).append(values)
     return {key: _limits(np.concatenate(values), *OF_SERIES[modality]) for (key, modality), values in found.items()}
@@ -159,11 +173,8 @@ def _limits(values: np.ndarray, low: float | None, high: float) -> tuple[float, 
 
 
 def check_window(window) -> None:
-    """Raises `DataError` for what is no window of DICOM files."""
-    if window is not None:
-        from selfsup_fastai.data.windows import windows_of
-
-        windows_of(window)
+    """Raises `DataError` for what is no window, and `UnknownNameError` for a name that does not exist."""
+    as_window(window)
 
 
 def with_columns(

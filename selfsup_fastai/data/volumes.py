@@ -13,7 +13,7 @@ import pandas as pd
 from selfsup_fastai.data.slice_facts import SliceFacts
 from selfsup_fastai.errors import DataError
 
-__all__ = ["PROBLEMS", "Volume", "neighbors", "report", "slices_of", "volumes_of"]
+__all__ = ["PROBLEMS", "Volume", "neighbors", "slices_of", "volume_report", "volumes_of"]
 
 PROBLEMS = {
     "few": "Places with a slice; a volume has three at least.",
@@ -59,8 +59,8 @@ class Volume:
 
     @property
     def spacing(self) -> float:
-        """The most usual (median) distance from slice to slice along the normal in mm; NaN where there is none."""
-        return float(np.median(np.diff(self.positions))) if len(self.positions) > 1 else float("nan")
+        """The usual (median) distance from slice to slice along the normal in mm; NaN where there is none."""
+        return _usual(np.diff(self.positions)) if len(self.positions) > 1 else float("nan")
 
     @property
     def relative(self) -> np.ndarray:
@@ -181,8 +181,13 @@ def _is_even(facts: SliceFacts, at: np.ndarray) -> bool:
     return _n_uneven(np.diff(np.sort(facts.along[at]))) == 0
 
 
+def _usual(steps: np.ndarray) -> float:
+    """The median; of an even number the lower one, as between the two there may be no step."""
+    return float(np.sort(steps)[(len(steps) - 1) // 2])
+
+
 def _n_uneven(steps: np.ndarray) -> int:
-    return int((~np.isclose(steps, np.median(steps), **_STEP)).sum())
+    return int((~np.isclose(steps, _usual(steps), **_STEP)).sum())
 
 
 def _repetitions(facts: SliceFacts, at: np.ndarray, places: list[int]) -> list[np.ndarray]:
@@ -274,7 +279,7 @@ def _true(volumes: pd.DataFrame | list[Volume]) -> list[tuple[int, Volume]]:
     return [(number, volume) for number, volume in enumerate(volumes) if volume.is_volume]
 
 
-def report(
+def volume_report(
     volumes: pd.DataFrame | list[Volume],  # What `volumes_of` returns, or a table
 ) -> pd.DataFrame:
     """A row for each stack: series (pseudonym), part, plane, slices, spacing (mm), volume (is it one?), problems."""

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.data.companions import Companions
 from selfsup_fastai.data.loader import float_images
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
@@ -34,8 +36,9 @@ class PretextTask(ABC):
     paper: ClassVar[str]  # Authors and year
     n_inp: ClassVar[int] = 1  # How many tensors of the new batch go to the model
     n_targets: ClassVar[int] = 1  # How many tensors of the new batch are what it should answer
-    needs: ClassVar[tuple[str, ...]] = ()  # 'index': make_batch is given each image's place in its dataset
-    items: ClassVar[str] = "images"  # What the data room builds
+    needs: ClassVar[tuple[str, ...]] = ()  # 'index': each image's place in its dataset; 'facts': what `known` says
+    items: str = "images"  # What make_batch is given: 'images' alone, or 'companions', too, as `others`
+    n_known: int = 0  # How many numbers `known` has of each image; known after `setup`
     normalized: ClassVar[tuple[bool, ...]] = (True,)  # Per input: an image of the data's channels, for Normalize?
     channels: ClassVar[tuple[int, ...]] = (1, 3)  # Of images that the task can work with
     instead: ClassVar[str] = ""  # Said to people whose images have other channels: which tasks to take
@@ -59,9 +62,27 @@ class PretextTask(ABC):
     def setup(self, dls: DataLoaders, encoder: Encoder) -> None:  # noqa: B027  (most tasks need none)
         """Called once by `pretext_learner`: sizes that depend on the data. `TaskError` for an unsuitable encoder."""
 
+    def known(self, facts: pd.DataFrame) -> Tensor:
+        """For tasks that need 'facts': what make_batch is to know of each image, (N, K) float32, NaN if nobody knows.
+
+        `facts` has a row for each image of a loader's dataset: its `facts`. New images come without: make_batch is
+        given `known` None then.
+        """
+        raise NotImplementedError(f"{self.name} needs facts, so it says by `known` which.")
+
+    def companions(self, facts: pd.DataFrame) -> Companions | None:
+        """For tasks with `items` 'companions': which images of the same dataset come with each image.
+
+        make_batch is given them as `others`, (B, n, C, H, W); None for new images, of which no facts are known.
+        """
+        return None
+
     @abstractmethod
     def make_batch(self, x: Tensor, *, generator: torch.Generator, train: bool, idx: Tensor | None = None):
-        """x (B, C, H, W) in [0, 1], on the device -> (inputs, targets), two tuples of tensors with B rows each."""
+        """x (B, C, H, W) in [0, 1], on the device -> (inputs, targets), two tuples of tensors with B rows each.
+
+        Tasks that need 'facts' take a further argument `known`, those with 'companions' `others`.
+        """
 
     @abstractmethod
     def model(self, encoder: Encoder) -> nn.Module:
@@ -107,13 +128,21 @@ class PretextTask(ABC):
     # --- what the base does -------------------------------------------------------------------------------------------
 
     def batch(
-        self, x: Tensor, *, generator: torch.Generator, train: bool, idx: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator,
+        train: bool,
+        idx: Tensor | None = None,
+        known: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """`make_batch` with its input checked and its output typed: (*inputs, *targets)."""
         float_images(x)
         x = x.as_subclass(Tensor)
         self.check_shape(x.shape)
-        inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx)
+        extras = self.wanted(known=known, others=others)
+        inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx, **extras)
         self._check_made(inputs, targets, len(x))
         images = zip(inputs, self.normalized, strict=True)
         return (*(t.as_subclass(TensorImage) if n and t.numel() else t for t, n in images), *targets)
@@ -145,6 +174,11 @@ class PretextTask(ABC):
         rows = [len(t) for t in (*inputs, *targets)]
         if set(rows) != {n}:
             raise TaskError(f"{said}, in which axis 0 is the image; from {n} images it made {rows} rows.")
+
+    def wanted(self, known: Tensor | None = None, others: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What make_batch takes of these."""
+        facts = {"known": known} if "facts" in self.needs else {}
+        return {**facts, "others": others} if self.items == "companions" else facts
 
     @classmethod
     def setting_names(cls) -> list[str]:

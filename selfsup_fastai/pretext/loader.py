@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from selfsup_fastai.callbacks.consistency import Consistency
+from selfsup_fastai.data.companions import Companions, TensorCompanion
 from selfsup_fastai.data.loader import IndexedDL, TensorIndex, without
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PretextTask
 
@@ -36,6 +37,7 @@ class PretextTransform(Transform):
         super().__init__()
         self.task, self.consistency = get_task(task, **settings), consistency
         self.seed = self._generator = None
+        self.known: Tensor | None = None  # Of each image of the loader's dataset, as `PretextTask.known` gives it
 
     def reseed(self, seed: int) -> None:
         """What follows is drawn as `seed` says, whatever was drawn before."""
@@ -53,8 +55,17 @@ class PretextTransform(Transform):
         items = list(b) if isinstance(b, (tuple, list)) else [b]
         idx = items.pop().as_subclass(Tensor) if isinstance(items[-1], TensorIndex) else None
         x, generator = items[0], self.generator(items[0].device)
-        made = self.task.batch(x, generator=generator, train=split_idx == 0, idx=idx)
+        others = [t.as_subclass(Tensor) for t in items[1:] if isinstance(t, TensorCompanion)]
+        extras = {"known": self.known_of(idx), "others": torch.stack(others, 1) if others else None}
+        made = self.task.batch(x, generator=generator, train=split_idx == 0, idx=idx, **extras)
         return made if self.consistency is None else (*made, *self.consistency.extras(x, idx, generator))
+
+    def known_of(self, idx: Tensor | None) -> Tensor | None:
+        """What is known of these images, (B, K); None where nothing is."""
+        if self.known is None or idx is None:
+            return None
+        self.known = self.known.to(idx.device)
+        return self.known[idx]
 
     def decode(self, b, **kwargs):
         return b
@@ -63,7 +74,7 @@ class PretextTransform(Transform):
         return f"PretextTransform({self.task!r})"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_generator": None}  # a torch.Generator is tied to its device
+        return {**self.__dict__, "_generator": None, "known": None}  # a torch.Generator is tied to its device
 
 
 class PretextDL(IndexedDL):
@@ -80,6 +91,7 @@ class PretextDL(IndexedDL):
         tfms = [copy(t) if isinstance(t, PretextTransform) else t for t in tfms]
         super().__init__(dataset, *args, after_batch=Pipeline(tfms), **kwargs)
         self._types, self._n_inp = None, None  # spares fastai a pass through the pipeline to find out
+        self._learned = None, None, None  # from which facts; what is known of each image; which others come with it
 
     @property
     def transform(self) -> PretextTransform:
@@ -98,8 +110,29 @@ class PretextDL(IndexedDL):
 
     @property
     def with_index(self) -> bool:
-        consistency = self.transform.consistency
-        return "index" in self.task.needs or (consistency is not None and consistency.needs_index)
+        consistency, needs = self.transform.consistency, self.task.needs
+        return "index" in needs or "facts" in needs or (consistency is not None and consistency.needs_index)
+
+    @property
+    def known(self) -> Tensor | None:
+        """What the task learns of each image from the facts, (N, K), NaN where nobody knows; None without facts."""
+        return self._from_facts()[1]
+
+    @property
+    def companions(self) -> Companions | None:
+        """The images that the task wants beside each one; None if none, or without facts."""
+        return self._from_facts()[2]
+
+    def _from_facts(self) -> tuple:
+        if self.facts is None:
+            return None, None, None
+        if self._learned[0] is not self.facts:
+            if len(self.facts) != len(self.dataset):
+                fix = "Row i of `facts` is about item i of the loader's dataset."
+                raise DataError(f"There are {len(self.dataset)} images and {len(self.facts)} rows of facts. {fix}")
+            known = self.task.known(self.facts) if "facts" in self.task.needs else None
+            self._learned = self.facts, known, self.task.companions(self.facts)
+        return self._learned
 
     @property
     def plain(self) -> IndexedDL:
@@ -109,6 +142,7 @@ class PretextDL(IndexedDL):
     def before_iter(self):
         super().before_iter()
         self.transform.reseed(self.pass_seed)
+        self.transform.known = self.known
 
     def question(self, b) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(inputs, targets) of a batch as the task made them: before Normalize, on the CPU, plain tensors."""

@@ -113,6 +113,11 @@ class SeveralTasks(PretextTask):
     def setup(self, dls, encoder):
         for task in self.tasks:
             task.setup(dls, encoder)
+        self.n_known = sum(task.n_known for task in self.tasks)
+
+    def known(self, facts):
+        """What each task learns from the facts, side by side."""
+        return torch.cat([task.known(facts) for task in self.tasks if "facts" in task.needs], 1)
 
     def callbacks(self):
         """Those of all tasks, each told where in `SharedEncoder` its task's model is."""
@@ -129,18 +134,21 @@ class SeveralTasks(PretextTask):
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def make_batch(self, x, *, generator, train, idx=None):
+    def make_batch(self, x, *, generator, train, idx=None, known=None):
         asked, n = None, len(self.tasks)
+        widths = [task.n_known for task in self.tasks]
+        learned = [None] * n if known is None else known.split(widths, 1)
         if train and not self._ask_all and generator.initial_seed() != VALID_SEED:  # else somebody only looks
             asked = torch.randint(n, (1,), generator=generator, device=x.device).item()
         inputs, targets = (), ()
         for i, task in enumerate(self.tasks):
             if asked in (None, i):
                 images = x if task.input or not self.input else to_input(x, self.input)
-                made, known = task.make_batch(images, generator=generator, train=train, idx=idx)
+                extras = task.wanted(known=learned[i])
+                made, answers = task.make_batch(images, generator=generator, train=train, idx=idx, **extras)
             else:
-                made, known = (_nothing(x),) * task.n_inp, (_nothing(x),) * task.n_targets
-            inputs, targets = inputs + made, targets + known
+                made, answers = (_nothing(x),) * task.n_inp, (_nothing(x),) * task.n_targets
+            inputs, targets = inputs + made, targets + answers
         return inputs, targets
 
     @contextmanager

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 import SimpleITK
 
-from selfsup_fastai.data.volumes import PROBLEMS, neighbors, report, slices_of, volumes_of
+from selfsup_fastai.data.volumes import PROBLEMS, neighbors, slices_of, volume_report, volumes_of
 from selfsup_fastai.errors import DataError
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests"
@@ -264,9 +264,14 @@ def test_gaps_are_counted_and_no_run_reaches_over_one():
     assert neighbors(table, 4)["row"].tolist() == [2]
 
 
+def test_of_two_steps_the_shorter_one_is_usual():
+    (volume,) = volumes_of(made([0, 1, 5]))
+    assert volume.problems == {"gaps": 1} and volume.spacing == 1.0
+
+
 def test_steps_within_the_tolerance_are_no_gaps():
-    assert volumes_of(made([0, 5.0, 10.3, 15.0, 20.0]))[0].problems == {}  # 5.3 and 4.7 of 5: 0.1 + 5 %
-    assert volumes_of(made([0, 5.0, 10.4, 15.0, 20.0]))[0].problems == {"gaps": 2}
+    assert volumes_of(made([0, 5, 10.3, 15, 20, 25]))[0].problems == {}  # 5.3 and 4.7 of 5: 0.1 + 5 %
+    assert volumes_of(made([0, 5, 10.4, 15, 20, 25]))[0].problems == {"gaps": 2}
 
 
 def test_tilt_in_degrees():
@@ -300,7 +305,7 @@ def test_a_file_of_many_frames_is_for_itself():
 def test_the_report_and_its_words():
     table = pd.concat([made([0, 1, 2, 3, 6]), made(range(2), series="t")], ignore_index=True)
     table["plane"] = "axial"
-    told = report(table)
+    told = volume_report(table)
     assert told.to_dict("list") == {
         "series": ["s", "t"],
         "part": [0, 0],
@@ -311,7 +316,7 @@ def test_the_report_and_its_words():
         "problems": ["gaps: 1", "few: 2"],
     }
     assert {name for volume in volumes_of(table) for name in volume.problems} <= set(PROBLEMS)
-    assert report(table[:0]).empty and slices_of(table[:0]).empty and neighbors(table[:0]).empty
+    assert volume_report(table[:0]).empty and slices_of(table[:0]).empty and neighbors(table[:0]).empty
 
 
 def test_mistakes():
