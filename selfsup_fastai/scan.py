@@ -4,8 +4,8 @@
     problems.csv       what cannot be used, and why
     contact_sheet.png  images of all kinds
 
-Nothing of it names a file unless paths are asked for: paths and file names may identify patients. `number` is the place
-of a file among all files of the folder, sorted by path.
+Nothing of it names a file unless paths are asked for: paths and file names may identify patients. `place` is that of a
+file among all files of the folder, sorted by path.
 """
 
 import os
@@ -24,7 +24,7 @@ from selfsup_fastai.data.scanning import headers, tables
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
 
-__all__ = ["Scan", "contact_sheet", "scan_folder", "write_scan"]
+__all__ = ["Scan", "check_out", "contact_sheet", "scan_folder", "write_scan"]
 
 TABLE, PROBLEMS, SHEET = "scan.csv", "problems.csv", "contact_sheet.png"
 _MOST = 24  # pictures on a contact sheet
@@ -71,12 +71,23 @@ def scan_folder(
     return Scan(dicoms, photos, problems.set_axis([places[file] for file in problems["file"]]).sort_index(), len(files))
 
 
+def check_out(
+    out: str | os.PathLike,
+    folder: str | os.PathLike,  # That is scanned
+) -> None:
+    """Raises `DataError` where what is written to `out` would be taken for images of `folder` the next time."""
+    if Path(folder).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise DataError(
+            f"{str(out)!r} lies in the folder of images: the contact sheet would be taken for one. Choose another."
+        )
+
+
 def write_scan(
     scan: Scan,
     out: str | os.PathLike,  # Folder, made if missing
     paths: bool = False,  # Write paths into the tables: they may identify patients
 ) -> None:
-    """Tables and contact sheet of a scan into a folder."""
+    """Tables and contact sheet of a scan into a folder. Text that is burned into images is seen on the sheet."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +97,7 @@ def write_scan(
         ) from error
     left_out = [] if paths else ["file"]
     for name, table in ((TABLE, _as_one(scan)), (PROBLEMS, scan.problems)):
-        table = table.drop(columns=left_out).rename_axis("number")
+        table = table.drop(columns=left_out).rename_axis("place")
         table.to_csv(out / name, errors="surrogateescape")  # file names may be no text
     (out / SHEET).unlink(missing_ok=True)
     if contact_sheet(scan):
@@ -130,11 +141,12 @@ def _chosen(scan: Scan, n: int) -> list[tuple[os.PathLike, str]]:
     for kind, place in _spread(_kinds(scan), n):
         if place in scan.dicoms.index:
             row = scan.dicoms.loc[place]
-            what: os.PathLike = DicomImage(os.fspath(row["file"]), int(row["frames"]) // 2)
+            channels = 3 if row["color"] else 1  # a CT's three windows would be shown as colors
+            what: os.PathLike = DicomImage(os.fspath(row["file"]), int(row["frames"]) // 2, n_in=channels)
         else:
             row = scan.photos.loc[place]
             what = row["file"]
-        frames = f", 1 of {row['frames']}" if row["frames"] > 1 else ""
+        frames = f", {row['frames']} frames" if row["frames"] > 1 else ""
         found.append((what, f"{kind or 'not said'} {row['height']} x {row['width']}{frames}"))
     return found
 
@@ -142,12 +154,13 @@ def _chosen(scan: Scan, n: int) -> list[tuple[os.PathLike, str]]:
 def _kinds(scan: Scan) -> dict[str, list[list[int]]]:
     """Of each modality, or format, the places of images, series by series."""
     kinds: dict[str, list[list[int]]] = {}
-    for name, part in scan.dicoms.groupby("modality", sort=False):
+    for name in scan.dicoms["modality"].value_counts().index:
+        part = scan.dicoms[scan.dicoms["modality"] == name]
         own = part["series"].where(part["series"] != "", part.index.to_series().astype(str))
         ordered = part.sort_values("number", kind="stable")
         kinds[name] = [list(rows.index) for _, rows in ordered.groupby(own, sort=False)]
-    for name, part in scan.photos.groupby("format", sort=False):
-        kinds[name] = [[place] for place in part.index]
+    for name in scan.photos["format"].value_counts().index:
+        kinds[name] = [[place] for place in scan.photos.index[scan.photos["format"] == name]]
     return kinds
 
 
