@@ -115,6 +115,35 @@ def tasks() -> None:
 
 @app.command()
 @reported
+def scan(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM files, or of other images.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for scan.csv, problems.csv and contact_sheet.png, on which burned-in text can be read.",
+            show_default="nothing is written",
+        ),
+    ] = None,
+    paths: Annotated[
+        bool, typer.Option("--paths", help="Write paths into the tables: they and file names may identify patients.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read files.", show_default="by the number of files")
+    ] = None,
+) -> None:
+    """Tell what is in a folder: modalities, sizes, patients, files that cannot be used, what to look at twice."""
+    from selfsup_fastai import scan as scanning
+
+    if out:
+        scanning.check_out(out, folder)
+    found = scanning.scan_folder(folder, n_workers=workers)
+    typer.echo(found)
+    if out:
+        scanning.write_scan(found, out, paths)
+
+
+@app.command()
+@reported
 def pretrain(
     folder: Annotated[
         Path, typer.Argument(help="Folder of images, at any depth; labels are not needed.", show_default=False)

@@ -21,7 +21,7 @@ LEVELS = [  # From the ground up: a room imports rooms of lower levels and itsel
     {"losses", "metrics", "features", "data", "encoders"},
     {"callbacks"},
     {"pretext", "downstream"},
-    {"compare"},
+    {"compare", "scan"},
     {"runs"},
     {"demo"},
     {"cli", "all"},

@@ -5,6 +5,7 @@ is read: where anything is odd (another byte order, nested headers, compressed h
 None, and pydicom reads the file.
 """
 
+import re
 from struct import Struct
 from typing import NamedTuple
 
@@ -17,33 +18,8 @@ FUNCTIONAL_GROUPS = (0x52009229, 0x52009230)
 SYNTAX = 0x00020010
 _IMPLICIT = "1.2.840.10008.1.2"
 _OTHERS = {"1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"}  # big endian, deflated
-_SHORT = {
-    vr.encode(): vr
-    for vr in [
-        "AE",
-        "AS",
-        "AT",
-        "CS",
-        "DA",
-        "DS",
-        "DT",
-        "FD",
-        "FL",
-        "IS",
-        "LO",
-        "LT",
-        "PN",
-        "SH",
-        "SL",
-        "SS",
-        "ST",
-        "TM",
-        "UI",
-        "UL",
-        "US",
-    ]
-}
-_LONG = {vr.encode(): vr for vr in ["OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"]}
+_SHORT = {vr.encode(): vr for vr in re.findall("..", "AEASATCSDADSDTFDFLISLOLTPNSHSLSSSTTMUIULUS")}
+_LONG = {vr.encode(): vr for vr in re.findall("..", "OBODOFOLOVOWSQSVUCUNURUTUV")}
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
 

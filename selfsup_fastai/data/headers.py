@@ -30,35 +30,12 @@ NUMBERS = {"number": "InstanceNumber", "acquisition": "AcquisitionNumber", "echo
 CODES = {"modality": "Modality", "body_part": "BodyPartExamined", "view": "ViewPosition"}
 CODES |= {"burned_in": "BurnedInAnnotation", "intent": "PresentationIntentType"}
 
-_KEYWORDS = [
-    "SpecificCharacterSet",
-    "SOPClassUID",
-    "ImageType",
-    "ImageLaterality",
-    "Laterality",
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "PixelSpacing",
-    "ImagerPixelSpacing",
-    "SliceThickness",
-    "WindowCenter",
-    "WindowWidth",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "LossyImageCompression",
-    "DirectoryRecordSequence",
-    "FrameLaterality",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-]
-_KEYWORDS += [*IDS.values(), *PERSONAL.values(), *NUMBERS.values(), *CODES.values()]
+_OTHERS = """SpecificCharacterSet SOPClassUID ImageType ImageLaterality Laterality Rows Columns SamplesPerPixel
+    PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored PixelSpacing ImagerPixelSpacing SliceThickness
+    WindowCenter WindowWidth RescaleSlope RescaleIntercept ImagePositionPatient ImageOrientationPatient
+    LossyImageCompression DirectoryRecordSequence FrameLaterality SharedFunctionalGroupsSequence
+    PerFrameFunctionalGroupsSequence"""
+_KEYWORDS = [*_OTHERS.split(), *IDS.values(), *PERSONAL.values(), *NUMBERS.values(), *CODES.values()]
 _TAGS = {keyword: tag_of(keyword) for keyword in _KEYWORDS}
 _META_KIND = 0x00020002
 _WANTED = frozenset([*_TAGS.values(), SYNTAX, _META_KIND])
@@ -123,7 +100,7 @@ def _parsed(file: BinaryIO, n_bytes: int) -> Elements:
     little = bool(dataset.original_encoding[1])
     values = _raw(dataset, _TAGS) | _raw(dataset.file_meta, {"": _META_KIND})
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        values |= {tag: value for tag, value in _of_group(dataset, groups).items()}
+        values |= _of_group(dataset, groups)
     values[SYNTAX] = "UI", syntax.encode()
     if syntax == _DEFLATED:
         return Elements(values, little, *_inflated_pixels(file))
