@@ -251,7 +251,9 @@ def _from_dicom(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image
     from selfsup_fastai.data.dicom_pixels import DicomImage, read_dicom  # brings pydicom, which most people never need
 
     image = source if isinstance(source, DicomImage) else DicomImage("")
-    n_in = n_in or image.n_in
+    n_in = (
+        1 if n_in == 1 else image.n_in or n_in
+    )  # who asks for one channel gets it; a CT seen in one stays so in three
     pixels, _ = read_dicom(file, frame=image.frame, window=image.window, limits=image.limits, n_in=n_in)
     made = Image.fromarray(pixels if pixels.ndim == 2 else np.rint(pixels * 255).astype(np.uint8))
     made.format, made.info = "DICOM", {"pixel_hash": pixel_hash(pixels)}
