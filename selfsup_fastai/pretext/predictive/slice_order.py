@@ -117,7 +117,7 @@ class SliceOrder(PretextTask):
         need_facts(self.name, dls, ("volume", "place"), "to know which images are slices of one volume")
         everyone = pd.concat([dl.facts for dl in dls.loaders])
         slices = pd.DataFrame({"volume": texts(everyone["volume"]), "place": numbers(everyone["place"])}).dropna()
-        ends = slices.groupby("volume")["place"].agg(["min", "max"])
+        ends = slices[slices["volume"] != ""].groupby("volume")["place"].agg(["min", "max"])
         self._ends = dict(zip(ends.index, ends.itertuples(index=False, name=None)))
         for dl in dls.loaders:
             self._check(self.known(dl.facts), dl is dls.train)
