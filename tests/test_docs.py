@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 
 from selfsup_fastai import cli
 from selfsup_fastai.pretext import TASKS, task_class
-from tests.conftest import write_images
+from tests.conftest import write_images, write_scans
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", *(f"docs/tasks/{name}.md" for name in TASKS)]
@@ -57,8 +57,10 @@ def generate():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with photos/ (24 images and one that is none) and labeled/ (two classes), as the documents assume."""
+    """A folder with photos/ (24 images and one that is none), scans/ (DICOM files of six patients) and labeled/ (two
+    classes), as the documents assume."""
     write_images(tmp_path / "photos", 24, (48, 48))
+    write_scans(tmp_path / "scans")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     for seed, label in enumerate(("cat", "dog"), start=1):
         write_images(tmp_path / "labeled" / label, 20, (48, 48), seed=seed)

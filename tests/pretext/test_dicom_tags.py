@@ -216,7 +216,7 @@ def test_it_is_a_neighbor_of_other_tasks():
 
 
 def test_nothing_to_ask_is_said():
-    with pytest.raises(TaskError, match="dicom_tags needs facts about the images.* DICOM files bring such columns"):
+    with pytest.raises(TaskError, match=r"dicom_tags needs facts about the images.* DICOM files bring such columns"):
         dls = loaders()
         dls.train.facts = None
         learner(dls)
