@@ -4,13 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from torch import Tensor
 
+from selfsup_fastai.callbacks.collapse import Signals
+from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.views import random_view
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.features import embed
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.joint_embedding.micle import found_group
@@ -168,6 +172,44 @@ def test_pictures_say_what_the_two_have_in_common():
     b = learn.dls.valid.one_batch()
     decoded = learn.get_preds(dl=[b], with_decoded=True)[2]
     assert [ax.get_title() for ax in learn.dls.valid.show_results(b, decoded)] == [f"cosine {v:.2f}" for v in decoded]
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path):
+    """Pairs are drawn by pass and image, so that they come again as they would have."""
+
+    class Killed(Exception):
+        pass
+
+    class Killer(Callback):
+        order = 95
+
+        def after_batch(self):
+            if self.training and self.train_iter == 5:
+                raise Killed("killed")
+
+    def fitted(*cbs):
+        set_seed(3, reproducible=True)
+        learn = learner(views=None)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(3, 1e-2, cbs=list(cbs))
+        return learn
+
+    whole = fitted()
+    with pytest.raises(Killed):
+        fitted(Resume(tmp_path / "state", 0), Killer())
+    again = fitted(Resume(tmp_path / "state", 0))
+    states = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_what_looks_at_embeddings_works_beside_it():
+    learn, signals = learner(), Signals(n=16)
+    learn.fit(1, cbs=signals)
+    assert len(signals.history) == 1 and np.isfinite(signals.history.to_numpy(float)).all()
+    assert embed(learn.encoder, learn.dls.train.plain).x.shape == (12, 16)
+    mixed = learner(consistency=0.5, views=None)
+    mixed.fit(1)
+    assert "consistency" in mixed.recorder.metric_names and np.isfinite(mixed.recorder.losses).all()
 
 
 def test_no_owner_travels_with_what_is_exported(tmp_path):
