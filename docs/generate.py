@@ -11,15 +11,20 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
+from fastai.torch_core import set_seed
 from fastcore.docments import docments
 from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.pretext import TASKS, task_class
 from selfsup_fastai.pretext.base import PretextTask
+from selfsup_fastai.pretext.learner import pretext_learner
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- tasks: written by docs/generate.py -->", "<!-- end of tasks -->"
@@ -28,12 +33,14 @@ MODES = {  # Settings that change what an image costs, or which channels suit
     "rotation": [{"turns": "one"}],
     "split_brain": [{"halves": "diagonal"}],
     "mae": [{"mask_ratio": 0.5}],
+    "slice_order": [{"ask": "position"}],
 }
 CREDIT = (
     "Made from [china.jpg](https://www.flickr.com/photos/danielbuechele/6061409035/) by danielbuechele and "
     "[flower.jpg](https://www.flickr.com/photos/vultilion/6056698931/) by vultilion, which come with scikit-learn; "
     "both [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/), cut and changed as the task does."
 )
+STANDS_FOR = " Squares of one photograph stand for the images of one patient, or the slices of one volume."
 PAGE = """# {name}
 
 *{question}?*
@@ -57,7 +64,7 @@ PAGE = """# {name}
 ```python
 from selfsup_fastai.all import *
 
-dls = UnlabeledDataLoaders.from_folder('photos', size=128, bs=64)
+dls = UnlabeledDataLoaders.from_folder('{folder}', size=128, bs=64)
 learn = pretext_learner(dls, '{name}'{example})
 learn.show_batch()
 learn.fit_one_cycle(20, 3e-3)
@@ -67,7 +74,7 @@ learn.save_encoder('{name}')
 From the shell:
 
 ```bash
-selfsup pretrain photos --task {name}{flag}
+selfsup pretrain {folder} --task {name}{flag}
 ```
 
 Code: [`{module}`](../../{file}). All tasks: [README](../../README.md#the-tasks).
@@ -92,6 +99,7 @@ def task_page(name: str) -> str:
     setting = next((setting for setting in settings_of(cls) if setting[1] is not None), None)
     return PAGE.format(
         name=name,
+        folder="scans" if "facts" in cls.needs else "photos",
         question=cls.asks().rstrip("?"),
         paper=linked(paper),
         sections="\n\n".join(linked(f"## {_heading(p)}\n\n{p}" if _heading(p) else p) for p in rest),
@@ -101,7 +109,7 @@ def task_page(name: str) -> str:
         flag=f" --set {setting[0]}={setting[1]}" if setting else "",
         module=cls.__module__,
         file=cls.__module__.replace(".", "/") + ".py",
-        credit=CREDIT,
+        credit=CREDIT + (STANDS_FOR if "facts" in cls.needs else ""),
     )
 
 
@@ -184,29 +192,47 @@ def with_table(readme: str) -> str:
     return f"{before}{BEGIN}\n{task_table()}\n{END}{after}"
 
 
-def photos(side: int = 160) -> Tensor:
-    """Six squares of scikit-learn's two photographs, (6, 3, side, side) in [0, 1]."""
+def photos(side: int = 160, n: int = 3) -> Tensor:
+    """Squares of scikit-learn's two photographs, `n` of each from left to right, (2 n, 3, side, side) in [0, 1]."""
     squares = []
     for name in ("china.jpg", "flower.jpg"):
         photo = Image.fromarray(load_sample_image(name))
         room = photo.width - photo.height
-        for left in (0, room // 2, room):
+        for left in (room * i // (n - 1) for i in range(n)):
             square = photo.crop((left, 0, left + photo.height, photo.height))
             squares.append(torch.frombuffer(bytearray(square.resize((side, side)).tobytes()), dtype=torch.uint8))
-    return torch.stack(squares).view(6, side, side, 3).permute(0, 3, 1, 2).float() / 255
+    return torch.stack(squares).view(-1, side, side, 3).permute(0, 3, 1, 2).float() / 255
 
 
 def draw_picture(name: str, file: Path) -> None:
-    """What the task asks about the six squares, as a PNG of 256 colors."""
+    """What the task asks about six squares, as a PNG of 256 colors."""
     task = task_class(name)()
-    index = torch.arange(6) if "index" in task.needs else None
-    batch = task.batch(photos(), generator=torch.Generator().manual_seed(0), train=True, idx=index)
-    batch = [t.as_subclass(Tensor) for t in batch]
-    task.show(batch[: task.n_inp], batch[task.n_inp :], max_n=6)
+    if "facts" in task.needs:
+        _show_with_facts(name)
+    else:
+        index = torch.arange(6) if "index" in task.needs else None
+        batch = task.batch(photos(), generator=torch.Generator().manual_seed(0), train=True, idx=index)
+        batch = [t.as_subclass(Tensor) for t in batch]
+        task.show(batch[: task.n_inp], batch[task.n_inp :], max_n=6)
     buffer = io.BytesIO()
     plt.savefig(buffer, dpi=80, bbox_inches="tight")
     plt.close()
     Image.open(buffer).convert("RGB").quantize(256).save(file, optimize=True)
+
+
+def _show_with_facts(name: str) -> None:
+    """What a task asks that knows of which photograph a square is, and where in it."""
+    set_seed(0)
+    squares = (photos(n=9).permute(0, 2, 3, 1) * 255).byte().numpy()
+    photo, place = np.arange(18) // 9, np.arange(18) % 9
+    facts = pd.DataFrame({"patient": photo, "volume": photo, "place": place})
+    facts["photograph"] = np.array(["china", "flower"])[photo]
+    dls = UnlabeledDataLoaders.from_array(squares, size=160, bs=6, valid_pct=0.05, num_workers=0, device="cpu")
+    for dl, valid in zip(dls.loaders, (False, True)):
+        dl.facts = facts[dls.items_df["is_valid"] == valid]
+    settings = {"tags": ["photograph"]} if name == "dicom_tags" else {}
+    train = pretext_learner(dls, name, "resnet10t", **settings).dls.train
+    train.new(get_idxs=lambda: [1, 3, 5, 10, 12, 14], bs=6).show_batch(max_n=6)
 
 
 def main() -> None:

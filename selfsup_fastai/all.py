@@ -62,6 +62,7 @@ from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
+from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
     "BYOL_1",
@@ -109,6 +110,7 @@ OURS = [
     "apply_views",
     "assert_disjoint",
     "compare_encoders",
+    "contact_sheet",
     "create_encoder",
     "downstream_learner",
     "draw_views",
@@ -134,6 +136,7 @@ OURS = [
     "read_dicom",
     "save_encoder",
     "scan_dicoms",
+    "scan_folder",
     "show_views",
     "simclr_recipe",
     "summarize",

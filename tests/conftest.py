@@ -80,3 +80,35 @@ def color_folder(tmp_path_factory) -> Path:
 def grey_folder(tmp_path_factory) -> Path:
     """40 grey PNGs of 40x40 pixels."""
     return write_images(tmp_path_factory.mktemp("grey"), 40, (40, 40), channels=1)
+
+
+def write_scans(folder: Path, n_patients: int = 6, depth: int = 4, size: int = 48) -> Path:
+    """DICOM files: of each patient a CT or MR series of some slices, which change from one to the next."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    rng = np.random.default_rng(0)
+    for patient in range(n_patients):
+        is_ct, study, series = patient % 2 == 0, generate_uid(), generate_uid()
+        kind = "1.2.840.10008.5.1.4.1.1.2" if is_ct else "1.2.840.10008.5.1.4.1.1.4"
+        ends = rng.integers(0, 255, (2, 5, 5), dtype=np.uint8)
+        pixels = [np.asarray(Image.fromarray(e).resize((size, size), Image.Resampling.BICUBIC), float) for e in ends]
+        for place in range(depth):
+            share, meta = place / (depth - 1), FileMetaDataset()
+            meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = kind, ExplicitVRLittleEndian
+            meta.MediaStorageSOPInstanceUID = generate_uid()
+            file = folder / f"p{patient}" / f"{place}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ds = FileDataset(file, {}, file_meta=meta, preamble=bytes(128))
+            ds.SOPClassUID, ds.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
+            ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID = f"patient{patient}", study, series
+            ds.Modality, ds.BodyPartExamined = ("CT", "CHEST") if is_ct else ("MR", "HEAD")
+            ds.InstanceNumber, ds.ImagePositionPatient = place + 1, [0, 0, 5 * place]
+            ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = [1, 0, 0, 0, 1, 0], [1, 1], 5
+            ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = size, size, 1, "MONOCHROME2"
+            ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+            ds.RescaleSlope, ds.RescaleIntercept = 1, -1024 if is_ct else 0
+            values = (1 - share) * pixels[0] + share * pixels[1]
+            ds.PixelData = (values * 8).astype("<u2").tobytes()
+            ds.save_as(file, enforce_file_format=True)
+    return folder

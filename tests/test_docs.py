@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 
 from selfsup_fastai import cli
 from selfsup_fastai.pretext import TASKS, task_class
-from tests.conftest import write_images
+from tests.conftest import write_images, write_scans
 from tests.dicoms import slices
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +59,10 @@ def generate():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with photos/ (24 images and one that is none), labeled/ (two classes), dicoms/ and labels.csv, as the
-    documents assume."""
+    """A folder with photos/ (24 images and one that is none), scans/ and dicoms/ (DICOM files of six patients each),
+    labels.csv for the latter, and labeled/ (two classes), as the documents assume."""
     write_images(tmp_path / "photos", 24, (48, 48))
+    write_scans(tmp_path / "scans")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     for seed, label in enumerate(("cat", "dog"), start=1):
         write_images(tmp_path / "labeled" / label, 20, (48, 48), seed=seed)

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -26,12 +27,16 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from selfsup_fastai.data.reasons import bad
+from selfsup_fastai.data.reasons import MAX_PIXELS, bad
 
 __all__ = ["decoded", "looks_like_dicom", "missing_decoder", "open_dataset", "quiet_pydicom", "tag_of", "uid_name"]
 
 PREAMBLE = 132
 """Bytes of a file that tell what it is: 128 of anything, then 'DICM'."""
+
+_HEAD = 1024
+_CHUNK = 1 << 20
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 _BY_NATURE = {  # (implicit, little endian) as pydicom found the elements to be
     (True, True): ImplicitVRLittleEndian,
@@ -75,6 +80,7 @@ def open_dataset(
 def _read(source, pixels: bool, tags: Sequence[str] | None) -> Dataset:
     wanted = None if tags is None else [*tags, "SOPClassUID", "Rows", "DirectoryRecordSequence"]
     options = {"stop_before_pixels": not pixels, "specific_tags": wanted}
+    _refuse_deflation_bomb(source)
     try:
         return pydicom.dcmread(source, **options)
     except InvalidDicomError:
@@ -85,6 +91,26 @@ def _read(source, pixels: bool, tags: Sequence[str] | None) -> Dataset:
     if "SOPClassUID" not in dataset and "Rows" not in dataset:  # `force` takes any text for DICOM
         raise bad("not_dicom")
     return dataset
+
+
+def _refuse_deflation_bomb(source) -> None:
+    """pydicom inflates all of a deflated file at once, however much that is: so count before."""
+    if not hasattr(source, "seek"):
+        with open(source, "rb") as file:
+            _refuse_deflation_bomb(file)
+        return
+    start = source.tell()
+    head = source.read(_HEAD)
+    if _DEFLATED in head and head[128:PREAMBLE] == b"DICM" and head[132:136] == b"\x02\x00\x00\x00":
+        source.seek(start + 144 + int.from_bytes(head[140:144], "little"))  # behind the file meta information
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        data = source.read(_CHUNK)
+        while data:
+            size += len(inflater.decompress(data, _CHUNK))
+            data = inflater.unconsumed_tail or source.read(_CHUNK)
+            if size > 12 * MAX_PIXELS:
+                raise bad("too_large")
+    source.seek(start)
 
 
 _LOGGER = logging.getLogger("pydicom")

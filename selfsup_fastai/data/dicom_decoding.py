@@ -1,4 +1,4 @@
-"""A DICOM file's frames as they are stored: checked before anything is allocated, decoded by the fastest decoder.
+"""A DICOM file's frames as they are stored: all that the file claims is checked before anything is allocated.
 
 Nothing here quotes what a file contains. Details of errors name keywords of elements and standard syntaxes only.
 """
@@ -6,32 +6,27 @@ Nothing here quotes what a file contains. Details of errors name keywords of ele
 import io
 import os
 import stat
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from selfsup_fastai.data.codestreams import Codestream, codestream
-from selfsup_fastai.data.deep_jpeg import DEEP_JPEG, deep_jpeg, deep_jpeg_available
 from selfsup_fastai.data.dicom import looks_like_dicom, open_dataset
+from selfsup_fastai.data.dicom_decoders import decoded, is_known, is_supported, native_order, syntax_name
 from selfsup_fastai.data.dicom_elements import check_object, code, element, is_there, whole_number
 from selfsup_fastai.data.reasons import MAX_PIXELS, BadImage, bad
 from selfsup_fastai.errors import DataError
 
 __all__ = ["PixelFile", "Stored", "pixel_file"]
 
-_ORDER = ("pyjpegls", "pillow", "pylibjpeg", "pydicom", "gdcm")
-"""Decoders from the fastest to the slowest, as measured; each is tried where those before it fail."""
-
 _UNDEFINED = 0xFFFFFFFF
+_ITEM = b"\xfe\xff\x00\xe0"
 _KEYWORDS = {0x0010: "PixelData", 0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData"}
 _VRS = b"OB", b"OW", b"OF", b"OD", b"OV", b"UN"  # as a length of pixel data each would be odd, which none is
 _FLOATS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
-_DEFLATED, _DEFLATED_FRAMES = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _LITTLE, _BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-_JPEG_2000 = "1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20"  # how their UIDs begin
 _COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
 PALETTE = "PALETTE COLOR"
@@ -47,12 +42,13 @@ class Stored(NamedTuple):
 class _Exact:
     """A file whose end may not lie within what is read at once, unless it is that of a codestream, or of a tag."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.tell, self.seek = file, file.tell, file.seek
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.tell, self.seek = file, size, file.tell, file.seek
 
     def read(self, n: int = -1) -> bytes:
         """The next `n` bytes."""
-        data = self.file.read(n)
+        left = max(self.size - self.tell(), 0)  # a claim of 4 GiB is not to allocate them
+        data = self.file.read(left if n < 0 else min(n, left))
         if len(data) < n and n > 8 and b"\xff\xd9" not in data[-16:]:
             raise bad("truncated")
         return data
@@ -206,14 +202,17 @@ class PixelFile:
         """Whether the frames are encapsulated, whatever the syntax says, and whether they can all be there."""
         from pydicom.uid import UID
 
-        claims = not UID(self.syntax).is_private and UID(self.syntax).is_encapsulated if self._known() else True
+        known = is_known(self.syntax)
+        claims = UID(self.syntax).is_encapsulated if known else True
         self.file.seek(self.start)
         begins = self.file.read(8)
         self.encapsulated = claims
-        if begins[:4] == b"\xfe\xff\x00\xe0" and self.length == _UNDEFINED:
+        if begins[:4] == _ITEM and self.length == _UNDEFINED:
             self.encapsulated = True
-        elif claims and self.length != _UNDEFINED and self.length >= self._needed():
+        elif claims and self.length != _UNDEFINED and self.length >= self._needed() and not _is_codestream(begins):
             self.encapsulated = False
+        if (not known and not self.encapsulated) or (known and not is_supported(self.syntax)):
+            raise bad("unsupported_syntax", f"({syntax_name(self.syntax)})")
         if self.encapsulated != claims:
             self.flags.append("wrong_syntax")
         if self.encapsulated:
@@ -221,11 +220,6 @@ class PixelFile:
                 raise bad("bad_frames")
         else:
             self._check_native(begins)
-
-    def _known(self) -> bool:
-        from pydicom.uid import AllTransferSyntaxes
-
-        return self.syntax in AllTransferSyntaxes
 
     def _needed(self, frames: int | None = None) -> int:
         bits = self.rows * self.columns * self.samples * self.allocated * (frames or self.frames)
@@ -239,7 +233,7 @@ class PixelFile:
             self.photometric = self.options["photometric_interpretation"] = "YBR_FULL"
         if available >= self._needed():
             return
-        if begins[:3] == b"\xff\xd8\xff" or begins[:4] == b"\xff\x4f\xff\x51":
+        if _is_codestream(begins):
             self.flags.append("wrong_syntax")
             self.encapsulated = True
         elif self.length == _UNDEFINED or self.length > self.available:
@@ -270,7 +264,7 @@ class PixelFile:
         self.file.seek(self.start)
         decoder = get_decoder(_LITTLE if little else _BIG)
         array, about = decoder.as_array(self.file, index=frame, raw=True, **self.options)
-        return Stored(_native_order(array), about["photometric_interpretation"])
+        return Stored(native_order(array), about["photometric_interpretation"])
 
     def _plain(self, frame: int | None, order: str) -> np.ndarray:
         """Whole bytes straight into an array: the same as pydicom's, with less ado."""
@@ -281,7 +275,7 @@ class PixelFile:
         self.file.seek(self.start + (frame or 0) * size * self.allocated // 8)
         data = memoryview(array.view(np.uint8))
         data[:] = self.file.read(len(data))
-        array = _native_order(array)
+        array = native_order(array)
         unused = self.allocated - self.bits  # what stands in these bits is no part of the value
         if unused:
             np.right_shift(np.left_shift(array, unused, out=array), unused, out=array)
@@ -302,10 +296,15 @@ class PixelFile:
         self.file.seek(self.start)
         begins = self.file.read(4)
         self.file.seek(self.start)
-        if begins != b"\xfe\xff\x00\xe0":  # not in items: a codestream where native pixels should be
+        if begins != _ITEM:  # not in items: a codestream where native pixels should be
             return self.file.read(min(self.length, self.available))
         try:
-            return get_frame(_Exact(self.file), frame, number_of_frames=self.frames, extended_offsets=self._offsets())
+            return get_frame(
+                _Exact(self.file, self.start + self.available),
+                frame,
+                number_of_frames=self.frames,
+                extended_offsets=self._offsets(),
+            )
         except ValueError as err:  # there are not so many
             reason = err if isinstance(err, BadImage) else bad("bad_frames")
         raise reason
@@ -317,7 +316,7 @@ class PixelFile:
         self.file.seek(self.start)
         options = {"number_of_frames": self.frames, "extended_offsets": self._offsets()}
         found = 0
-        for source in generate_frames(_Exact(self.file), **options):
+        for source in generate_frames(_Exact(self.file, self.start + self.available), **options):
             if found == self.frames:
                 break  # more than the header says: not asked for
             place = self.file.tell()
@@ -332,96 +331,12 @@ class PixelFile:
         return tuple(tables) if all(tables) else None
 
     def _decoded(self, source: bytes) -> Stored:
-        if self.syntax == _DEFLATED_FRAMES:
-            return self._inflated_frame(source)
-        stream = codestream(source)
-        if stream and not stream.is_of(self.rows, self.columns):  # larger, it may be a bomb
-            raise bad("unreadable", "(The compressed image is not of the size that the file states.)")
-        syntax = self._syntax_of(stream)
-        failures = []
-        for plugin in [*_plugins(syntax), *self._deep_jpeg(syntax)]:
-            try:
-                stored = self._decoded_by(plugin, syntax, source, stream)
-            except Exception as err:  # decoders raise anything
-                failures.append(type(err))
-                continue
-            self.decoder = plugin.removesuffix(" 12 bits")
-            return stored
-        raise self._undecodable(failures, syntax)
-
-    def _syntax_of(self, stream: Codestream | None) -> str:
-        """The syntax that the bytes are in, which need not be the one that the file claims."""
-        if not stream or stream.fits(self.syntax):
-            return self.syntax
-        if "wrong_syntax" not in self.flags:
+        found = decoded(source, self.syntax, self.options)
+        self.decoder = found.decoder
+        if found.wrong_syntax and "wrong_syntax" not in self.flags:
             self.flags.append("wrong_syntax")
-        return stream.syntax
-
-    def _deep_jpeg(self, syntax: str) -> list[str]:
-        """pydicom does not let GDCM decode JPEG of 12 bits, which it can: it is asked without pydicom."""
-        able = syntax.endswith(".4.51") and self.samples == 1 and self.allocated == 16 and deep_jpeg_available()
-        return [DEEP_JPEG] if able else []
-
-    def _decoded_by(self, plugin: str, syntax: str, source: bytes, stream: Codestream | None) -> Stored:
-        from pydicom.encaps import encapsulate
-        from pydicom.pixels import get_decoder
-
-        if plugin == DEEP_JPEG:
-            return Stored(deep_jpeg(source, self.rows, self.columns, self.bits, self.signed), self.photometric)
-        options = {**self.options, "number_of_frames": 1}
-        data = encapsulate([source], has_bot=False)
-        decoder = get_decoder(syntax)
-        array, about = decoder.as_array(data, index=0, raw=True, decoding_plugin=plugin, **options)
-        photometric = about["photometric_interpretation"]
-        if stream and stream.adobe == 1 and self.samples == 3:  # Pillow has undone the transform that is stated there
-            photometric = {"pillow": "RGB", "gdcm": "YBR_FULL"}.get(plugin, photometric)
-        return Stored(_native_order(array), photometric)
-
-    def _inflated_frame(self, source: bytes) -> Stored:
-        from pydicom.pixels import get_decoder
-
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(source, self._needed(1) + 1)
-        options = {**self.options, "number_of_frames": 1}
-        array, about = get_decoder(_LITTLE).as_array(data, index=0, raw=True, **options)
-        self.decoder = "zlib"
-        return Stored(_native_order(array), about["photometric_interpretation"])
-
-    def _undecodable(self, failures: list[type], syntax: str) -> BadImage:
-        from pydicom.pixels import get_decoder
-
-        name = syntax_name(syntax)
-        try:
-            get_decoder(syntax)
-        except NotImplementedError:
-            return bad("unsupported_syntax", f"({name})")
-        if all(issubclass(kind, NotImplementedError) for kind in failures):
-            fix = 'pip install "selfsup_fastai[dicom]"'
-            if failures or syntax.endswith((".4.51", ".4.57", ".4.70")):
-                fix += " or, under the GPL, pip install pylibjpeg-libjpeg"
-            return bad("no_decoder", f"({name}) {fix}")
-        if all(issubclass(kind, MemoryError) for kind in failures):
-            return bad("out_of_memory")
-        return bad("unreadable", f"({name})")
+        return Stored(found.array, found.photometric)
 
 
-def syntax_name(uid: str) -> str:
-    """The standard's name for a transfer syntax; 'private syntax' for one that is not in the standard."""
-    from pydicom.uid import UID, AllTransferSyntaxes
-
-    return UID(uid).name if uid in AllTransferSyntaxes else "private syntax"
-
-
-def _plugins(syntax: str) -> list[str]:
-    """The decoders that are installed for a syntax, the fastest first."""
-    from pydicom.pixels import get_decoder
-
-    try:
-        available = get_decoder(syntax).available_plugins
-    except NotImplementedError:
-        return []
-    order = ("pylibjpeg", *_ORDER) if syntax.startswith(_JPEG_2000) else _ORDER  # Pillow: no odd color in JPEG 2000
-    return sorted(available, key=lambda name: order.index(name) if name in order else len(order))
-
-
-def _native_order(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+def _is_codestream(begins: bytes) -> bool:
+    return begins[:3] == b"\xff\xd8\xff" or begins[:4] == b"\xff\x4f\xff\x51"

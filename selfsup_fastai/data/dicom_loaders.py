@@ -12,11 +12,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor
 
 from selfsup_fastai.data.blocks import Cover, OpenChecked
-from selfsup_fastai.data.images import as_size, split_items
+from selfsup_fastai.data.images import as_size, say_counts, split_items
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.usable import check_window, usable_items, with_columns
 from selfsup_fastai.errors import DataError
-from selfsup_fastai.messages import say
 
 
 class OpenDicom(OpenChecked):
@@ -105,7 +104,7 @@ class DicomDataLoaders(DataLoaders):
         dls = cls(*made.loaders, path=".", device=made.device)
         dls.report, dls.items_df = report, info.drop(columns="source")
         dls.items_df["is_valid"] = np.isin(np.arange(len(info)), splits[1])
-        say(f"{len(info):,} images ({len(splits[0]):,} to train, {len(splits[1]):,} to validate), {n_in} channel(s).")
+        say_counts(*splits, n_in)
         return dls
 
 

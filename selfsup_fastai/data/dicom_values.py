@@ -144,7 +144,7 @@ def _rescale(dataset, frame: int) -> tuple[tuple[float, float] | Table | None, l
             return found, []
         if "RescaleSlope" in item or "RescaleIntercept" in item:
             slope, intercept = number(item, "RescaleSlope"), number(item, "RescaleIntercept")
-            if slope and intercept is not None:
+            if slope and intercept is not None and max(abs(slope), abs(intercept)) < 1e30:
                 return (slope, intercept), []
             return None, ["bad_rescale"]
     return None, []

@@ -139,10 +139,12 @@ def check_files(
         _all_done(crew, found, "Checking images" if keeper is None else "Decoding images")
     good = [i for i, facts in enumerate(found) if "code" not in facts]
     ok = {"file": [files[i] for i in good]} | {name: [found[i][name] for i in good] for name in OK_COLUMNS[1:]}
+    if any("pixel_hash" in found[i] for i in good):
+        ok["pixel_hash"] = [found[i].get("pixel_hash", "") for i in good]
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
     report = pd.DataFrame(bad, columns=REPORT_COLUMNS)
     report.attrs["checked"] = len(files)
-    return pd.DataFrame(ok, columns=OK_COLUMNS, index=good).astype({"max": float}), report
+    return pd.DataFrame(ok, columns=list(ok), index=good).astype({"max": float}), report
 
 
 def as_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:

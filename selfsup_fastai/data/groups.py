@@ -11,6 +11,7 @@ from hashlib import blake2b
 import numpy as np
 import pandas as pd
 
+from selfsup_fastai.data.pixels import pixel_hash
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 
@@ -28,22 +29,6 @@ _IN_WORDS = {
     "pixel_hash": "identical image(s)",
     "file": "file(s)",
 }
-
-
-def pixel_hash(
-    array: np.ndarray,  # Decoded pixels of one image, of any shape
-) -> str:
-    """32 hex digits that two arrays share if shape, dtype and values are the same; '' where all values are one.
-
-    Byte order in memory does not count. An empty picture (slices above the head are) tells of no patient, so it ties
-    none to another.
-    """
-    if array.size == 0 or (array == array.flat[0]).all():
-        return ""
-    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    digest = blake2b(f"{plain.shape} {plain.dtype.str}".encode(), digest_size=16)
-    digest.update(plain.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def groups_of(

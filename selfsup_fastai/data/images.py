@@ -25,11 +25,24 @@ from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups_of
 from selfsup_fastai.data.usable import check_window, usable_items, with_columns
 from selfsup_fastai.errors import DataError
-from selfsup_fastai.messages import say
+from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
-_OF_FILES = ("file", "source", "item", "width", "height", "mode", "format", "frames", "channels", "bits", "max")
+_OF_FILES = (
+    "file",
+    "source",
+    "item",
+    "width",
+    "height",
+    "mode",
+    "format",
+    "frames",
+    "channels",
+    "bits",
+    "max",
+    "pixel_hash",
+)
 """Columns of `items_df` that tell of the file; the others are facts, for tasks that ask about them."""
 
 
@@ -239,9 +252,15 @@ class UnlabeledDataLoaders(DataLoaders):
         dls.report = report.reset_index(drop=True)
         dls.items_df = info.drop(columns="source", errors="ignore").reset_index(drop=True)
         dls.items_df["is_valid"] = np.isin(np.arange(len(items)), valid)
-        channels = "1 channel" if n_in == 1 else f"{n_in} channels"
-        say(f"{len(items):,} images ({len(train):,} to train, {len(valid):,} to validate), {channels}.")
+        say_counts(train, valid, n_in)
         return dls
+
+
+def say_counts(train: list[int], valid: list[int], n_in: int) -> None:
+    """How many images there are, and with how many channels."""
+    channels = "1 channel" if n_in == 1 else f"{n_in} channels"
+    n = len(train) + len(valid)
+    say(f"{n:,} images ({len(train):,} to train, {len(valid):,} to validate), {channels}.")
 
 
 def split(n: int, valid_pct: float, seed: int) -> tuple[list[int], list[int]]:
@@ -271,7 +290,9 @@ def split_items(
 def _default_split(info: pd.DataFrame) -> str:
     if "patient" not in info:
         return "random"
-    if groups_of(info).nunique() > 1:
+    with quiet():  # the splitter says it
+        n_groups = groups_of(info).nunique()
+    if n_groups > 1:
         return "patient"
     say("All images are of one patient: they are split at random, and validation will look better than it is.")
     return "random"

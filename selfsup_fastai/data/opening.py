@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from selfsup_fastai.data.covering import Size, cover, to_stored
-from selfsup_fastai.data.pixels import depth, from_array, is_grey, to_pixels
+from selfsup_fastai.data.pixels import depth, from_array, is_grey, pixel_hash, to_pixels
 from selfsup_fastai.data.reasons import MAX_PIXELS, REASONS, BadImage, bad, diagnosis
 from selfsup_fastai.errors import DataError
 
@@ -94,7 +94,7 @@ def describe(
     width, height: in pixels, after orientation. mode, format: as PIL names them (format is None for an array).
     frames: pages or frames. channels: 1 for grey, also where an RGB file has R = G = B everywhere; else 3.
     bits: 8, 16 or 32 a channel, as PIL decodes it (an integer image that fits 0..65535 counts as 16).
-    max: the largest value in the file's own units for images of more than 8 bits, else None.
+    max: the largest value in the file's own units for images of more than 8 bits, else None. pixel_hash: of DICOM only.
 
     Raises `BadImage` or `DataError`, as `open_image` does.
     """
@@ -172,8 +172,9 @@ def _described(
         bits, largest = depth(image)
         kept = keep(pixels, orientation)
         frames = _frames(lazy)  # last: it moves on in the file
+        twins = {"pixel_hash": lazy.info["pixel_hash"]} if form == "DICOM" else {}
     facts = {"width": width, "height": height, "mode": mode, "format": form, "frames": frames}
-    return {**facts, "channels": 1 if is_grey(pixels) else 3, "bits": bits, "max": largest}, kept
+    return {**facts, "channels": 1 if is_grey(pixels) else 3, "bits": bits, "max": largest, **twins}, kept
 
 
 def _header_size(source: Source) -> tuple[int, int]:
@@ -250,10 +251,12 @@ def _from_dicom(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image
     from selfsup_fastai.data.dicom_pixels import DicomImage, read_dicom  # brings pydicom, which most people never need
 
     image = source if isinstance(source, DicomImage) else DicomImage("")
-    n_in = n_in or image.n_in
+    n_in = (
+        1 if n_in == 1 else image.n_in or n_in
+    )  # who asks for one channel gets it; a CT seen in one stays so in three
     pixels, _ = read_dicom(file, frame=image.frame, window=image.window, limits=image.limits, n_in=n_in)
     made = Image.fromarray(pixels if pixels.ndim == 2 else np.rint(pixels * 255).astype(np.uint8))
-    made.format = "DICOM"
+    made.format, made.info = "DICOM", {"pixel_hash": pixel_hash(pixels)}
     return made
 
 

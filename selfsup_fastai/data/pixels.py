@@ -4,13 +4,14 @@ Light on purpose, as `opening` is: NumPy and PIL, no torch, no fastai.
 """
 
 from functools import cache
+from hashlib import blake2b
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from selfsup_fastai.data.reasons import bad
 
-__all__ = ["DEEP", "LUMA", "depth", "from_array", "is_grey", "to_pixels"]
+__all__ = ["DEEP", "LUMA", "depth", "from_array", "is_grey", "pixel_hash", "to_pixels"]
 
 LUMA = (0.299, 0.587, 0.114)
 """Red, green and blue in a grey pixel (ITU-R BT.601), as in Pillow's mode L."""
@@ -133,3 +134,19 @@ def depth(image: Image.Image) -> tuple[int, int | float | None]:
     if image.mode == "F":
         return 32, float(_all_finite(values).max())
     return (16 if _fits_16_bits(values) else 32), int(values.max())
+
+
+def pixel_hash(
+    array: np.ndarray,  # Decoded pixels of one image, of any shape
+) -> str:
+    """32 hex digits that two arrays share if shape, dtype and values are the same; '' where all values are one.
+
+    Byte order in memory does not count. An empty picture (slices above the head are) tells of no patient, so it ties
+    none to another.
+    """
+    if array.size == 0 or (array == array.flat[0]).all():
+        return ""
+    plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    digest = blake2b(f"{plain.shape} {plain.dtype.str}".encode(), digest_size=16)
+    digest.update(plain.view(np.uint8).data)
+    return digest.hexdigest()

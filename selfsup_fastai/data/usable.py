@@ -63,7 +63,7 @@ def usable_items(
 
 def _joined(photos: pd.DataFrame, frames: pd.DataFrame) -> pd.DataFrame:
     """Both, with what is known of the frames; of photographs that is nothing."""
-    texts = [name for name in ABOUT if name in frames and frames[name].map(type).eq(str).all()]
+    texts = [name for name in (*ABOUT, "pixel_hash") if name in frames and frames[name].map(type).eq(str).all()]
     both = pd.concat([photos, frames]) if len(photos) else frames
     return both.fillna({**dict.fromkeys(texts, ""), "are_scans": False})
 

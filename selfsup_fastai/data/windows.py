@@ -116,9 +116,8 @@ def between(
 ) -> np.ndarray:
     """`low` and below becomes 0, `high` and above 1, linear between them."""
     if high > low:
-        number = values.dtype.type
-        scratch = np.multiply(values, number(1 / (high - low)), out=scratch)
-        scratch -= number(low / (high - low))
+        scratch = np.subtract(values, values.dtype.type(low), out=scratch)
+        scratch /= values.dtype.type(high - low)
     else:
         scratch = np.greater(values, high).astype(values.dtype)
     return np.clip(scratch, 0, 1, out=scratch if out is None else out)

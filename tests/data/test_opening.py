@@ -397,7 +397,7 @@ def test_every_reason_that_a_file_can_give(tmp_path):
     for content, code in {
         b"": "empty",
         b"no image at all": "not_an_image",
-        bytes(128) + b"DICM" + bytes(100): "dicom",
+        bytes(128) + b"DICM" + bytes(100): "no_pixels",
         png[: len(png) // 2]: "truncated",
         jpeg[: len(jpeg) // 2]: "truncated",
         bytes(damaged): "unreadable",

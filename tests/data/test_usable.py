@@ -169,3 +169,17 @@ def test_a_picture_opened_by_itself(tmp_path):
             == open_image(file).tobytes()
             == open_image(file.read_bytes()).tobytes()
         )
+
+
+def test_the_same_picture_under_two_patients_stays_on_one_side(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        array = rng.integers(-500, 500, (24, 24)).astype(np.int16)
+        for side in (0, 1):  # exported twice, each time under other ids
+            study, series = (f"1.{n}.{side + 1}{i}" for n in (5, 6))
+            about = {"PatientID": f"P{side}{i}", "StudyInstanceUID": study, "SeriesInstanceUID": series}
+            write_dicom(tmp_path / f"{i}-{side}", array, "CT", **about)
+    for seed in range(4):
+        items = loaders(tmp_path, seed=seed, valid_pct=0.5).items_df
+        assert items["patient"].nunique() == 12 and items["is_valid"].sum() == 6
+        assert (items.groupby("pixel_hash")["is_valid"].nunique() == 1).all() and items["pixel_hash"].nunique() == 6

@@ -106,7 +106,8 @@ class MICLe(JointTask):
         return (torch.stack(views, 1),), (row, row if known is None else known[:, 0].long())
 
     def model(self, encoder):
-        return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim, batchnorm=True))
+        sizes = encoder.num_features, encoder.num_features, self.dim
+        return PerView(encoder, mlp(*sizes, batchnorm=True, last_batchnorm="affine"))
 
     def loss(self, pred, target, owner, reduction="mean"):
         if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`

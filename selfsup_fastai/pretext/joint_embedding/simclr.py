@@ -20,9 +20,9 @@ class SimCLR(JointTask):
     In: two views of each image, one input (B, 2, C, H, W): crop of 8-100 % of the area, flip, color jitter, grey, blur
     (none under 64 pixels, as the paper does on CIFAR). Target: the row of its partner, (B,). Prediction: projections
     (B, 2, dim); loss: NT-Xent, the paper's mean over the 2B views (the authors' code adds the means of the two
-    directions: twice as much). The projector is the code's, not the paper's, in that its hidden layer has a batch norm;
-    the code's further one on the projections is left out. Validation draws the same views every time, in batches of
-    one image more where one would be left over: alone, an image has nobody to be told from, and a loss of 0.
+    directions: twice as much). The projector is the code's, not the paper's, in that its hidden layer and the
+    projections have batch norms. Validation draws the same views every time, in batches of one image more where one
+    would be left over: alone, an image has nobody to be told from, and a loss of 0.
 
     Guards: color jitter and grey, without which color histograms would be enough to find the partner; on images of one
     channel only brightness and contrast are left of them. Noise and traces of compression are not hidden below 64
@@ -51,7 +51,8 @@ class SimCLR(JointTask):
         self.temperature, self.dim, self.views = temperature, dim, views
 
     def model(self, encoder):
-        return PerView(encoder, mlp(encoder.num_features, encoder.num_features, self.dim, batchnorm=True))
+        sizes = encoder.num_features, encoder.num_features, self.dim
+        return PerView(encoder, mlp(*sizes, batchnorm=True, last_batchnorm="affine"))
 
     def loss(self, pred, target, reduction="mean"):
         if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`

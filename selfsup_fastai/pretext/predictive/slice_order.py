@@ -63,10 +63,10 @@ class SliceOrder(PretextTask):
 
     In: each slice with the one before and the one after it in its volume, (B, 3, C, S, S), in one of six orders, all
     three cut by the same draw: crop in training, else the center square. Targets: whether the middle one lies between
-    the others, (B,), 0 or 1, both equally often, forwards or backwards (nobody knows on which side a scan began); and
-    where each of the three lies along the axis of the volume, 0..1, (B, 3). -1 stands for what is not known: of the
-    first and last slice of a volume, and of images without neighbors, the order is not asked; of images that belong to
-    no volume, neither is the position. What is not known weighs nothing. Prediction: (B, 5), two logits of the order,
+    the others, forwards or backwards, (B,), 0 or 1, both equally often; and where each of the three lies along the axis
+    of the volume, 0..1, (B, 3). -1 stands for what is not known: of the first and last slice of a volume, and of images
+    without neighbors, which come three times, the order is not asked; of images that belong to no volume, neither is
+    the position. What is not known weighs nothing. Prediction: (B, 5), two logits of the order,
     from the features of the three in turn, and the position of each by its own features. Loss: cross-entropy plus
     `weight` times the mean absolute error. With `ask='position'` a slice comes alone, (B, 1, C, S, S).
     Ours: the wrong orders have the same three slices as the right ones (in the paper the middle frame is from elsewhere
@@ -76,8 +76,8 @@ class SliceOrder(PretextTask):
     0..1, without which it is the share of places. Neighbors are at the next places, by equal steps where positions are
     given, and on the same side of the split.
 
-    Guards: one crop for all three, so that its edges say nothing. Window levels that change from slice to slice (MR
-    scaled slice by slice) would: scale by series.
+    Guards: one crop for all three, so that its edges say nothing. Where brightness is scaled slice by slice, as MR may
+    be, that could give the order away: scale by series.
 
     Suits CT and MR of thin slices, a few dozen volumes or more. Does not suit X-rays and photographs, which have no
     neighbors. Position is easy where volumes show the same stretch of the body, and means little where they do not.
@@ -117,7 +117,7 @@ class SliceOrder(PretextTask):
         need_facts(self.name, dls, ("volume", "place"), "to know which images are slices of one volume")
         everyone = pd.concat([dl.facts for dl in dls.loaders])
         slices = pd.DataFrame({"volume": texts(everyone["volume"]), "place": numbers(everyone["place"])}).dropna()
-        ends = slices.groupby("volume")["place"].agg(["min", "max"])
+        ends = slices[slices["volume"] != ""].groupby("volume")["place"].agg(["min", "max"])
         self._ends = dict(zip(ends.index, ends.itertuples(index=False, name=None)))
         for dl in dls.loaders:
             self._check(self.known(dl.facts), dl is dls.train)
