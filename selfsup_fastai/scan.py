@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from selfsup_fastai.data.auditing import about_dicoms, about_photos, about_problems, suspects
 from selfsup_fastai.data.files import check_files, find_files
 from selfsup_fastai.data.opening import Facts
 from selfsup_fastai.data.scanning import headers, tables
 from selfsup_fastai.errors import DataError
-from selfsup_fastai.pictures import draw, grid_axes, save_picture
 
 __all__ = ["Scan", "check_out", "contact_sheet", "scan_folder", "write_scan"]
 
@@ -41,7 +39,7 @@ class Scan(NamedTuple):
 
     def __str__(self) -> str:
         """A summary without any name."""
-        parts = [f"{self.n_files:,} files"]
+        parts = [f"{self.n_files:,} file{'' if self.n_files == 1 else 's'}"]
         parts += [about_dicoms(self.dicoms)] if len(self.dicoms) else []
         parts += [about_photos(self.photos)] if len(self.photos) else []
         parts += [about_problems(self.problems)] if len(self.problems) else []
@@ -101,6 +99,8 @@ def write_scan(
         table.to_csv(out / name, errors="surrogateescape")  # file names may be no text
     (out / SHEET).unlink(missing_ok=True)
     if contact_sheet(scan):
+        from selfsup_fastai.pictures import save_picture
+
         save_picture(out / SHEET)
 
 
@@ -127,9 +127,13 @@ def contact_sheet(
     check_files([item for item, _ in chosen], keeper=shown, min_side=_SIDE)
     if not shown.images:
         return False
+    import torch  # takes longer than a scan
+
+    from selfsup_fastai.pictures import draw, grid_axes
+
     axes = grid_axes(len(shown.images), columns=min(6, len(shown.images)))
     for ax, (place, image) in zip(axes, sorted(shown.images.items())):
-        draw(ax, image, chosen[place][1])
+        draw(ax, torch.from_numpy(image), chosen[place][1])
     return True
 
 
@@ -193,7 +197,7 @@ class _Shown:
     size, n_in = (_SIDE, _SIDE), None
 
     def __init__(self):
-        self.images: dict[int, torch.Tensor] = {}
+        self.images: dict[int, np.ndarray] = {}
 
     def known(self, number: int) -> None:
         """Nothing is known before."""
@@ -201,4 +205,4 @@ class _Shown:
     def keep(self, number: int, facts: Facts, array: np.ndarray | None) -> None:
         """(C, H, W) in [0, 1]."""
         if array is not None:
-            self.images[number] = torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max)
+            self.images[number] = array.astype(np.float32) / np.iinfo(array.dtype).max
