@@ -189,7 +189,8 @@ class DicomTags(PretextTask):
             title, right = self.words(targets[0][i]), None
             if pred is not None:
                 asked = targets[0][i] != UNKNOWN
-                title = f"{title}\n→ {self.words(torch.where(asked, pred[i], UNKNOWN))}"
+                named = torch.where(asked, pred[i], UNKNOWN) if asked.any() else pred[i]  # of what can be compared
+                title = f"{title}\n→ {self.words(named)}"
                 right = bool((pred[i] == targets[0][i])[asked].all()) if asked.any() else None
             draw(ax, inputs[0][i], title, right)
         return axes
