@@ -249,7 +249,8 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path,
     vocab = list(learn.dls.vocab)
     rows = table[table["is_valid"]].reset_index(drop=True)
     rows = rows.assign(predicted=[vocab[i] for i in named], probability=probabilities.max(1).values.numpy())
-    _write_table(rows.drop(columns=["is_valid", "channels", "pixels", "source"]), out / "predictions.csv", paths)
+    kept = [name for name in rows if name not in ("is_valid", "channels", "pixels", "source", "modality", "are_scans")]
+    _write_table(rows[kept], out / "predictions.csv", paths)
     counts = pd.crosstab(rows["label"], rows["predicted"]).reindex(index=vocab, columns=vocab, fill_value=0)
     _plot_confusion(counts)
     save_picture(out / "confusion.png")

@@ -48,6 +48,7 @@ class OpenImage(Transform):
     """
 
     are_scans = False  # Whether the images are scans, whose channels are no colors even where there are three
+    seen: str | None = None  # In which windows scans are seen, in words
     input_types = (os.PathLike, str, bytes, np.ndarray, Image.Image, Callable)  # what `dls.test_dl` may be given
 
     def __init__(

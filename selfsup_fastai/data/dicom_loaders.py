@@ -14,7 +14,7 @@ from fastai.data.transforms import ColReader, IntToFloatTensor
 from selfsup_fastai.data.blocks import Cover, OpenChecked
 from selfsup_fastai.data.images import as_size, say_counts, split_items
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
-from selfsup_fastai.data.usable import check_window, usable_items, with_columns
+from selfsup_fastai.data.usable import check_window, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 
 
@@ -91,8 +91,10 @@ class DicomDataLoaders(DataLoaders):
         info = with_columns(info, table).reset_index(drop=True)
         splits = _splits(info, valid_col, valid_pct, seed, split_by)
         n_in = n_in or int(info["channels"].max())
+        images = DicomBlock(n_in, window)
+        images.type_tfms[0].seen = seen_in(info, window)
         block = DataBlock(
-            blocks=(DicomBlock(n_in, window), _target(info, label_names, label_delim)),
+            blocks=(images, _target(info, label_names, label_delim)),
             get_x=ColReader("source"),
             get_y=ColReader(label_names if len(label_names) > 1 else label_names[0], label_delim=label_delim),
             splitter=lambda _: splits,

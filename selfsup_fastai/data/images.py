@@ -23,7 +23,7 @@ from selfsup_fastai.data.files import as_paths, find_files
 from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups_of
-from selfsup_fastai.data.usable import check_window, usable_items, with_columns
+from selfsup_fastai.data.usable import check_window, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.seeding import preserved_rng
@@ -236,7 +236,9 @@ class UnlabeledDataLoaders(DataLoaders):
         store = stored(kept, info.index, n_in, device if cache == "device" else None)
         facts = [_facts(info.iloc[rows]) for rows in (train, valid)]
         with preserved_rng():  # fastai tries one item, with the user's random transforms
-            loaders = Datasets(items, tfms=[[_opener(info, n_in, size, item_tfms)]], splits=(train, valid)).dataloaders(
+            loaders = Datasets(
+                items, tfms=[[_opener(info, n_in, size, item_tfms, window)]], splits=(train, valid)
+            ).dataloaders(
                 dl_type=IndexedDL,
                 bs=fit_batch_size(bs, len(train)),
                 val_bs=bs,
@@ -317,13 +319,14 @@ def auto_workers(
     return 0 if seconds < 5 or cpus == 1 else min(8, cpus)
 
 
-def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None, item_tfms: list) -> OpenChecked:
+def _opener(info: pd.DataFrame, n_in: int, size: tuple[int, int] | None, item_tfms: list, window) -> OpenChecked:
     if size and not item_tfms:
         opener = OpenCovered(n_in, size)
     else:
         blank = int(info["width"].median()), int(info["height"].median())
         opener = OpenChecked(n_in, max(size) if size else None, blank)
-    opener.are_scans = "are_scans" in info and bool(info["are_scans"].any())
+    opener.seen = seen_in(info, window)
+    opener.are_scans = opener.seen is not None
     return opener
 
 

@@ -15,7 +15,7 @@ from selfsup_fastai.data.images import split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
-from selfsup_fastai.data.usable import usable_items
+from selfsup_fastai.data.usable import seen_in, usable_items
 from selfsup_fastai.errors import DataError
 
 VALID_NAMES = ("valid", "val", "validation", "test")
@@ -59,7 +59,7 @@ def labeled_files(
     outside = ok["file"][~ok["file"].isin(table["file"])].drop_duplicates()
     message = "Lies outside of the folders of classes."
     report = pd.concat([report, pd.DataFrame({"file": outside, "code": "no_class", "message": message})])
-    known = [name for name in ("patient", "instance", "frame") if name in ok]
+    known = [name for name in ("patient", "instance", "frame", "modality", "are_scans") if name in ok]
     table = table[["file", "source", "label", "is_valid", "channels", "pixels", *known]]
     report = report.reset_index(drop=True)
     table.attrs["private"] = report.attrs["private"] = bool(known)
@@ -100,7 +100,10 @@ def labeled_loaders(
     check_cache(cache, max_gb)
     files, valid = _sources(table), table["is_valid"].to_numpy(bool)
     splits = [np.flatnonzero(part).tolist() for part in (~valid, valid)]
-    images = TfmdLists(files, OpenCovered(n_in, (size, size)), splits=splits)
+    opener = OpenCovered(n_in, (size, size))
+    opener.seen = seen_in(table) if "source" in table else None
+    opener.are_scans = opener.seen is not None
+    images = TfmdLists(files, opener, splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
     store = _store(table, n_in, size, cache, max_gb)
     return Datasets(tls=L(images, labels)).dataloaders(

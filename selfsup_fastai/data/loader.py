@@ -431,8 +431,17 @@ def n_in_of(dls: DataLoaders, n: int = 64) -> int:
 
 def are_scans(dls: DataLoaders) -> bool:
     """Whether the images are known to be scans: left and right differ, and three channels are windows, no colors."""
+    return any(getattr(t, "are_scans", False) for t in _openers(dls))
+
+
+def seen_as(dls: DataLoaders) -> str | None:
+    """In which windows scans are seen, in words; None for other images."""
+    return next((t.seen for t in _openers(dls) if getattr(t, "seen", None)), None)
+
+
+def _openers(dls: DataLoaders) -> list[Transform]:
     images = _images_of(dls.train_ds)
-    return images is not None and any(getattr(t, "are_scans", False) for t in images.tfms.fs)
+    return [] if images is None else list(images.tfms.fs)
 
 
 def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:

@@ -172,6 +172,16 @@ def _limits(values: np.ndarray, low: float | None, high: float) -> tuple[float, 
     return black, white if white > black else black + 1.0
 
 
+def seen_in(info: pd.DataFrame, window=None) -> str | None:
+    """In which windows the scans among these images are seen, in words; None where there are none."""
+    if "are_scans" not in info or not info["are_scans"].any():
+        return None
+    cts = [source for source, modality in zip(info["source"], info["modality"]) if modality == "CT"]
+    wide = {source.n_in == 1 for source in cts}
+    of_ct = "" if not cts else ", CT in one wide window" if wide == {True} else ", CT in three windows"
+    return f"window {window}" if window is not None else f"by modality{of_ct}"
+
+
 def check_window(window) -> None:
     """Raises `DataError` for what is no window, and `UnknownNameError` for a name that does not exist."""
     as_window(window)

@@ -21,7 +21,7 @@ from torch import nn
 
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.log import LossesAsNumbers
-from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize
+from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
@@ -260,6 +260,7 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
     if not own_stats:
         encoder.mean, encoder.std = measure_stats(loaders)
     say(_adapted(encoder, origin, own_stats, side))
+    _say_windows(encoder, seen_as(dls))
     eaten = [ToInput(encoder.input)] if encoder.input in CHANNELS else []
     return encoder, derive_loaders(loaders, stats=(encoder.mean, encoder.std), add=eaten)
 
@@ -270,6 +271,13 @@ def _image_size(dls: DataLoaders) -> int | None:
     with preserved_rng():
         height, width = dl.one_batch()[0].shape[-2:]
     return height if height == width else None
+
+
+def _say_windows(encoder: Encoder, seen: str | None) -> None:
+    """Says where scans are seen in other windows than those that the encoder was trained on."""
+    known = [(card.get("data") or {}).get("scans") for card in encoder.lineage]
+    if seen and known and known[-1] and known[-1] != seen:
+        say(f"The encoder was trained on scans seen {known[-1]}; these are seen {seen}. Alike would be better.")
 
 
 def _adapted(encoder: Encoder, origin: str | None, own_stats: bool, side: int | None) -> str:

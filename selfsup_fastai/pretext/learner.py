@@ -29,6 +29,7 @@ from selfsup_fastai.data.loader import (
     measure_stats,
     n_in_of,
     needs_resize,
+    seen_as,
 )
 from selfsup_fastai.encoders.card import ROUND
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
@@ -217,7 +218,9 @@ def _data_print(dls: DataLoaders, stats: tuple[tuple[float, ...], tuple[float, .
     """Enough to tell two data sets apart, nothing that leads back to a person or a file."""
     counts = [len(dl.dataset) for dl in dls.loaders]
     rounded = [round(v, 6) for values in stats for v in values]
-    return {"images": counts, "print": sha256(repr((counts, rounded)).encode()).hexdigest()[:16]}
+    seen = seen_as(dls)
+    scans = {"scans": seen} if seen else {}
+    return {"images": counts, "print": sha256(repr((counts, rounded)).encode()).hexdigest()[:16], **scans}
 
 
 class Answer(NamedTuple):

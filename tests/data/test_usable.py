@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 
 from selfsup_fastai.data import usable
+from selfsup_fastai.data.dicom_loaders import DicomDataLoaders
 from selfsup_fastai.data.dicom_pixels import DicomImage, read_dicom
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.opening import open_image
+from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
 from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
@@ -183,3 +185,16 @@ def test_the_same_picture_under_two_patients_stays_on_one_side(tmp_path):
         items = loaders(tmp_path, seed=seed, valid_pct=0.5).items_df
         assert items["patient"].nunique() == 12 and items["is_valid"].sum() == 6
         assert (items.groupby("pixel_hash")["is_valid"].nunique() == 1).all() and items["pixel_hash"].nunique() == 6
+
+
+def test_other_windows_than_in_pretraining_are_said(export, tmp_path, capsys):
+    learn = pretext_learner(loaders(export), "rotation", arch="resnet10t")
+    encoder = learn.save_encoder(tmp_path.parent / "windows")
+    assert learn.this_round()["data"]["scans"] == "by modality, CT in three windows"
+    table = pd.DataFrame({"file": loaders(export).items_df["file"]})
+    table["label"] = ["ab"[int(f.parent.name[1:]) % 2] for f in table["file"]]
+    for window, said in ((None, False), ("lung", True)):
+        labeled = DicomDataLoaders.from_df(table, label_col="label", size=24, bs=4, window=window)
+        capsys.readouterr()
+        downstream_learner(labeled, encoder)
+        assert ("these are seen window lung" in capsys.readouterr().err) == said
