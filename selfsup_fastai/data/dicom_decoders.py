@@ -21,6 +21,7 @@ _ORDER = ("pyjpegls", "pillow", "pylibjpeg", "pydicom", "gdcm")
 _JPEG_2000 = "1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20"  # how their UIDs begin
 _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 _NATIVE = "1.2.840.10008.1.2.1"
+_JPEG_LS = (".4.80", ".4.81")
 _LIBJPEG = (".4.51", ".4.57", ".4.70")
 
 
@@ -52,7 +53,9 @@ def decoded(
         try:
             array, photometric = _decoded_by(plugin, syntax, source, options, stream)
             return Decoded(array, photometric, plugin.removesuffix(" 12 bits"), wrong)
-        except Exception as err:  # decoders raise anything
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as err:  # decoders raise anything, and those in Rust what is no `Exception`
             failures.append(type(err))
     raise _undecodable(failures, syntax)
 
@@ -76,7 +79,7 @@ def _decoded_by(
 
 def _deep(syntax: str, options: dict) -> list[str]:
     """pydicom does not let GDCM decode JPEG of 12 bits, which it can: it is asked without pydicom."""
-    grey = options["samples_per_pixel"] == 1 and options["bits_allocated"] == 16
+    grey = options["samples_per_pixel"] == 1 and options["bits_allocated"] == 16 and options["bits_stored"] > 8
     return [DEEP_JPEG] if grey and syntax.endswith(".4.51") and deep_jpeg_available() else []
 
 
@@ -102,14 +105,19 @@ def _undecodable(failures: list[type], syntax: str) -> BadImage:
 
 
 def plugins(syntax: str) -> list[str]:
-    """The decoders that are installed for a syntax, the fastest first."""
+    """The decoders that are installed for a syntax, the fastest first.
+
+    GDCM ends the process at some broken files: it is asked where there is no other, and for JPEG-LS, where it reads
+    some files that the other does not.
+    """
     from pydicom.pixels import get_decoder
 
     if not is_supported(syntax):
         return []
     order = ("pylibjpeg", *_ORDER) if syntax.startswith(_JPEG_2000) else _ORDER  # Pillow: no odd color in JPEG 2000
     available = get_decoder(syntax).available_plugins if syntax != _DEFLATED_FRAMES else ()
-    return sorted(available, key=lambda name: order.index(name) if name in order else len(order))
+    names = sorted(available, key=lambda name: order.index(name) if name in order else len(order))
+    return [name for name in names if name != "gdcm" or len(names) == 1 or syntax.endswith(_JPEG_LS)]
 
 
 def is_supported(syntax: str) -> bool:

@@ -23,6 +23,7 @@ from pydicom.uid import (
 )
 
 from selfsup_fastai.data.dicom import quiet_pydicom
+from selfsup_fastai.data.dicom_decoders import plugins
 from selfsup_fastai.data.dicom_info import FLAGS
 from selfsup_fastai.data.dicom_pixels import DicomImage, quantiles_of, read_dicom, values_of
 from selfsup_fastai.data.reasons import REASONS, BadImage
@@ -792,3 +793,20 @@ def test_quantiles_are_those_of_the_values():
     np.testing.assert_allclose(down, np.quantile(RAMP * -2.0 + 1, [0, 0.25, 0.5, 0.75, 1]))
     with pytest.raises(DataError, match="n is the number"):
         quantiles_of(dicom(RAMP), n=1)
+
+
+def test_decoder_that_breaks_in_a_way_of_its_own(monkeypatch):
+    class Panic(BaseException):
+        """As Rust's panics reach Python."""
+
+    def breaks(*args, **kwargs):
+        raise Panic
+
+    monkeypatch.setattr("selfsup_fastai.data.dicom_decoders._decoded_by", breaks)
+    assert code_of(bundled("MR_small_RLE.dcm")) == "unreadable"
+
+
+def test_gdcm_is_asked_last_and_only_where_it_must_be():
+    assert plugins(JPEGBaseline8Bit)[0] == "pillow" and "gdcm" not in plugins(JPEGBaseline8Bit)
+    assert plugins(JPEG2000Lossless)[0] == "pylibjpeg" and "gdcm" not in plugins(JPEG2000Lossless)
+    assert plugins(JPEGLSLossless)[0] == "pyjpegls" and plugins(JPEGLSLossless)[-1] == "gdcm"
