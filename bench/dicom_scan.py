@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pydicom
-from measure import data_set, machine, markdown, spread, tell, timed
+from measure import data_set, machine, markdown, spread, timed
 
 from selfsup_fastai.data.files import find_files
 from selfsup_fastai.data.headers import _KEYWORDS, read_header
