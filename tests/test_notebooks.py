@@ -15,7 +15,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
-QUICKSTART, TOUR = NOTEBOOKS / "01_quickstart.ipynb", NOTEBOOKS / "04_tasks_tour.ipynb"
+QUICKSTART, DICOM, TOUR = (NOTEBOOKS / f"{name}.ipynb" for name in ("01_quickstart", "02_dicom", "04_tasks_tour"))
 
 
 TRACES = r"Traceback|Warning|(?<![\w<.])/\w[\w.-]*/\w"  # Of the machine that a notebook was executed on
@@ -107,3 +107,24 @@ def test_traces_are_found():
         1,
         0,
     ]
+
+
+@pytest.mark.slow
+def test_dicom_runs(tmp_path):
+    notebook = executed(DICOM, tmp_path)
+    _check_dicom(results(notebook))
+
+
+def test_committed_run_of_dicom_is_a_real_one():
+    found = results(nbformat.read(DICOM, as_version=4))
+    _check_dicom(found)
+    assert found["loss"][1] < found["loss"][0]
+
+
+def _check_dicom(found: dict) -> None:
+    """pydicom's files: so many are images; the others are left out for reasons."""
+    assert found["files"] == 83 and found["images"] == 114  # frames
+    assert found["problems"]["no_pixels"] == found["left_out"]["no_pixels"] == 54
+    assert {"excluded", "dicomdir", "truncated"} < set(found["problems"])
+    assert found["ct_range"] == [0, 1] and found["inverted"] < -0.99
+    assert 0 <= found["accuracy"] <= 1

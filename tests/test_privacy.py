@@ -12,10 +12,10 @@ from fastai.metrics import accuracy
 from matplotlib import pyplot as plt
 from pydicom import dcmread
 from pydicom.datadict import keyword_for_tag
-from selfsup_fastai.data.scanning import scan_dicoms
 
 from selfsup_fastai.data.dicom_loaders import DicomDataLoaders
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.scanning import scan_dicoms
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.pretext.learner import pretext_learner

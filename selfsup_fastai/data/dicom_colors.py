@@ -48,6 +48,8 @@ def _from_ybr(array: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _through_palette(dataset, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iu" or array.dtype.itemsize > 2:
+        raise bad("bad_tag", "(BitsAllocated)")
     channels = []
     for color in "Red", "Green", "Blue":
         described = numbers(dataset, f"{color}PaletteColorLookupTableDescriptor", "")
@@ -59,7 +61,10 @@ def _through_palette(dataset, array: np.ndarray) -> np.ndarray:
             raise bad("missing_tag", f"({color}PaletteColorLookupTableData)")
         channels.append(found)
     shift = 8 if all(c.bits > 8 and not (c.entries & 0xFF).any() for c in channels) else 0  # 8 bits, as 16
-    return np.stack([_unit(c, shift)(array) for c in channels], -1)
+    low, high = int(array.min()), int(array.max())
+    numbers_there = np.arange(low, high + 1)  # so that one look-up does for all three channels
+    colors = np.stack([_unit(c, shift)(numbers_there) for c in channels], -1)
+    return colors[array.astype(np.intp) - low if low else array]
 
 
 def _unit(channel: Table, shift: int) -> Table:

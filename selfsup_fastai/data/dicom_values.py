@@ -167,7 +167,7 @@ def as_table(item, keyword: str, n: int, first: int, bits: int) -> Table | None:
         return None
     if isinstance(data, bytes):
         size = 1 if len(data) < 2 * n else 2  # 8-bit entries may be packed, or have 16 bits each
-        order = "<" if item.is_little_endian is not False else ">"
+        order = ">" if item.original_encoding[1] is False else "<"
         data = np.frombuffer(data[: len(data) // size * size], f"{order}u{size}")
     entries = np.asarray(data)
     if len(entries) < n and bits <= 8 and 2 * len(entries) >= n:

@@ -20,7 +20,7 @@ OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
 
 SAMPLED = 8  # frames of a series that its quantiles are taken from, evenly spread
 ABOUT = ["patient", "study", "series", "instance", "modality", "body_part", "view", "laterality", "plane"]
-ABOUT += ["age", "sex", "volume", "place", "position"]
+ABOUT += ["volume", "place", "position"]
 """What items keep of the table that `scan_files` makes, and of the volumes that `slices_of` finds in it."""
 
 

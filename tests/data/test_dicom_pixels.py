@@ -418,6 +418,12 @@ def test_palette(bits, scale):
     assert info.color == "palette to RGB"
 
 
+def test_palette_of_too_many_numbers_or_without_its_table():
+    says = {"PhotometricInterpretation": "PALETTE COLOR"}
+    assert code_of(dicom(np.uint32([[0, 4_000_000_000]]), **says)) == "bad_tag"
+    assert code_of(dicom(np.uint8([[0, 1]]), **says)) == "missing_tag"
+
+
 def test_palette_in_segments():
     ds = dataset(np.uint8([[0, 1, 2, 5]]), "US", PhotometricInterpretation="PALETTE COLOR")
     segments = np.array([0, 2, 0, 100, 1, 4, 300], "<u2").tobytes()  # 0, 100; then in four steps to 300

@@ -86,7 +86,7 @@ def test_new_images_have_no_tags():
     answer = learn.predict(np.zeros((16, 18, 1), np.uint8))
     assert answer.targets[0].tolist() == [[-1, -1, -1]] and answer.decoded.shape == (1, 3)
     (ax,) = answer.show()
-    assert ax.get_title() == f"?, ?, ?,\nnamed {learn.task.words(answer.decoded[0])}"
+    assert ax.get_title() == f"no tags\n→ {learn.task.words(answer.decoded[0])}"
 
 
 def question(learn) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def test_words_of_headers_that_are_no_terms_become_numbers_and_stay_here(tmp_pat
     assert learn.task.names["body_part"] == ["CHEST", "HEAD", "body_part 2"]
     learn.fit(1)
     titles = [ax.get_title() for ax in learn.dls.train.new(shuffle=False, bs=8).show_batch()]
-    assert titles[0] == "CT, HEAD, axial" and titles[6:] == ["?, body_part 2, ?", "?, HEAD, axial"]
+    assert titles[0] == "CT, HEAD, axial" and titles[6:] == ["body_part 2", "HEAD, axial"]
     learn.export("learner.pkl")
     raw = (tmp_path / "learner.pkl").read_bytes()
     file = learn.save_encoder(tmp_path / "encoder")
@@ -194,10 +194,10 @@ def test_own_columns_are_shown_as_they_are():
     assert [ax.get_title() for ax in learn.dls.valid.show_batch(b)] == ["H&E", "PAS"] * 2
     axes = learn.dls.valid.show_results(b, torch.tensor([[0], [0], [1], [1]]))
     assert [ax.get_title() for ax in axes] == [
-        "H&E,\nnamed H&E  ✓",
-        "PAS,\nnamed H&E  ✗",
-        "H&E,\nnamed PAS  ✗",
-        "PAS,\nnamed PAS  ✓",
+        "H&E\n→ H&E  ✓",
+        "PAS\n→ H&E  ✗",
+        "H&E\n→ PAS  ✗",
+        "PAS\n→ PAS  ✓",
     ]
 
 

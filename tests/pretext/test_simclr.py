@@ -134,10 +134,10 @@ def test_a_validation_set_of_one_image_is_told_to_say_nothing(capsys):
     assert "nobody" not in capsys.readouterr().err
 
 
-def test_projector_has_a_batch_norm_in_its_hidden_layer_only():
+def test_projector_has_the_batch_norms_of_the_authors_code():
     encoder = create_encoder("resnet10t")
     kinds = [type(m).__name__ for m in get_task("simclr", dim=32).model(encoder).head]
-    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
 
 
 @pytest.fixture(scope="module")

@@ -189,14 +189,16 @@ class DicomTags(PretextTask):
             title, right = self.words(targets[0][i]), None
             if pred is not None:
                 asked = targets[0][i] != UNKNOWN
-                title = f"{title},\nnamed {self.words(pred[i])}"
+                named = torch.where(asked, pred[i], UNKNOWN) if asked.any() else pred[i]  # of what can be compared
+                title = f"{title}\n→ {self.words(named)}"
                 right = bool((pred[i] == targets[0][i])[asked].all()) if asked.any() else None
             draw(ax, inputs[0][i], title, right)
         return axes
 
     def words(self, tags: Tensor) -> str:
-        """The names of the classes of one image."""
-        return ", ".join("?" if i == UNKNOWN else n[i] for n, i in zip(self.names.values(), tags.tolist()))
+        """The names of the classes of one image, as far as they are known."""
+        known = [names[i] for names, i in zip(self.names.values(), tags.tolist()) if i != UNKNOWN]
+        return ", ".join(known) or "no tags"
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_values": {}}  # words of headers do not travel
