@@ -12,7 +12,6 @@ their turn comes: the least recently used build first, as soon as `max_gb` is re
 their pixels are on the disk: a run that is killed leaves nothing half done.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -32,13 +31,13 @@ import pandas as pd
 
 from selfsup_fastai.data.opening import Facts
 from selfsup_fastai.data.pixelstore import PLACE, PixelFile
+from selfsup_fastai.data.secret import SECRET, cache_folder, ensure_secret
 from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.messages import say
 
 FORMAT = 1
 """Of the index and of the pixels: another one has its own, and neither touches the other's."""
 
-_SECRET_BYTES = 32
 _STRAY_SECONDS = 86_400  # a younger file may belong to a build whose row is on its way
 _TABLES = """
 CREATE TABLE IF NOT EXISTS builds (name TEXT PRIMARY KEY, settings TEXT, about TEXT, created REAL, used REAL);
@@ -47,24 +46,6 @@ CREATE TABLE IF NOT EXISTS images (settings TEXT, key BLOB, build TEXT, offset I
 CREATE INDEX IF NOT EXISTS images_of_build ON images (build);
 CREATE TABLE IF NOT EXISTS files (key BLOB PRIMARY KEY, facts TEXT) WITHOUT ROWID;
 """
-
-
-def cache_folder() -> Path:
-    """Where pixels are kept: `$SELFSUP_CACHE`, or a folder in the user's cache."""
-    own = os.environ.get("SELFSUP_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(base).expanduser() / "selfsup_fastai"
-
-
-def cache_secret(folder: str | os.PathLike) -> bytes:
-    """The random bytes of a cache folder, which is made if need be. Raises `CacheUnusable` or `OSError`."""
-    with PixelCache(folder) as cache:
-        secret = cache._secret
-    if len(secret) != _SECRET_BYTES:  # no key: names could be found out by trying
-        raise CacheUnusable("the cache folder cannot be used (its SECRET is damaged)")
-    return secret
 
 
 class CacheUnusable(DataError):
@@ -106,22 +87,7 @@ class PixelCache:
             return  # what is in it can be read
         for folder in (self.folder, self.pixels, self.folder / "locks"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        secret = self.folder / "SECRET"
-        if secret.is_file() and secret.stat().st_size != _SECRET_BYTES:  # no key: every image gets a new name
-            secret.unlink(missing_ok=True)
-        if not secret.exists():  # else nothing is written: the disk may be full
-            with suppress(FileExistsError):
-                self._make_secret(secret)
-
-    def _make_secret(self, secret: Path) -> None:
-        """All of it at once. Raises `FileExistsError` where another process was faster."""
-        fresh = self.folder / f"SECRET.{secrets.token_hex(4)}"
-        try:
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_SECRET_BYTES))
-            _put(fresh, secret)
-        finally:
-            fresh.unlink(missing_ok=True)
+        ensure_secret(self.folder)
 
     def _opened(self) -> sqlite3.Connection:
         self.writable = os.access(self.folder, os.W_OK)
@@ -179,7 +145,7 @@ class PixelCache:
 
     @cached_property
     def _secret(self) -> bytes:
-        return (self.folder / "SECRET").read_bytes()
+        return (self.folder / SECRET).read_bytes()
 
     def key(self, item: Any) -> bytes | None:
         """The name of an image: a keyed hash of a file's path, size and time of change, or of an array's contents.
@@ -362,17 +328,6 @@ def _connect(
     except BaseException:
         db.close()
         raise
-
-
-def _put(fresh: Path, place: Path) -> None:
-    """Give a file another name as well. Raises `FileExistsError` where that is taken."""
-    try:
-        os.link(fresh, place)
-    except (OSError, NotImplementedError, AttributeError) as error:
-        if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise
-        if not place.exists():  # a file system without links
-            os.replace(fresh, place)
 
 
 def _remove(files: Iterable[Path]) -> None:

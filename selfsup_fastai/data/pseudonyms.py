@@ -7,10 +7,9 @@ to run, and of no use to anybody without that folder. A plain hash of an id woul
 import hashlib
 import os
 import secrets
-import sqlite3
 from functools import lru_cache
 
-from selfsup_fastai.data.cache import CacheUnusable, cache_folder, cache_secret
+from selfsup_fastai.data.secret import cache_folder, secret_of
 
 __all__ = ["KINDS", "pseudonym"]
 
@@ -18,6 +17,7 @@ KINDS = {"patient": b"patient", "study": b"study", "series": b"series", "instanc
 """What is named. The same text as an id of another kind has another pseudonym."""
 
 _DIGITS = 12
+_PLACES = ("SELFSUP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA", "HOME")  # variables that say which folder it is
 
 
 def pseudonym(
@@ -27,7 +27,7 @@ def pseudonym(
     """Twelve hexadecimal digits; '' where the first part is blank: what has no name must not get one for all."""
     if not parts[0]:
         return ""
-    digest = hashlib.blake2b(digest_size=_DIGITS // 2, key=_key(os.fspath(cache_folder())), person=KINDS[kind])
+    digest = hashlib.blake2b(digest_size=_DIGITS // 2, key=_key(*map(os.environ.get, _PLACES)), person=KINDS[kind])
     for part in parts:
         text = part.encode("utf-8", "surrogatepass")
         digest.update(len(text).to_bytes(8, "little") + text)  # ('ab', 'c') is not ('a', 'bc')
@@ -35,9 +35,9 @@ def pseudonym(
 
 
 @lru_cache
-def _key(folder: str) -> bytes:
+def _key(*_places: str | None) -> bytes:
     """The secret of the cache folder; where it cannot be used, one of this process alone."""
     try:
-        return cache_secret(folder)
-    except (CacheUnusable, OSError, sqlite3.Error):
+        return secret_of(cache_folder())
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return secrets.token_bytes(32)

@@ -51,13 +51,21 @@ def test_the_same_in_another_process_and_another_one_elsewhere(cache, tmp_path):
     assert len(other) == 12 and other != pseudonym("patient", "P7")
 
 
+def test_a_damaged_secret_is_no_key(cache):
+    """An empty one would make plain hashes."""
+    cache.mkdir()
+    (cache / "SECRET").write_bytes(b"")
+    pseudonym("patient", "P7")
+    assert len((cache / "SECRET").read_bytes()) == 32
+
+
 @pytest.mark.parametrize("trouble", ["a file", "no key"])
 def test_without_the_folder_a_key_of_this_process(tmp_path, monkeypatch, trouble):
     folder = tmp_path / "folder"
     if trouble == "a file":
         folder.write_text("in the way")
     else:
-        monkeypatch.setattr(pseudonyms, "cache_secret", lambda _: (_ for _ in ()).throw(PermissionError()))
+        monkeypatch.setattr(pseudonyms, "secret_of", lambda _: (_ for _ in ()).throw(PermissionError()))
     monkeypatch.setenv("SELFSUP_CACHE", str(folder))
     name = pseudonym("patient", "P7")
     assert len(name) == 12 and name == pseudonym("patient", "P7")
