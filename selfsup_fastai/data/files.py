@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from selfsup_fastai.data.opening import Facts, answer
+from selfsup_fastai.data.opening import OF_DICOM, Facts, answer
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
@@ -140,7 +140,7 @@ def check_files(
     good = [i for i, facts in enumerate(found) if "code" not in facts]
     ok = {"file": [files[i] for i in good]} | {name: [found[i][name] for i in good] for name in OK_COLUMNS[1:]}
     if any("pixel_hash" in found[i] for i in good):
-        ok["pixel_hash"] = [found[i].get("pixel_hash", "") for i in good]
+        ok |= {name: [found[i].get(name, "") for i in good] for name in OF_DICOM}
     bad = [{"file": file, **facts} for file, facts in zip(files, found) if "code" in facts]
     report = pd.DataFrame(bad, columns=REPORT_COLUMNS)
     report.attrs["checked"] = len(files)

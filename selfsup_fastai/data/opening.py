@@ -43,6 +43,9 @@ class _NoDicom(str):
     """The path of a file that is not to be opened if it is DICOM: its header must be read first."""
 
 
+OF_DICOM = ("pixel_hash", "flags")
+"""Facts of DICOM files alone."""
+
 # Drawings, films and stubs: Pillow knows their header, but for the pixels calls Ghostscript, or nothing at all.
 _NO_PIXELS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
@@ -94,7 +97,8 @@ def describe(
     width, height: in pixels, after orientation. mode, format: as PIL names them (format is None for an array).
     frames: pages or frames. channels: 1 for grey, also where an RGB file has R = G = B everywhere; else 3.
     bits: 8, 16 or 32 a channel, as PIL decodes it (an integer image that fits 0..65535 counts as 16).
-    max: the largest value in the file's own units for images of more than 8 bits, else None. pixel_hash: of DICOM only.
+    max: the largest value in the file's own units for images of more than 8 bits, else None.
+    pixel_hash, flags (`DicomInfo`'s, in one text): of DICOM only.
 
     Raises `BadImage` or `DataError`, as `open_image` does.
     """
@@ -172,9 +176,9 @@ def _described(
         bits, largest = depth(image)
         kept = keep(pixels, orientation)
         frames = _frames(lazy)  # last: it moves on in the file
-        twins = {"pixel_hash": lazy.info["pixel_hash"]} if form == "DICOM" else {}
+        more = {name: lazy.info[name] for name in OF_DICOM} if form == "DICOM" else {}
     facts = {"width": width, "height": height, "mode": mode, "format": form, "frames": frames}
-    return {**facts, "channels": 1 if is_grey(pixels) else 3, "bits": bits, "max": largest, **twins}, kept
+    return {**facts, "channels": 1 if is_grey(pixels) else 3, "bits": bits, "max": largest, **more}, kept
 
 
 def _header_size(source: Source) -> tuple[int, int]:
@@ -254,9 +258,9 @@ def _from_dicom(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image
     n_in = (
         1 if n_in == 1 else image.n_in or n_in
     )  # who asks for one channel gets it; a CT seen in one stays so in three
-    pixels, _ = read_dicom(file, frame=image.frame, window=image.window, limits=image.limits, n_in=n_in)
+    pixels, info = read_dicom(file, frame=image.frame, window=image.window, limits=image.limits, n_in=n_in)
     made = Image.fromarray(pixels if pixels.ndim == 2 else np.rint(pixels * 255).astype(np.uint8))
-    made.format, made.info = "DICOM", {"pixel_hash": pixel_hash(pixels)}
+    made.format, made.info = "DICOM", {"pixel_hash": pixel_hash(pixels), "flags": ", ".join(info.flags)}
     return made
 
 

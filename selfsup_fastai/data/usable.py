@@ -1,6 +1,7 @@
 """Files to the items that loaders are made of: photographs as they are, DICOM files frame by frame."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pandas as pd
 
 from selfsup_fastai.data.files import as_paths, check_files, measure_files, summary
 from selfsup_fastai.data.keeping import Keeping
+from selfsup_fastai.data.opening import OF_DICOM
 from selfsup_fastai.data.reasons import REASONS
 from selfsup_fastai.data.volumes import slices_of
 from selfsup_fastai.data.windows import as_window
@@ -17,6 +19,9 @@ from selfsup_fastai.messages import say
 
 OF_SERIES = {"MR": (0.01, 0.99), "PT": (None, 0.999), "NM": (None, 0.999)}
 """Modalities without a unit that all scanners share: the quantiles of a series' values that become 0 and 1."""
+
+LOUD = ("no_rescale", "suspicious_range", "bad_rescale", "not_ct", "for_processing", "burned_in")
+"""Flags of images that are said aloud."""
 
 SAMPLED = 8  # frames of a series that its quantiles are taken from, evenly spread
 ABOUT = ["patient", "study", "series", "instance", "modality", "body_part", "view", "laterality", "plane"]
@@ -63,7 +68,7 @@ def usable_items(
 
 def _joined(photos: pd.DataFrame, frames: pd.DataFrame) -> pd.DataFrame:
     """Both, with what is known of the frames; of photographs that is nothing."""
-    texts = [name for name in (*ABOUT, "pixel_hash") if name in frames and frames[name].map(type).eq(str).all()]
+    texts = [name for name in (*ABOUT, *OF_DICOM) if name in frames and frames[name].map(type).eq(str).all()]
     both = pd.concat([photos, frames]) if len(photos) else frames
     return both.fillna({**dict.fromkeys(texts, ""), "are_scans": False})
 
@@ -90,9 +95,20 @@ def _frames(files, kept: Keeping | None, first: int, min_side: int, n_in, window
     known["frame"] = [item.frame for item in items]
     known["are_scans"] = ~known["color"].astype(bool)
     ok = ok.drop(columns="frames").assign(source=ok["file"], file=ok["file"].map(lambda item: Path(item)))
+    _say_flags(ok)
     about = [name for name in ABOUT if name in known]
     ok = ok.join(known[[*about, "frames", "frame", "are_scans"]])
     return ok.set_axis(ok.index + first), pd.concat([problems, failed], ignore_index=True)
+
+
+def _say_flags(ok: pd.DataFrame) -> None:
+    """What should be looked at before these pixels are believed."""
+    from selfsup_fastai.data.dicom_info import FLAGS
+
+    counts = Counter(flag for flags in ok.get("flags", []) for flag in flags.split(", "))
+    for flag in LOUD:
+        if counts[flag]:
+            say(f"{counts[flag]:,} of {len(ok):,} images: {FLAGS[flag]} (flag {flag!r} in dls.items_df).")
 
 
 def _in_volumes(table: pd.DataFrame) -> pd.DataFrame:

@@ -198,3 +198,17 @@ def test_other_windows_than_in_pretraining_are_said(export, tmp_path, capsys):
         capsys.readouterr()
         downstream_learner(labeled, encoder)
         assert ("these are seen window lung" in capsys.readouterr().err) == said
+
+
+def test_a_ct_that_nobody_rescaled_is_said_aloud(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        array = rng.integers(0, 3000, (24, 24)).astype(np.int16)
+        rescale = {} if i else {"RescaleSlope": None, "RescaleIntercept": None}
+        write_dicom(tmp_path / f"{i}", array, "CT", PatientID=f"P{i}", **rescale)
+    for _ in range(2):  # read, and remembered
+        dls = loaders(tmp_path)
+        said = capsys.readouterr().err
+        assert "1 of 4 images: a CT without rescale: the values may not be Hounsfield units" in said
+        assert "4 of 4 images: a CT whose values lie within 0..4095" in said
+    assert sorted(dls.items_df["flags"]) == ["no_rescale, suspicious_range"] + ["suspicious_range"] * 3
