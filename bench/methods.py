@@ -10,7 +10,7 @@ What differs:
   worker processes or, with 0 workers, between the steps. Ours reads pixels that were decoded once and kept, which is
   not timed (bench/data.py, part c, says what it costs), and draws views of a whole batch on the device.
 - SimCLR: ours has both views of all images go through the net at once, so batch norms see them together; lightly's
-  examples take one view after the other. lightly's head has a batch norm on the projections.
+  examples take one view after the other.
 - BYOL: ours is the paper's sum of two squared distances, lightly's loss half the sum of two negative cosines: a quarter
   of the gradient, which Adam hardly notices and SGD would. lightly's last layers have a bias.
 - Normalization: ours by the statistics of the images, lightly's by ImageNet's. Each encoder is scored, untrained too,
