@@ -71,10 +71,15 @@ def _draw_anew(layer: nn.Linear, draws: torch.Generator) -> None:
 
 
 def _forget(opt: object, params: Iterable[nn.Parameter]) -> None:
-    """What an optimizer remembers of its steps on some parameters; fastai keeps there, too, how it treats them."""
+    """What an optimizer remembers of its steps on some parameters; fastai keeps there, too, how it treats them.
+
+    With it goes the gradient of an accumulated step that has begun.
+    """
     wrapped = getattr(getattr(opt, "opt", None), "state", {})  # torch's own, in an `OptimWrapper`
     for p in params:
         wrapped.pop(p, None)
+        if p.grad is not None:
+            p.grad.zero_()
         if p in opt.state:
             opt.state[p] = {name: value for name, value in opt.state[p].items() if name in TREATMENT}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import set_seed
 from torch import Tensor
 
 from selfsup_fastai.callbacks.accumulation import INSTEAD
@@ -188,6 +189,21 @@ def test_a_step_has_the_mean_gradient_of_its_batches(task, weights, consistency)
     assert len(each) == 6 and len(accumulated) == 3
     torch.testing.assert_close(accumulated, each.unflatten(0, (3, 2)).mean(1), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(recorded, losses)
+
+
+def test_a_step_has_no_gradient_of_one_that_the_fit_before_did_not_finish():
+    learn, steps = learner("rotation"), Steps()
+    learn.fit(1, 0.0, cbs=GradientAccumulation(16))  # 6 batches of 4: a step, and half of one
+    assert any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+    learn.validate()
+    found = []
+    for left in (True, False):
+        if not left:
+            learn.model.zero_grad()
+        set_seed(0)
+        learn.fit(1, 0.0, cbs=[GradientAccumulation(16), steps])
+        found.append(steps.gradients[0])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_batches_that_are_large_enough_by_themselves_are_not_refused():

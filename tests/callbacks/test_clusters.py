@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
 
 from selfsup_fastai.callbacks import clusters as module
@@ -133,6 +134,25 @@ def test_what_torchs_optimizers_remember_of_the_head_is_forgotten_too():
     with learn.no_logging():
         learn.fit(2, 1e-3, cbs=steps)
     assert steps.seen == [[False, False], [False, True]]
+
+
+def test_a_head_drawn_anew_has_no_gradient_of_the_one_before():
+    """Of a step that began with the clusters of the epoch before."""
+
+    class Look(Callback):
+        order = 70
+
+        def __init__(self):
+            self.seen = []
+
+        def before_train(self):
+            head, first = self.model.head[1].weight.grad, self.model.encoder.body[0].weight.grad
+            self.seen.append([grad is not None and bool(grad.any()) for grad in (head, first)])
+
+    learn, look = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5, every=1), Look()
+    with learn.no_logging():
+        learn.fit(2, 1e-3, cbs=[look, GradientAccumulation(1000)])
+    assert look.seen == [[False, False], [False, True]]
 
 
 def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
