@@ -110,6 +110,7 @@ class JointTask(PretextTask):
             if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
+        self.say_scaled()
         if self.views is None and (n_in_of(dls) if self.input else encoder.image_channels) == 1:
             say(
                 f"{self.name}: grey images get views for scans, which are never mirrored. "

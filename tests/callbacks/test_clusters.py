@@ -166,9 +166,14 @@ def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
 
 
 def test_several_processes_are_refused(monkeypatch):
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
     monkeypatch.setattr(module, "n_processes", lambda: 2)
-    with pytest.raises(TaskError, match="deep_cluster sorts all images in one process; these are 2"):
-        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5).fit(1)
+    said = "deep_cluster sorts all images in one process; these are 2. Start it in one, or take swav or nat"
+    with pytest.raises(TaskError, match=said):  # where they were started after the learner was made
+        learn.fit(1)
+    assert not learn.recorder.losses
+    with pytest.raises(TaskError, match=said):
+        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
 
 
 def test_a_net_that_has_diverged_is_named():

@@ -42,6 +42,7 @@ class NPID(BankTask):
 
     name = "npid"
     paper = "Wu et al. 2018"
+    scaled = (("temperature", "0.07"),)
     recipes = (NPID_VIEW, NPID_VIEW)
     n_inp = 3
     normalized = (True, False, False)

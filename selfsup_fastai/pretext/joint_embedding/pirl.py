@@ -52,6 +52,7 @@ class PIRL(BankTask):
 
     name = "pirl"
     paper = "Misra & van der Maaten 2020"
+    scaled = (("temperature", "0.07"),)
     recipes = (PIRL_VIEW, PIRL_PATCHES)
     n_inp = 4
     normalized = (True, True, False, False)
