@@ -14,6 +14,9 @@ class RefuseAccumulation(Callback):
     They do, batch norms aside, where the loss of a batch is the mean of those of its images (`task.accumulates`). Where
     the images of a batch are told apart, sorted or measured together, the sum over small batches is the loss of small
     batches still. Raises `TaskError` before the first step.
+
+    A step that the last fit did not finish is dropped: `GradientAccumulation` counts from 0 again, so the next one must
+    not find a gradient there.
     """
 
     order = -5  # before what trains a part of the model first
@@ -24,6 +27,8 @@ class RefuseAccumulation(Callback):
 
     def before_train(self):  # `validate` and `get_preds` never come here
         self._check()
+        if self.epoch == 0:
+            self.opt.zero_grad()
 
     def _check(self) -> None:
         bs = self.dls.train.bs or 1

@@ -28,8 +28,7 @@ class Recluster(OfModel):
 
     def before_train(self):  # `validate` and `get_preds` never come here
         model, dl = self.task_model, self.dls.train
-        if n_processes() > 1:  # each would sort for itself
-            raise TaskError(f"{self.learn.task.name} sorts all images in one process; these are {n_processes()}.")
+        check_one_process(self.learn.task.name)  # the learner may be older than the processes
         if model.clusters.outlived(model.clock.epochs):  # not if the run was killed in this epoch, and goes on
             with preserved_rng():  # a run that goes on from here comes here again, with generators not yet as they were
                 features = finite(embed(model.encoder, dl.plain).x)
@@ -48,6 +47,15 @@ class Recluster(OfModel):
             del dl.shuffle_fn  # the class has one
             if self.own is not None:
                 dl.shuffle_fn = self.own
+
+
+def check_one_process(name: str) -> None:
+    """Raises `TaskError` where several processes train together: each would sort for itself."""
+    if n_processes() > 1:
+        raise TaskError(
+            f"{name} sorts all images in one process; these are {n_processes()}. Start it in one, or take swav or nat, "
+            "which sort over several."
+        )
 
 
 class ClusterColumns(Columns, OfModel):
@@ -71,10 +79,15 @@ def _draw_anew(layer: nn.Linear, draws: torch.Generator) -> None:
 
 
 def _forget(opt: object, params: Iterable[nn.Parameter]) -> None:
-    """What an optimizer remembers of its steps on some parameters; fastai keeps there, too, how it treats them."""
+    """What an optimizer remembers of its steps on some parameters; fastai keeps there, too, how it treats them.
+
+    With it goes the gradient of an accumulated step that has begun.
+    """
     wrapped = getattr(getattr(opt, "opt", None), "state", {})  # torch's own, in an `OptimWrapper`
     for p in params:
         wrapped.pop(p, None)
+        if p.grad is not None:
+            p.grad.zero_()
         if p in opt.state:
             opt.state[p] = {name: value for name, value in opt.state[p].items() if name in TREATMENT}
 

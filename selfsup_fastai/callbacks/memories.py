@@ -5,7 +5,11 @@ from selfsup_fastai.encoders.memories import Memory
 
 
 class KeepMemories(OfModel):
-    """What the model's memories noted in a step enters them after it; what they noted without one is forgotten."""
+    """What the model's memories noted in a step enters them after it; what they noted without one is forgotten.
+
+    An accumulated step may begin in one epoch and be taken in the next: what it noted stays, as its gradient does,
+    until the fit is over.
+    """
 
     order = 10
 
@@ -14,11 +18,15 @@ class KeepMemories(OfModel):
             memory.commit()
 
     def before_train(self):
-        for memory in self._memories():
-            memory.forget()
+        if self.epoch == 0:
+            self._forget()
 
     def after_fit(self):
-        self.before_train()
+        self._forget()
+
+    def _forget(self) -> None:
+        for memory in self._memories():
+            memory.forget()
 
     def _memories(self) -> list[Memory]:
         return [m for m in self.task_model.modules() if isinstance(m, Memory)]

@@ -143,7 +143,7 @@ class KeepState(OnlyInFit):
     order = 90
 
     def __init__(self, early: Resume):
-        self.early, self.full = early, False
+        self.early, self.full, self.pending = early, False, False
 
     def before_train(self):
         ahead = self.early.ahead
@@ -156,7 +156,7 @@ class KeepState(OnlyInFit):
         self.next = time.monotonic() + self.early.every
 
     def after_step(self):
-        self.stepped = True  # between the parts of an accumulated step there are gradients that nobody keeps
+        self.stepped = True
 
     def after_batch(self):
         if not self.training:
@@ -166,11 +166,13 @@ class KeepState(OnlyInFit):
                 self._arrive()
         elif self.stepped and time.monotonic() >= self.next:
             self._write(self.epoch, self.iter + 1)
-        self.stepped = False
+        # Between the parts of an accumulated step there are gradients that nobody keeps; it may span two epochs
+        self.pending, self.stepped = not self.stepped, False
 
     def after_epoch(self):
         if self.early.ahead is None:
-            if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
+            finished = self.epoch == self.n_epoch - 1  # what is left of a step then is dropped
+            if self.recorder.losses and (finished or not self.pending):  # `validate()` comes here without any losses
                 self._write(self.epoch + 1, 0)
         elif self.epoch == self.n_epoch - 1:  # all was done already
             self._arrive()

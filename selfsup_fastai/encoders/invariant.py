@@ -45,7 +45,7 @@ class InvariantHeads(nn.Module):
     ) -> Invariant:
         f, g = F.normalize(self.image(image), dim=1), F.normalize(self.changed(changed), dim=1)
         rows = self.bank.rows[idx] if own is None else F.normalize(self.image(own), dim=1)
-        logits = [self.bank.logits(z, rows, negatives[:, i]) for i, z in enumerate((g, f))]
+        logits = [self.bank.logits(z, rows, negatives[:, i], measures=i == 0) for i, z in enumerate((g, f))]
         if own is None:
             self.bank.note(idx, f)
         return Invariant(f, g, rows, torch.stack(logits, 1))

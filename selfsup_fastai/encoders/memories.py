@@ -108,7 +108,8 @@ class ContrastBank(FeatureBank):
 
     The model's probability of a row is exp(cos / temperature) / Z. Z, which would be a sum over all rows, is estimated
     from the first batch of training and fixed from then on, as in the authors' code: the buffer `log_z`, minus infinity
-    until then. `losses.nce` makes a loss of what `logits` gives.
+    until then. Of an accumulated batch it is estimated from all parts; each of them meets the estimate of those so far.
+    `losses.nce` makes a loss of what `logits` gives.
     """
 
     def __init__(
@@ -121,12 +122,14 @@ class ContrastBank(FeatureBank):
         super().__init__(images, dim, momentum)
         self.temperature = temperature
         self.register_buffer("log_z", torch.tensor(-math.inf))
+        self._measured: list[tuple[Tensor, int]] = []  # of the first step: logarithms of sums of exponentials, numbers
 
     def logits(
         self,
         z: Tensor,  # (B, dim) of length 1
         own: Tensor,  # (B, dim): the image's row, or what stands for it
         negatives: Tensor,  # (B, K) places of rows that were drawn uniformly from all
+        measures: bool = True,  # Whether Z is estimated from these; False: from those of the batch that came before
     ) -> Tensor:  # (B, 1 + K), the own row first
         """log(p / (K / N)) of the image's own row and of K rows drawn at random, where N rows are in the bank."""
         with torch.autocast(z.device.type, enabled=False):
@@ -134,17 +137,38 @@ class ContrastBank(FeatureBank):
             rows, own, (n, k) = self.rows.to(z.dtype), own.to(z.dtype), (len(self.rows), negatives.shape[1])
             drawn = (z @ rows.T).gather(1, negatives)  # to fetch the rows that were drawn would take 50 times as long
             scores = torch.cat([(z * own).sum(1, keepdim=True), drawn], 1) / self.temperature
-            return scores - self._log_z(scores.detach()) - math.log(k / n)
+            return scores - self._log_z(scores.detach(), measures) - math.log(k / n)
 
-    def _log_z(self, scores: Tensor) -> Tensor:
-        """log Z as it was fixed; in the first batch, and before training, N times the mean of the exponentials."""
+    @torch.no_grad()
+    def commit(self) -> None:
+        if self._measured:
+            self.log_z.copy_(self._estimate(self._measured))
+        super().commit()
+
+    def forget(self) -> None:
+        super().forget()
+        self._measured = []
+
+    def _log_z(self, scores: Tensor, measures: bool) -> Tensor:
+        """log Z as it was fixed; until then the estimate from the step at hand, outside of training from the batch."""
         if self.log_z.isfinite():
             return self.log_z.to(scores.dtype)
-        scores = gathered(scores)
-        log_z = scores.flatten().logsumexp(0) - math.log(scores.numel()) + math.log(len(self.rows))
-        if self.training and torch.is_grad_enabled():
-            self.log_z.copy_(log_z)
-        return log_z
+        training = self.training and torch.is_grad_enabled()
+        measured = self._measured if training else []
+        if measures or not measured:
+            scores = gathered(scores)
+            measured = [*measured, (scores.flatten().logsumexp(0), scores.numel())]
+        if training:
+            self._measured = measured
+        return self._estimate(measured).to(scores.dtype)
+
+    def _estimate(self, measured: list[tuple[Tensor, int]]) -> Tensor:
+        """Logarithm of as many times the mean of the exponentials as there are rows."""
+        sums, counts = zip(*measured)
+        return torch.stack(sums).logsumexp(0) - math.log(sum(counts)) + math.log(len(self.rows))
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_measured": []}
 
 
 class NoiseTargets(Memory):

@@ -20,6 +20,7 @@ from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import explained
 from selfsup_fastai.pictures import draw, draw_restored, draw_rows, grid_axes, see_through
 
@@ -51,6 +52,7 @@ class PretextTask(ABC):
     min_side: ClassVar[int] = 8  # Pixels
     accumulates: ClassVar[bool] = True  # Whether a batch's loss is the mean over its images: so gradients add up
     length_counts: ClassVar[bool] = False  # Whether the length of `embedded` is part of the loss
+    scaled: tuple[tuple[str, str], ...] = ()  # Settings whose defaults suit small batches and short runs; the papers'
     collapse_hint: ClassVar[str] = ""  # What usually makes the task collapse, and what to try
     passes: float = 1  # Image-sized passes through the encoder for each image: what budgets count
     metrics: Sequence = ()
@@ -195,6 +197,12 @@ class PretextTask(ABC):
         for name, value in self.given().items():
             if name in names:
                 raise TaskError(f"{self.name}: {name}={value!r} has no effect with {where}. Leave it out.")
+
+    def say_scaled(self) -> None:
+        """Says which defaults are smaller than the paper's."""
+        ours = [f"{k}={getattr(self, k)} (the paper's: {v})" for k, v in self.scaled if k not in self.given()]
+        if ours:
+            say(f"{self.name}: for small batches and short runs {', '.join(ours)}.")
 
     def given(self) -> dict:
         """Settings that are not the defaults."""

@@ -111,6 +111,7 @@ class JointTask(PretextTask):
             if dl.n == 1 and self.tells_apart:
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
+        self.say_scaled()
         self.of_scans, grey = are_scans(dls), (n_in_of(dls) if self.input else encoder.image_channels) == 1
         if self.views is None and (grey or self.of_scans):
             say(

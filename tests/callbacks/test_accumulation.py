@@ -190,6 +190,20 @@ def test_a_step_has_the_mean_gradient_of_its_batches(task, weights, consistency)
     torch.testing.assert_close(recorded, losses)
 
 
+def test_a_step_has_no_gradient_of_one_that_the_fit_before_did_not_finish():
+    found = []
+    for cleaned in (False, True):
+        learn, steps = learner("rotation"), Steps()
+        learn.fit(1, 0.0, cbs=GradientAccumulation(16))  # 6 batches of 4: a step, and half of one
+        learn.validate()
+        assert any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
+        if cleaned:
+            learn.model.zero_grad()
+        learn.fit(1, 0.0, cbs=[GradientAccumulation(16), steps])
+        found.append(steps.gradients[0])
+    torch.testing.assert_close(*found)
+
+
 def test_batches_that_are_large_enough_by_themselves_are_not_refused():
     learn = learner("simclr", loaders(pictures(32), bs=8), cbs=GradientAccumulation(8))  # a step each batch
     learn.fit(1, 1e-2)

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
 
 from selfsup_fastai.callbacks import clusters as module
@@ -135,6 +136,25 @@ def test_what_torchs_optimizers_remember_of_the_head_is_forgotten_too():
     assert steps.seen == [[False, False], [False, True]]
 
 
+def test_a_head_drawn_anew_has_no_gradient_of_the_one_before():
+    """Of a step that began with the clusters of the epoch before."""
+
+    class Look(Callback):
+        order = 70
+
+        def __init__(self):
+            self.seen = []
+
+        def before_train(self):
+            head, first = self.model.head[1].weight.grad, self.model.encoder.body[0].weight.grad
+            self.seen.append([grad is not None and bool(grad.any()) for grad in (head, first)])
+
+    learn, look = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5, every=1), Look()
+    with learn.no_logging():
+        learn.fit(2, 1e-3, cbs=[look, GradientAccumulation(1000)])
+    assert look.seen == [[False, False], [False, True]]
+
+
 def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
     learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
     once = ["epoch", "train_loss", "valid_loss", "accuracy", "nmi", "clusters", *Signals.names, "time"]
@@ -146,9 +166,14 @@ def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
 
 
 def test_several_processes_are_refused(monkeypatch):
+    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
     monkeypatch.setattr(module, "n_processes", lambda: 2)
-    with pytest.raises(TaskError, match="deep_cluster sorts all images in one process; these are 2"):
-        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5).fit(1)
+    said = "deep_cluster sorts all images in one process; these are 2. Start it in one, or take swav or nat"
+    with pytest.raises(TaskError, match=said):  # where they were started after the learner was made
+        learn.fit(1)
+    assert not learn.recorder.losses
+    with pytest.raises(TaskError, match=said):
+        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
 
 
 def test_a_net_that_has_diverged_is_named():

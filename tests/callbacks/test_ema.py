@@ -117,6 +117,19 @@ def test_a_teacher_follows_each_step_and_steps_alone():
     assert torch.equal(rows, learn.model.queue.rows) and learn.model.queue.entered == 16
 
 
+def test_a_step_that_spans_two_epochs_brings_the_memory_all_of_its_parts():
+    learn = learner([KeepMemories(), GradientAccumulation(6)])
+    learn.fit(3)  # 4 batches of 2 images an epoch: 4 steps, the second of batches 4, 5 and 6
+    assert learn.model.queue.entered == 24
+
+
+def test_a_step_that_a_fit_did_not_finish_is_forgotten():
+    learn = learner([KeepMemories(), GradientAccumulation(6)])
+    for entered in (6, 12):
+        learn.fit(1)
+        assert learn.model.queue.entered == entered
+
+
 def test_a_batch_without_a_step_leaves_the_memory_as_it_was():
     learn = learner([KeepMemories(), GradientAccumulation(100)])
     rows = learn.model.queue.rows.clone()

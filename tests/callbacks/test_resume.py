@@ -146,6 +146,30 @@ def test_accumulated_gradients_are_never_cut_in_two(tmp_path):
         assert same(whole, fit(learner(), [Resume(state, 0), GradientAccumulation(8)]))
 
 
+@pytest.mark.parametrize("kill_at", [4, 5, 6, 8, 9, 10, 11])
+def test_a_step_that_spans_two_epochs_is_not_cut_either(kill_at, tmp_path):
+    """4 batches an epoch and 3 a step: the first two epochs end within one."""
+    whole = fit(learner(), [GradientAccumulation(12)])
+    with pytest.raises(Killed):
+        fit(learner(), [Resume(tmp_path, 0), GradientAccumulation(12), killer(kill_at)])
+    assert same(whole, fit(learner(), [Resume(tmp_path, 0), GradientAccumulation(12)]))
+
+
+def test_a_fit_that_ends_within_a_step_leaves_nothing_to_the_next(tmp_path):
+    def program(*killers):
+        learn, resume = learner(), Resume(tmp_path / "state", 0)
+        for killers_of_fit in killers:
+            fit(learn, [resume, GradientAccumulation(12), *killers_of_fit], epochs=1)
+        return learn
+
+    whole = learner()
+    for _ in range(2):
+        fit(whole, [GradientAccumulation(12)], epochs=1)
+    with pytest.raises(Killed):
+        program([], [killer(2)])
+    assert same(whole, program([], []))
+
+
 def test_a_run_that_was_finished_is_not_trained_again(tmp_path, capsys):
     whole = fit(learner(), [Resume(tmp_path / "state")])
     learn = learner()

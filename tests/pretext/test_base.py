@@ -13,6 +13,7 @@ from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks, task_class
 from selfsup_fastai.pretext.base import PerView, PretextLoss, PretextTask, per_image
 from selfsup_fastai.pretext.predictive.rotation import Rotation
+from tests.pretext.small_runs import learner
 
 
 class Doubled(PretextTask):
@@ -189,3 +190,22 @@ def test_default_picture_is_the_first_view_with_the_target_as_title(views):
         np.testing.assert_array_equal(ax.images[0].get_array(), pixels)
     answered = Doubled().show((images,), (torch.rand(3, 2),), pred=torch.tensor([0.25, 0.5, 1]), max_n=2)
     assert [ax.get_title() for ax in answered] == ["(2,) → 0.25", "(2,) → 0.5"]
+
+
+@pytest.mark.parametrize(
+    "task, said, given",
+    [
+        ("barlow_twins", "dim=512 (the paper's: 8,192)", {"dim": 32}),
+        ("vicreg", "dim=512 (the paper's: 8,192)", {"dim": 32}),
+        ("byol", "hidden=1024 (the paper's: 4,096)", {"hidden": 32}),
+        ("mocov3", "hidden=1024 (the paper's: 4,096), temperature=0.2 (the paper's: 1)", {"hidden": 32}),
+        ("dino", "prototypes=1024 (the paper's: 65,536), hidden=1024 (the paper's: 2,048)", {"hidden": 32}),
+        ("npid", "temperature=0.2 (the paper's: 0.07)", {"temperature": 0.1}),
+        ("pirl", "temperature=0.2 (the paper's: 0.07)", {"temperature": 0.1}),
+    ],
+)
+def test_defaults_that_suit_small_machines_are_said_unless_others_are_given(task, said, given, capsys):
+    learner(task, n=24, bs=8, side=36)
+    assert f"{task}: for small batches and short runs {said}.\n" in capsys.readouterr().err
+    learner(task, n=24, bs=8, side=36, **given)
+    assert f"{next(iter(given))}=" not in capsys.readouterr().err

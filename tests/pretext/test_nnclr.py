@@ -120,7 +120,9 @@ def test_heads_are_those_of_the_paper_at_the_encoders_width():
 def test_the_queue_is_half_as_long_as_the_training_set_and_says_so(capsys):
     learn = learner("nnclr", n=30, bs=4, valid_pct=0.2)
     assert learn.model.queue.rows.shape == (12, 256)
-    assert "among 12 projections, for 24 training images" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "among 12 projections, for 24 training images" in err
+    assert "hidden layers as wide as the encoder's 32 features (paper: 2,048)" in err
     assert learn.task.settings()["queue"] is None
     given = learner("nnclr", n=30, bs=4, queue=50)
     assert len(given.model.queue.rows) == 50 and "projections" not in capsys.readouterr().err

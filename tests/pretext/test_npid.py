@@ -1,13 +1,17 @@
 """NPID: the loss is the code's, Z is that of the first batch, rows change after the step, new images have none."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.memories import ContrastBank
@@ -53,6 +57,7 @@ def test_loss_and_gradients_are_those_of_the_authors_code(temperature):
         loss = task.loss((None, logits), None)
         torch.testing.assert_close(loss, expected.mean())
         torch.testing.assert_close(torch.autograd.grad(loss, ours), torch.autograd.grad(expected.mean(), theirs))
+        bank.commit()
         assert bank.log_z.exp().item() == pytest.approx(big_z)
 
 
@@ -62,15 +67,61 @@ def test_only_training_fixes_the_constant():
     first = bank.eval().logits(z, bank.rows[:2], negatives)
     with torch.no_grad():
         assert torch.equal(bank.train().logits(z, bank.rows[:2], negatives), first)
+    bank.commit()
     assert bank.log_z == -math.inf
     bank.logits(z, bank.rows[:2], negatives)
+    assert bank.log_z == -math.inf  # and only a step that was taken
+    bank.forget()
+    bank.commit()
+    assert bank.log_z == -math.inf
+    bank.logits(z, bank.rows[:2], negatives)
+    assert not pickle.loads(pickle.dumps(bank))._measured
+    bank.commit()
     fixed = bank.log_z.clone()
     assert fixed.isfinite() and torch.equal(bank.logits(z, bank.rows[:2], negatives), first)
     bank.logits(units(2, seed=3), bank.rows[:2], negatives)
+    bank.commit()
     assert torch.equal(bank.log_z, fixed)
     again = bank_of()
     again.load_state_dict(bank.state_dict())
     assert torch.equal(again.log_z, fixed)
+
+
+def test_the_constant_of_a_step_in_parts_is_that_of_the_whole_step():
+    """Of parts of any size; each meets the estimate of those so far."""
+    z, negatives = units(7), torch.randint(9, (7, 6), generator=seeded(1))
+    whole, parts = bank_of(), bank_of()
+    expected = whole.logits(z, whole.rows[:7], negatives)
+    found = [parts.logits(z[rows], parts.rows[:7][rows], negatives[rows]) for rows in (slice(3), slice(3, 7))]
+    assert torch.equal(found[0], bank_of().logits(z[:3], parts.rows[:3], negatives[:3]))  # it knew of no others
+    torch.testing.assert_close(found[1], expected[3:])
+    whole.commit()
+    parts.commit()
+    torch.testing.assert_close(parts.log_z, whole.log_z)
+    _, big_z = transcription(z, whole.rows, list(range(7)), negatives, 0.5, None)
+    assert parts.log_z.exp().item() == pytest.approx(big_z)
+
+
+@pytest.mark.parametrize("task", ["npid", "pirl"])
+def test_with_accumulated_gradients_a_run_has_the_constant_of_its_whole_first_step(task):
+    """In evaluation mode, as batch norms see the parts only; the four parts of a step are the first four batches."""
+    learn, seen = learner(task, n=24, bs=4, side=36, dim=4, views=MILD, negatives=5), []
+    learn.model.eval()
+    learn.model.train = lambda mode=True: learn.model  # stays so
+    bank = next(m for m in learn.model.modules() if isinstance(m, ContrastBank)).train()
+    rows = bank.rows.clone()
+
+    class Watch(Callback):
+        def after_pred(self):
+            z = self.learn.pred[0][:, 0 if task == "npid" else 1].detach()
+            seen.append((z, rows[self.xb[1 if task == "npid" else 2]], self.xb[-1]))
+
+    with learn.no_logging():
+        learn.fit(1, 0.0, cbs=[Watch(), GradientAccumulation(16), SkipValidation()])
+    z, own, negatives = (torch.cat(parts) for parts in zip(*seen[:4]))
+    negatives = negatives if task == "npid" else negatives[:, 0]  # those of the patches
+    cosines = torch.cat([(z * own).sum(1, keepdim=True), (z @ rows.T).gather(1, negatives)], 1)
+    assert bank.log_z.exp().item() == pytest.approx(18 * (cosines / bank.temperature).exp().mean().item(), rel=1e-4)
 
 
 def test_small_temperatures_and_half_precision_do_not_overflow():

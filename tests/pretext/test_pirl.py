@@ -42,7 +42,8 @@ def test_loss_and_gradients_are_two_terms_against_the_rows_before_the_step(weigh
     of_patches, big_z = transcription(theirs[0], bank.rows, idx, negatives[:, 0], 0.5, None)
     of_images, _ = transcription(theirs[1], bank.rows, idx, negatives[:, 1], 0.5, big_z)
     expected = weight * of_patches + (1 - weight) * of_images
-    logits = torch.stack([bank.logits(z, bank.rows[idx], negatives[:, i]) for i, z in enumerate(ours)], 1)
+    logits = [bank.logits(z, bank.rows[idx], negatives[:, i], measures=i == 0) for i, z in enumerate(ours)]
+    logits = torch.stack(logits, 1)
     torch.testing.assert_close(task.loss((None, logits), None, reduction="none"), expected)
     loss = task.loss((None, logits), None)
     torch.testing.assert_close(loss, expected.mean())

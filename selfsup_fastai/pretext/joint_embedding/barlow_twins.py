@@ -39,6 +39,7 @@ class BarlowTwins(JointTask):
 
     name = "barlow_twins"
     paper = "Zbontar et al. 2021"
+    scaled = (("dim", "8,192"),)
     recipes = (BYOL_1, BYOL_2)
     passes = 2
     accumulates = False  # correlations are those of a whole batch

@@ -46,6 +46,7 @@ class BYOL(JointTask):
         "small data."
     )
     paper = "Grill et al. 2020"
+    scaled = (("hidden", "4,096"),)
     recipes = (BYOL_1, BYOL_2)
     tells_apart = False
     passes = 4  # two of the student and two of the teacher

@@ -70,6 +70,7 @@ class DINO(MultiCropTask):
         "is too high."
     )
     paper = "Caron et al. 2021"
+    scaled = (("prototypes", "65,536"), ("hidden", "2,048"))
     recipes = (DINO_GLOBAL_1, DINO_GLOBAL_2)
     small = DINO_LOCAL
     further = 2

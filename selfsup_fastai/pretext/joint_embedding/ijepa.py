@@ -96,6 +96,7 @@ class IJEPA(PretextTask):
         "slowly: raise the momentum or lower the rate."
     )
     paper = "Assran et al. 2023"
+    scaled = (("predictor_depth", "6 to 12"), ("predictor_width", "384"))
     arch = "vit_tiny_patch16_224"
     n_inp = 3
     normalized = (True, False, False)
@@ -132,6 +133,7 @@ class IJEPA(PretextTask):
 
     def setup(self, dls, encoder):
         check_takes_some_patches(encoder, self.name)
+        self.say_scaled()
         self.side, self.patch = patched_side(encoder), patch_size(encoder.body)
         n = (self.side // self.patch) ** 2
         finer = next((p for p in range(self.side // 8, 0, -1) if self.side % p == 0), 1)

@@ -52,6 +52,7 @@ class MoCoV3(JointTask):
 
     name = "mocov3"
     paper = "Chen et al. 2021"
+    scaled = (("hidden", "4,096"),)
     recipes = (replace(BYOL_1, scale=(0.2, 1.0)), replace(BYOL_2, scale=(0.2, 1.0)))
     accumulates = False  # images of a batch are told apart
     passes = 4  # two of the student and two of the teacher
@@ -73,6 +74,8 @@ class MoCoV3(JointTask):
         self.temperature, self.momentum, self.dim, self.hidden, self.views = temperature, momentum, dim, hidden, views
 
     def setup(self, dls, encoder):
+        if patch_embedding(encoder) is None:
+            self.scaled = (*self.scaled, ("temperature", "1"))
         super().setup(dls, encoder)
         if patch_embedding(encoder) is not None:
             self.recipes = (BYOL_1, BYOL_2)

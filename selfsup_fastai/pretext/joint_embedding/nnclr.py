@@ -71,6 +71,10 @@ class NNCLR(JointTask):
             n = len(dls.train_ds)
             self.kept = min(QUEUE, max(1, n // 2))
             say(f"{self.name}: neighbors are looked for among {self.kept:,} projections, for {n:,} training images.")
+        if self.hidden is None:
+            say(
+                f"{self.name}: hidden layers as wide as the encoder's {encoder.num_features:,} features (paper: 2,048)."
+            )
 
     def model(self, encoder):
         hidden = self.hidden or encoder.num_features

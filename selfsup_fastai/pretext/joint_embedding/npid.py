@@ -23,10 +23,11 @@ class NPID(BankTask):
     row of the bank, (B, 2, dim) of length 1, and the logits of the row and of those drawn, (B, 1 + K). Loss:
     noise-contrastive estimation, the code's. With p = exp(cos / temperature) / Z, -log p / (p + K/N) of the own row and
     the sum of -log (K/N) / (p + K/N) over those drawn; Z is N times the mean of exp(cos / temperature) in the first
-    batch, and fixed. After the step a row becomes the mean of the old one and the new embedding, of length 1 again.
-    The paper's proximal term is left out, as in the code. Rows begin with length 1 (the code's: about 1). Ours: the
-    batch norm on the embeddings, and the temperature. A fresh network gives all images nearly one embedding; with
-    thousands of images their rows follow it within a few dozen steps, and all move on together, never apart.
+    batch (with accumulated gradients in the whole first step), and fixed. After the step a row becomes the mean of the
+    old one and the new embedding, of length 1 again. The paper's proximal term is left out, as in the code. Rows begin
+    with length 1 (the code's: about 1). Ours: the batch norm on the embeddings, and the temperature. A fresh network
+    gives all images nearly one embedding; with thousands of images their rows follow it within a few dozen steps, and
+    all move on together, never apart.
 
     Images that are not for training have no row. Validation and `predict` show two views of an image, and the second
     takes the row's place: what they tell holds for images never seen. found_pair is the share of images whose second
@@ -41,6 +42,7 @@ class NPID(BankTask):
 
     name = "npid"
     paper = "Wu et al. 2018"
+    scaled = (("temperature", "0.07"),)
     recipes = (NPID_VIEW, NPID_VIEW)
     n_inp = 3
     normalized = (True, False, False)

@@ -33,7 +33,7 @@ class PIRL(BankTask):
     drawn at random, for the patches and for the image, (B, 2, K). Target: the row in the batch, (B,), for the metric
     alone. Prediction: embeddings of image and patches and the image's row of the bank, (B, 3, dim) of length 1, and the
     logits of the patches and of the image, (B, 2, 1 + K). Loss: `weight` times the noise-contrastive estimation of
-    the patches against the bank, plus the rest times that of the image (see npid); Z is that of the first batch of
+    the patches against the bank, plus the rest times that of the image (see npid); Z is that of the first step's
     patches. Two heads: the image's is one linear layer; the patches' one for each patch, and one on the nine together.
     The bank keeps embeddings of images, not of patches. No permutation is classified. As in the authors' code but for
     posterizing, sharpening, solarizing and stretched contrast, which are left out; the temperature and the batch norms
@@ -52,6 +52,7 @@ class PIRL(BankTask):
 
     name = "pirl"
     paper = "Misra & van der Maaten 2020"
+    scaled = (("temperature", "0.07"),)
     recipes = (PIRL_VIEW, PIRL_PATCHES)
     n_inp = 4
     normalized = (True, True, False, False)

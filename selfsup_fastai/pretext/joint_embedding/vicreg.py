@@ -51,6 +51,7 @@ class VICReg(JointTask):
         "that of the invariance, or the rate is too high."
     )
     paper = "Bardes et al. 2021"
+    scaled = (("dim", "8,192"),)
     recipes = (BYOL_1, BYOL_2)
     passes = 2
     metrics = (found_pair, deviation)
