@@ -64,7 +64,8 @@ def scan_folder(
     photos, bad_photos = check_files([files[i] for i in others], n_workers)
     photos = photos.set_axis([others[i] for i in photos.index])
     places = {file: i for i, file in enumerate(files)}
-    rest = [{"file": files[i], **facts} for i, facts in enumerate(found) if "code" in facts and i not in set(others)]
+    seen = set(others)
+    rest = [{"file": files[i], **facts} for i, facts in enumerate(found) if "code" in facts and i not in seen]
     problems = pd.concat([pd.DataFrame(rest, columns=bad_photos.columns), bad_photos])
     return Scan(dicoms, photos, problems.set_axis([places[file] for file in problems["file"]]).sort_index(), len(files))
 

@@ -122,11 +122,18 @@ def same_contents(files: Iterable[str | os.PathLike]) -> list[list[Path]]:
     by_hash = defaultdict(list)
     for file in (file for group in by_size.values() if len(group) > 1 for file in group):
         try:
-            with open(file, "rb") as opened:
-                by_hash[hashlib.file_digest(opened, "blake2b").digest()].append(file)
+            by_hash[_digest(file)].append(file)
         except OSError:
             continue
     return [group for group in by_hash.values() if len(group) > 1]
+
+
+def _digest(file: Path) -> bytes:
+    digest = hashlib.blake2b()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.digest()
 
 
 def _count(n: int, what: str) -> str:

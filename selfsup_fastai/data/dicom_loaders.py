@@ -12,9 +12,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor
 
 from selfsup_fastai.data.blocks import Cover, OpenChecked
-from selfsup_fastai.data.images import as_size, say_counts, split_items
+from selfsup_fastai.data.images import as_size, say_counts, say_shared, split_items
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
-from selfsup_fastai.data.usable import check_window, seen_in, usable_items, with_columns
+from selfsup_fastai.data.usable import check_window, frames_in, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 
 
@@ -28,7 +28,7 @@ class OpenDicom(OpenChecked):
         n_in: int | None = None,  # Channels: 1 (CT: one wide window), 3 (CT: three), or None: as the image is
         window=None,  # As for `read_dicom`
     ):
-        check_window(window)
+        check_window(window, n_in)
         super().__init__(n_in)
         self.window = window
 
@@ -79,24 +79,30 @@ class DicomDataLoaders(DataLoaders):
     ) -> "DicomDataLoaders":
         """Loaders over the files named in a column of `df`, with labels of another.
 
-        Each frame of a file is an image with the file's label. All images of a patient are on one side of the split.
-        Raises `DataError` for columns that are not there, or where nothing can be read.
+        Each frame of a file is an image with the file's label, unless a column 'frame' says which one is meant. All
+        images of a patient are on one side of the split.
+        Labels of text or whole numbers are classes, numbers with a fraction are to be predicted as such.
+        Raises `DataError` for columns that are not there, for rows without a label, or where nothing can be read.
         """
         names, labels = _column(df, fn_col), label_col if isinstance(label_col, (list, tuple)) else [label_col]
         label_names = [_column(df, label) for label in labels]
-        table = df.assign(file=[Path(path) / str(name) for name in df[names]])
-        info, report = usable_items(list(table["file"]), None, max(as_size(size)), n_in, window)
+        _check_labels(df, label_names)
+        files = [Path(path) / str(name) for name in df[names]]
+        info, report = usable_items(files, None, max(as_size(size)), n_in, window, frames_in(df))
         if len(info) < 2:
             raise DataError(f"{len(info)} image(s) can be read; at least two are needed. {len(report)} were left out.")
-        info = with_columns(info, table).reset_index(drop=True)
-        splits = _splits(info, valid_col, valid_pct, seed, split_by)
+        rows = info["row"].to_numpy(int)
+        info = with_columns(info, df.drop(columns=[names, *label_names])).reset_index(drop=True)
+        splits = _splits(info, df, rows, valid_col, valid_pct, seed, split_by)
+        targets = [f"label: {name}" for name in label_names]  # the table's, whatever the images bring
+        info[targets] = df[label_names].iloc[rows].to_numpy(object)
         n_in = n_in or int(info["channels"].max())
         images = DicomBlock(n_in, window)
         images.type_tfms[0].seen = seen_in(info, window)
         block = DataBlock(
-            blocks=(images, _target(info, label_names, label_delim)),
+            blocks=(images, _target(df, label_names, label_delim)),
             get_x=ColReader("source"),
-            get_y=ColReader(label_names if len(label_names) > 1 else label_names[0], label_delim=label_delim),
+            get_y=ColReader(targets if len(targets) > 1 else targets[0], label_delim=label_delim),
             splitter=lambda _: splits,
             item_tfms=Cover(as_size(size)),
             batch_tfms=batch_tfms,
@@ -104,7 +110,7 @@ class DicomDataLoaders(DataLoaders):
         bs = fit_batch_size(bs, len(splits[0]))
         made = block.dataloaders(info, bs=bs, dl_type=IndexedDL, device=device, num_workers=num_workers)
         dls = cls(*made.loaders, path=".", device=made.device)
-        dls.report, dls.items_df = report, info.drop(columns="source")
+        dls.report, dls.items_df = report, info.drop(columns=["source", "row"])
         dls.items_df["is_valid"] = np.isin(np.arange(len(info)), splits[1])
         say_counts(*splits, n_in)
         return dls
@@ -120,15 +126,33 @@ def _column(df: pd.DataFrame, column: int | str) -> str:
     raise DataError(f"The DataFrame has no column {column!r}; its columns: {', '.join(map(str, df.columns))}.")
 
 
-def _splits(info: pd.DataFrame, valid_col, valid_pct: float, seed: int, by) -> tuple[list[int], list[int]]:
+def _check_labels(df: pd.DataFrame, labels: list[str]) -> None:
+    missing = df[labels].isna().any(axis=1).sum()
+    if missing:
+        raise DataError(f"{missing:,} of {len(df):,} rows have no label: drop them, df.dropna(subset={labels!r}).")
+
+
+def _splits(info: pd.DataFrame, df: pd.DataFrame, rows: np.ndarray, valid_col, valid_pct: float, seed: int, by):
+    """Places to train and to validate with."""
     if valid_col is None:
         return split_items(info, valid_pct, seed, by)
-    valid = info[_column(info, valid_col)].to_numpy(bool)
-    return np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()
+    valid = df[_column(df, valid_col)].iloc[rows]
+    if not valid.isin([True, False]).all():
+        raise DataError(
+            f"valid_col={valid_col!r} must be true or false (or 1 and 0) in every row, not text or missing."
+        )
+    valid = valid.to_numpy(bool)
+    if valid.all() or not valid.any():
+        raise DataError(f"valid_col={valid_col!r} leaves no image to {'train' if valid.all() else 'validate'} with.")
+    splits = np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist()
+    if "patient" in info:
+        say_shared(info, *splits)
+    return splits
 
 
-def _target(info: pd.DataFrame, labels: list[str], delim: str | None) -> TransformBlock:
+def _target(df: pd.DataFrame, labels: list[str], delim: str | None) -> TransformBlock:
     """By what the labels are: numbers with a fraction, several words, or one of some."""
-    if len(labels) > 1 or pd.api.types.is_float_dtype(info[labels[0]]):
+    numbers = [pd.api.types.is_float_dtype(df[name]) and (df[name] % 1 != 0).any() for name in labels]
+    if len(labels) > 1 or numbers[0]:
         return RegressionBlock(n_out=len(labels))
     return MultiCategoryBlock if delim else CategoryBlock

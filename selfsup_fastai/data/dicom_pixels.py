@@ -6,7 +6,7 @@ the file asks for it), float32 in [0, 1]. Anything that goes wrong is a `BadImag
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -47,7 +47,7 @@ T = TypeVar("T")
 class DicomImage(os.PathLike):
     """One image within a DICOM file, and how it is to be seen: an item of a data set."""
 
-    path: str
+    path: str = field(repr=False)  # It may name a patient
     frame: int = 0
     window: WindowSetting = None
     limits: tuple[float, float] | None = None
@@ -56,9 +56,8 @@ class DicomImage(os.PathLike):
     def __post_init__(self):
         object.__setattr__(self, "path", os.fspath(self.path))
         for name in "window", "limits":  # lists, too, are to be equal and to have a hash
-            value = getattr(self, name)
-            if isinstance(value, (list, np.ndarray)):
-                object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        object.__setattr__(self, "frame", int(self.frame))
 
     def __fspath__(self) -> str:
         return self.path
@@ -82,6 +81,13 @@ class DicomImage(os.PathLike):
     def read(self) -> tuple[np.ndarray, DicomInfo]:
         """As `read_dicom`."""
         return read_dicom(self.path, self.frame, self.window, self.n_in, self.limits)
+
+
+def _plain(value: object) -> object:
+    """Tuples in place of lists, Python's numbers in place of NumPy's."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def read_dicom(

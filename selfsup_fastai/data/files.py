@@ -196,7 +196,8 @@ def _all_done(crew: "_Crew", found: list[Facts | None], what: str) -> None:
     """Fills in what is found of the files that the crew is to try."""
     notebook = "ipykernel" in sys.modules  # its stderr is no terminal, yet can show a bar
     bar = tqdm(total=sum(crew.sizes.values()), desc=what, unit="file", delay=1, disable=False if notebook else None)
-    with bar, crew:
+    with bar, crew, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # files that threads of this process try: filters are global
         for _ in range(crew.n_jobs):
             i, found[i], array = crew.result()
             if crew.keeper:

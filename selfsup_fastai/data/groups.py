@@ -17,10 +17,14 @@ from selfsup_fastai.messages import say
 
 __all__ = ["LEVELS", "assert_disjoint", "duplicates_across", "groups_of", "pixel_hash", "texts_of"]
 
+_MOST_NAMES = 2
+"""Patient ids that one patient may go by."""
+
 LEVELS = ("patient", "study", "series")
 """Columns that tell whom an image is of, the best first: where one is blank, the next stands in."""
 
 _TIES = (*LEVELS, "instance", "pixel_hash", "file")  # what two rows of one group have in common
+_COPIES = ("instance", "pixel_hash")  # of these, what two copies of an image have in common
 _IN_WORDS = {
     "patient": "patient(s)",
     "study": "study(s)",
@@ -44,12 +48,15 @@ def groups_of(
     Duplicates are merged before any split: rows that share an instance, a file or the same pixels are in one group even
     under two patient ids. The same picture under two names is most often one patient with two names; merging keeps
     every image and makes a leak impossible, where leaving out one of the two would only do so for the copies found. A
-    study or series under two patient ids ties these, too.
+    study or series under two patient ids ties these, too. What is found under more than two patients is no copy of a
+    patient's image but a start screen, a test pattern or a number that never changes, and ties nobody.
     """
     table = _with_hashes(table, pixel_hashes)
     if not set(LEVELS) & set(table.columns):
         raise DataError(f"The table has none of the columns {', '.join(LEVELS)}. For another one use GroupSplitter.")
     ties = {name: texts_of(table[name]) for name in _TIES if name in table.columns}
+    if "patient" in ties:
+        ties |= {name: _of_few(ties[name], ties["patient"]) for name in _COPIES if name in ties}
     _say_nameless(ties, len(table))
     names = _names(ties, table.index)
     groups = names.groupby(_tied(ties, len(table))).transform("min")
@@ -71,6 +78,13 @@ def texts_of(column: pd.Series) -> np.ndarray:
     """Texts, '' where there is nothing but blanks."""
     blank = column.isna().to_numpy()
     return np.array(["" if b else str(value).strip() for value, b in zip(column, blank)], object)
+
+
+def _of_few(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """The values, '' for those that more than two patients have."""
+    pairs = pd.DataFrame({"value": values, "patient": patients}).query("patient != ''").drop_duplicates()
+    counts = pairs["value"].value_counts()
+    return np.where(pd.Series(values).isin(counts.index[counts > _MOST_NAMES]), "", values)
 
 
 def _say_nameless(ties: dict[str, np.ndarray], n: int) -> None:

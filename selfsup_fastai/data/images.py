@@ -23,27 +23,12 @@ from selfsup_fastai.data.files import as_paths, find_files
 from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups_of
-from selfsup_fastai.data.usable import check_window, seen_in, usable_items, with_columns
+from selfsup_fastai.data.usable import OURS, check_window, frames_in, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.seeding import preserved_rng
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
-_OF_FILES = (
-    "file",
-    "source",
-    "item",
-    "width",
-    "height",
-    "mode",
-    "format",
-    "frames",
-    "channels",
-    "bits",
-    "max",
-    "pixel_hash",
-)
-"""Columns of `items_df` that tell of the file; the others are facts, for tasks that ask about them."""
 
 
 class UnlabeledDataLoaders(DataLoaders):
@@ -119,11 +104,12 @@ class UnlabeledDataLoaders(DataLoaders):
         _check_settings(**kwargs)
         files, side = as_paths(files), max(as_size(kwargs.get("size", 128)) or (128,))
         with _keeping(files, **kwargs) as kept:
-            info, report = usable_items(files, kept, side, kwargs.get("n_in"), kwargs.get("window"))
+            frames = None if facts is None else frames_in(facts)
+            info, report = usable_items(files, kept, side, kwargs.get("n_in"), kwargs.get("window"), frames)
             if kept:
                 kept.fill(info.index)  # what changed while it was read
             if facts is not None:
-                info = with_columns(info, facts.drop(columns=list(_OF_FILES), errors="ignore").assign(file=files))
+                info = with_columns(info, facts)
             return cls._from_items(list(info["source"]), info, report, kept, **kwargs)
 
     @classmethod
@@ -138,7 +124,8 @@ class UnlabeledDataLoaders(DataLoaders):
         """Loaders over the files named in a column of `df`.
 
         The other columns are facts: they become columns of `items_df`, and tasks may ask about them: whose image it is
-        ('patient'), of which study or series; or which labels come with it.
+        ('patient'), of which study or series; or which labels come with it. A column 'frame' says which frame of a
+        DICOM file a row is about, else each frame is an image. Columns that images bring themselves stay theirs.
         """
         if not isinstance(df, pd.DataFrame):
             raise DataError(f"from_df takes a pandas DataFrame, got {type(df).__name__}.")
@@ -252,7 +239,7 @@ class UnlabeledDataLoaders(DataLoaders):
             dl.rng.seed(random.getrandbits(62))
         dls = cls(*loaders.loaders, path=".", device=loaders.device)  # never write into the folder of images
         dls.report = report.reset_index(drop=True)
-        dls.items_df = info.drop(columns="source", errors="ignore").reset_index(drop=True)
+        dls.items_df = info.drop(columns=["source", "row"], errors="ignore").reset_index(drop=True)
         dls.items_df["is_valid"] = np.isin(np.arange(len(items)), valid)
         say_counts(train, valid, n_in)
         return dls
@@ -282,11 +269,21 @@ def split_items(
     by = by or _default_split(info)
     if by == "random":
         return split(len(info), valid_pct, seed)
+    if by in OURS:
+        raise DataError(f"The images cannot be split by {by!r}: that column is their own. Give yours another name.")
     if by not in info:
         why = "Only DICOM files tell it." if by == "patient" else f"There are: {', '.join(map(str, info.columns))}."
         raise DataError(f"The images cannot be split by {by!r}: nothing is known of it. {why}")
     splitter = PatientSplitter if by == "patient" else partial(GroupSplitter, by)
     return splitter(valid_pct=valid_pct, seed=seed)(info.reset_index(drop=True))
+
+
+def say_shared(info: pd.DataFrame, train: list[int], valid: list[int]) -> None:
+    """Says how many patients are on both sides of a split that somebody else made."""
+    known = info["patient"].where(info["patient"] != "")
+    shared = len(set(known.iloc[train].dropna()) & set(known.iloc[valid].dropna()))
+    if shared:
+        say(f"{shared:,} patients are among the images to train and to validate with: figures will be too good.")
 
 
 def _default_split(info: pd.DataFrame) -> str:
@@ -296,13 +293,15 @@ def _default_split(info: pd.DataFrame) -> str:
         n_groups = groups_of(info).nunique()
     if n_groups > 1:
         return "patient"
-    say("All images are of one patient: they are split at random, and validation will look better than it is.")
+    one = info["patient"].replace("", np.nan).nunique() <= 1
+    who = "of one patient" if one else "tied to each other (by a study, a series or a picture that patients share)"
+    say(f"All images are {who}: they are split at random, and validation will look better than it is.")
     return "random"
 
 
 def _facts(info: pd.DataFrame) -> pd.DataFrame | None:
     """The columns that tell more than what the files are; None where there are none."""
-    facts = info.drop(columns=list(_OF_FILES), errors="ignore")
+    facts = info.drop(columns=list(OURS - {"frame", "are_scans", "flags"}), errors="ignore")
     return facts if len(facts.columns) else None
 
 
@@ -370,7 +369,7 @@ def _check_settings(
     if num_workers is not None and not _is_count(num_workers, 0):
         raise DataError(f"num_workers is the number of processes, 0 for none, or None; got {num_workers!r}.")
     check_cache(cache, max_gb)
-    check_window(window)
+    check_window(window, n_in)
     if split_by is not None and not isinstance(split_by, str):
         raise DataError(f"split_by is 'patient', 'random' or the name of a column; got {type(split_by).__name__}.")
 

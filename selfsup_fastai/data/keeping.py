@@ -32,7 +32,14 @@ DECODER = 1
 """Counts changes of what `decode` makes of an image: pixels that an older one made are not used."""
 
 _DECODERS = [DECODER, PIL.__version__, features.version("jpg")]
-_FLEETING = {"missing", "no_permission", "timeout", "crashed", "memory"}  # another time the file may be read
+_FLEETING = {
+    "missing",
+    "no_permission",
+    "timeout",
+    "crashed",
+    "out_of_memory",
+    "no_decoder",
+}  # another time the file may be read
 _FLUSH_BYTES, _FLUSH_SECONDS = 64 << 20, 2.0
 _MANY = 2_000  # images that take a while
 _SAMPLE = 64  # images after which it is clear how much room all of them take
@@ -53,7 +60,7 @@ class Keeping(ABC):
         self.items, self.windows, self.n_in = items, size, n_in
         self.size: tuple[int, int] | None = size
         self.n_new = len(items)  # images to be decoded, less those that turned out to be broken
-        self.n_kept, self.bytes_kept = 0, 0
+        self.n_kept, self.bytes_kept, self.n_sampled = 0, 0, 0
 
     def known(self, number: int) -> Facts | None:
         """What the check would say of item `number`, where nothing needs to be done again."""
@@ -64,6 +71,7 @@ class Keeping(ABC):
         first = len(self.items)
         self.items = [*self.items, *items]
         self.n_new += len(items)
+        self.n_sampled = 0  # these may be of another size
         return _More(self, first)
 
     @abstractmethod
@@ -78,10 +86,10 @@ class Keeping(ABC):
             return
         try:
             self._write(number, array)
-            self.n_kept += 1
+            self.n_kept, self.n_sampled = self.n_kept + 1, self.n_sampled + 1
             self.bytes_kept += padded(array.nbytes)
-            if self.n_kept == min(_SAMPLE, self.n_new):
-                self._make_room(int(self.bytes_kept / self.n_kept * self.n_new))
+            if self.n_sampled == min(_SAMPLE, self.n_new):
+                self._make_room(int(self.bytes_kept / self.n_kept * max(self.n_new, self.n_kept)))
             self._written()
         except (OSError, sqlite3.Error) as error:
             self._fail(error)
@@ -272,7 +280,8 @@ class OnDisk(Keeping):
     def _facts_key(self, number: int) -> bytes | None:
         """Facts depend on the scale at which an image is decoded: noise in the colors is gone at a small one."""
         key = self.keys[number]
-        return key and key + max(self.windows).to_bytes(4, "big")
+        channels = b"" if not hasattr(self.items[number], "settings") else bytes([self.n_in or 0])  # DICOM: read so
+        return key and key + max(self.windows).to_bytes(4, "big") + channels
 
     def has(self, number):
         return self.keys[number] in self.places or self.keys[number] in self.new_places
@@ -293,7 +302,10 @@ class OnDisk(Keeping):
         self._write_what_is_there()
         self.keys = [*self.keys, *map(self.cache.key, items)]
         more = super().add(items)
-        self._look()
+        try:
+            self._look()
+        except CacheUnusable as error:
+            self._stop(str(error))
         return more
 
     def _write_what_is_there(self) -> None:

@@ -11,7 +11,7 @@ from fastcore.foundation import L
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
-from selfsup_fastai.data.images import split, split_items
+from selfsup_fastai.data.images import say_shared, split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
@@ -56,6 +56,9 @@ def labeled_files(
         table = _with_classes(ok, root).reset_index(drop=True)
         table = table.assign(is_valid=np.isin(table.index, _valid_rows(table, valid_pct, seed)))
     _check_classes(table, root)
+    if parts and "patient" in table:
+        valid = table["is_valid"].to_numpy(bool)
+        say_shared(table, np.flatnonzero(~valid).tolist(), np.flatnonzero(valid).tolist())
     outside = ok["file"][~ok["file"].isin(table["file"])].drop_duplicates()
     message = "Lies outside of the folders of classes."
     report = pd.concat([report, pd.DataFrame({"file": outside, "code": "no_class", "message": message})])

@@ -303,8 +303,8 @@ def answer(asked: dict) -> tuple[dict[str, object], np.ndarray | None]:
     """What `main` answers to a request: facts, or code and message; and pixels, if they were asked for."""
     try:
         return ANSWERS[asked.get("what", "image")](asked)
-    except BadImage as err:
-        return {"code": err.code, "message": str(err)}, None
+    except DataError as err:  # of a setting that does not suit this file, too
+        return {"code": getattr(err, "code", "unsupported"), "message": str(err)}, None
 
 
 def _image(asked: dict) -> tuple[Facts, np.ndarray | None]:

@@ -139,12 +139,13 @@ def depth(image: Image.Image) -> tuple[int, int | float | None]:
 def pixel_hash(
     array: np.ndarray,  # Decoded pixels of one image, of any shape
 ) -> str:
-    """32 hex digits that two arrays share if shape, dtype and values are the same; '' where all values are one.
+    """32 hex digits that two arrays share if shape, dtype and values are the same; '' where all pixels are alike.
 
     Byte order in memory does not count. An empty picture (slices above the head are) tells of no patient, so it ties
     none to another.
     """
-    if array.size == 0 or (array == array.flat[0]).all():
+    pixels = array.reshape(-1, 3) if array.ndim == 3 and array.shape[-1] == 3 else array.reshape(-1, 1)
+    if array.size == 0 or (pixels == pixels[0]).all():
         return ""
     plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     digest = blake2b(f"{plain.shape} {plain.dtype.str}".encode(), digest_size=16)

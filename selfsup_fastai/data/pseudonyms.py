@@ -10,6 +10,7 @@ import secrets
 from functools import lru_cache
 
 from selfsup_fastai.data.secret import cache_folder, secret_of
+from selfsup_fastai.messages import say
 
 __all__ = ["KINDS", "pseudonym"]
 
@@ -40,4 +41,5 @@ def _key(*_places: str | None) -> bytes:
     try:
         return secret_of(cache_folder())
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        say("The cache folder cannot be used: pseudonyms, and splits by patient, are others in the next run.")
         return secrets.token_bytes(32)

@@ -60,6 +60,14 @@ def as_window(
     raise DataError(f"window is {kinds}; got {window!r}.")
 
 
+def is_three(
+    window: WindowSetting,
+) -> bool:
+    """Whether three windows are asked for. Raises what `as_window` does."""
+    asked = as_window(window)
+    return isinstance(asked, tuple) and len(asked) == 3
+
+
 def _is_pair(window: object) -> bool:
     return isinstance(window, Sequence) and len(window) == 2 and not any(isinstance(w, str) for w in window)
 

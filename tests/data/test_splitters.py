@@ -227,6 +227,13 @@ def test_groups_agree_with_a_search_of_the_graph():
             assert partition(groups_of(table)) == {frozenset(np.flatnonzero(row).tolist()) for row in reach}
 
 
+def test_a_picture_of_many_patients_ties_nobody():
+    """A start screen or a test pattern under five names; two names for one picture are one patient."""
+    table = pd.DataFrame({"patient": list("abcdefg"), "pixel_hash": ["s"] * 5 + ["t"] * 2, "instance": ["1"] * 7})
+    with quiet():
+        assert partition(groups_of(table)) == {frozenset([i]) for i in range(5)} | {frozenset([5, 6])}
+
+
 def test_mistakes_in_tables():
     with pytest.raises(DataError, match="none of the columns patient, study, series"):
         groups_of(pd.DataFrame({"file": ["a"]}))

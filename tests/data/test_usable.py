@@ -10,6 +10,7 @@ from selfsup_fastai.data import usable
 from selfsup_fastai.data.dicom_loaders import DicomDataLoaders
 from selfsup_fastai.data.dicom_pixels import DicomImage, read_dicom
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_files
 from selfsup_fastai.data.opening import open_image
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
@@ -63,7 +64,7 @@ def test_mixed_folders_get_one_wide_channel_and_colors_three(tmp_path, capsys):
     slices(tmp_path / "mr", 3, "B", "MR")
     dls = loaders(tmp_path)
     assert dls.valid.one_batch()[0].shape[1] == 1
-    assert "one wide window and one channel for all" in capsys.readouterr().err
+    assert "seen in one wide window" in capsys.readouterr().err
     first = dls.items_df.index[dls.items_df["modality"] == "CT"][0]
     item = (dls.train_ds if not dls.items_df["is_valid"][first] else dls.valid_ds).items[0]
     assert isinstance(item, DicomImage) and item.n_in in (1, None)
@@ -212,3 +213,105 @@ def test_a_ct_that_nobody_rescaled_is_said_aloud(tmp_path, capsys):
         assert "1 of 4 images: a CT without rescale: the values may not be Hounsfield units" in said
         assert "4 of 4 images: a CT whose values lie within 0..4095" in said
     assert sorted(dls.items_df["flags"]) == ["no_rescale, suspicious_range"] + ["suspicious_range"] * 3
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cines(tmp_path):
+    """Four files of three frames, of four patients."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 250, (4, 3, 24, 24)).astype(np.uint16)
+    names = [write_dicom(tmp_path / f"x{i}", frames[i], "US", PatientID=f"P{i}").name for i in range(4)]
+    return tmp_path, names
+
+
+def labels_of(dls) -> dict[tuple, str]:
+    """(file, frame) -> label, from what the loaders hand out."""
+    found = {}
+    for dl in (dls.train.new(shuffle=False, drop_last=False, bs=4), dls.valid):
+        items = [dl.dataset.items.iloc[i] for i in range(len(dl.dataset))]
+        named = [dls.vocab[int(y)] for _, ys in dl for y in ys]
+        found |= {(row["file"].name, row["frame"]): label for row, label in zip(items, named, strict=True)}
+    return found
+
+
+def test_labels_go_with_their_rows_and_frames(cines):
+    folder, names = cines
+    table = pd.DataFrame({"name": names, "label": list("abab")})
+    dls = DicomDataLoaders.from_df(table, folder, size=24, bs=2)
+    assert labels_of(dls) == {(f"x{i}", k): "abab"[i] for i in range(4) for k in range(3)}
+    rows = [(f"x{i}", k, "abc"[(i + k) % 3]) for i in range(4) for k in range(3)]
+    table = pd.DataFrame(rows, columns=["name", "frame", "label"]).sample(frac=1, random_state=0)
+    dls = DicomDataLoaders.from_df(table, folder, label_col="label", size=24, bs=2)
+    assert labels_of(dls) == {(name, k): label for name, k, label in rows}
+    with pytest.raises(DataError, match="8 rows name a file of several frames that"):
+        DicomDataLoaders.from_df(table.drop(columns="frame"), folder, label_col="label", size=24)
+
+
+def test_columns_of_a_table_never_replace_those_of_the_images(cines, capsys):
+    folder, names = cines
+    about = {"source": list("wxyz"), "channels": 2, "width": 7, "position": 9.0, "hospital": list("aabb")}
+    table = pd.DataFrame({"name": names, "label": list("abab"), **about})
+    dls = DicomDataLoaders.from_df(table, folder, size=24, bs=2)
+    assert dls.one_batch()[0].std() > 0.1 and (dls.items_df["width"] == 24).all()
+    assert "not taken from it: source, channels, width, position" in capsys.readouterr().err
+    unlabeled = UnlabeledDataLoaders.from_df(table, folder, size=24, bs=2, split_by="hospital")
+    assert unlabeled.items_df.groupby("hospital")["is_valid"].nunique().tolist() == [1, 1]
+    with pytest.raises(DataError, match="split by 'source': that column is their own"):
+        UnlabeledDataLoaders.from_df(table, folder, size=24, bs=2, split_by="source")
+
+
+def test_columns_that_say_nonsense_are_refused(cines):
+    folder, names = cines
+    table = pd.DataFrame({"name": names, "label": list("abab"), "v": ["False", "True"] * 2, "all": True})
+    for column, said in {"v": "must be true or false", "all": "leaves no image to train"}.items():
+        with pytest.raises(DataError, match=said):
+            DicomDataLoaders.from_df(table, folder, size=24, bs=2, valid_col=column)
+    with pytest.raises(DataError, match="1 of 4 rows have no label"):
+        DicomDataLoaders.from_df(table.assign(label=["a", "b", None, "b"]), folder, label_col="label", size=24)
+    with pytest.raises(DataError, match="holds the number of a frame"):
+        UnlabeledDataLoaders.from_df(table.assign(frame=["first"] * 4), folder, size=24)
+
+
+def test_whole_numbers_are_classes_and_fractions_are_not(cines):
+    folder, names = cines
+    for values, n in (([0.0, 1.0] * 2, 2), ([0.5, 1.25, 2.0, 3.0], None)):
+        dls = DicomDataLoaders.from_df(pd.DataFrame({"name": names, "y": values}), folder, size=24, bs=2)
+        assert (len(dls.vocab) if n else None) == n and dls.one_batch()[1].is_floating_point() == (n is None)
+
+
+def test_grey_first_or_color_first_makes_no_difference(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        write_dicom(tmp_path / f"{i}", rng.integers(0, 255, (24, 24, 3)).astype(np.uint8), "US", PatientID=f"P{i}")
+    assert [loaders(tmp_path, n_in=n).one_batch()[0].shape[1] for n in (None, 1, None, 3, None)] == [3, 1, 3, 3, 3]
+
+
+def test_three_windows_for_all_or_a_refusal(tmp_path):
+    slices(tmp_path / "ct", 3, "A")
+    slices(tmp_path / "mr", 3, "B", "MR")
+    with pytest.raises(DataError, match="Three windows are three channels"):
+        loaders(tmp_path, window=["lung", "bone", "brain"], n_in=1)
+    dls = loaders(tmp_path, window=[[1500, -600], "bone", (np.int64(80), 40)])
+    assert dls.report.empty and dls.one_batch()[0].shape[1] == 3
+
+
+def test_air_ties_no_patients(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        for k in range(3):
+            array = rng.integers(-500, 500, (24, 24)) if k else np.zeros((24, 24))
+            about = {"PatientID": f"P{i}", "StudyInstanceUID": f"1.5.{i + 1}", "SeriesInstanceUID": f"1.6.{i + 1}"}
+            write_dicom(tmp_path / f"{i}-{k}", array.astype(np.int16), "CT", **about)
+    items = loaders(tmp_path, valid_pct=0.3).items_df
+    assert (items.groupby("patient")["is_valid"].nunique() == 1).all() and items["is_valid"].sum() == 6
+
+
+def test_train_and_valid_folders_that_share_patients_are_named(tmp_path, capsys):
+    for part in ("train", "valid"):
+        for i in range(4):
+            slices(tmp_path / part / "ab"[i % 2], 1, f"P{i}", seed=i)[0].rename(tmp_path / part / "ab"[i % 2] / f"{i}")
+    labeled_files(tmp_path)
+    assert "4 patients are among the images to train and to validate with" in capsys.readouterr().err
