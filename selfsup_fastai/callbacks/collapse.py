@@ -56,19 +56,20 @@ class Signals(Columns):
         views=None,  # Of `alignment`: 'photo', 'scan', 'microscopy' or fields of a recipe; None: by the images
     ):
         super().__init__()
-        self.n, self.views, self.parts = n, views, None
+        self.n, self.views, self.parts, self.of_scans = n, views, None, False
 
     def before_fit(self):
         super().before_fit()
         if self.run and self.parts is None:
             plain = derive_loaders(self.dls, dl_type=IndexedDL, drop=_questions(self.dls.valid))
+            self.of_scans = are_scans(plain)
             rest = self.n - len(plain.valid.dataset)
             parts = _some(plain.valid, self.n), _some(_as_valid(plain), rest) if rest > 0 else None
             self.parts = [part for part in parts if part is not None]
 
     def look(self, encoder: nn.Module) -> dict[str, float]:
         """The four numbers of an encoder as it is now; once a run has begun."""
-        pairs = _Pairs(encoder, for_scans(self.views) if are_scans(self.dls) else self.views)
+        pairs = _Pairs(encoder, for_scans(self.views) if self.of_scans else self.views)
         both = torch.cat([embed(pairs, part).x for part in self.parts])
         x, y = both.chunk(2, 1)
         return {

@@ -9,6 +9,7 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.maps import undisturbed
 from selfsup_fastai.encoders.masked_vit import patch_size, takes_some_patches, through_blocks
 from selfsup_fastai.encoders.split import pooled
+from selfsup_fastai.errors import TaskError
 
 STEP, LEAST = 8, 16  # Pixels: sides are multiples of 8, and at least 16
 
@@ -36,6 +37,24 @@ def crop_side(
         least = max(LEAST, 2 * step)
     first = nearest_side(share * encoder.side, step, least)
     return next((side for side in range(first, encoder.side, step) if _runs(encoder, side)), encoder.side)
+
+
+def check_takes_parts(
+    encoder: Encoder,
+    side: int,  # Of the parts, in pixels
+    task: str,  # Name, for the message
+) -> None:
+    """Raises `TaskError` where a task shows the network parts of images that are too small for it.
+
+    Networks of one fixed size are given them enlarged.
+    """
+    if encoder.fixed_size or _runs(encoder, side):
+        return
+    least = next((s for s in range(side + 1, encoder.side) if _runs(encoder, s)), encoder.side)
+    raise TaskError(
+        f"{task} shows the network parts of {side} pixels a side, and {encoder.arch} takes no less than {least}. Take "
+        f"images of {math.ceil(encoder.side * (least + 1) / side)} pixels, or another network, such as resnet18."
+    )
 
 
 def crop_cost(encoder: Encoder, side: int) -> float:

@@ -1,12 +1,16 @@
 """Small crops: at which side, at what cost, and that a vision transformer's positions are interpolated for them."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
+from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.encoders.crops import crop_cost, crop_features, crop_side, nearest_side
 from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pretext.learner import pretext_learner
 
 SHARE = 96 / 224
 
@@ -79,3 +83,21 @@ def test_a_network_of_any_size_takes_them_as_they_are():
     with torch.no_grad():
         assert torch.equal(crop_features(encoder, x), encoder(x))
     assert crop_cost(encoder, 24) == (24 / 64) ** 2
+
+
+@pytest.mark.parametrize(
+    "task, side, parts, enough",
+    [("jigsaw", 96, 24, 132), ("pirl", 96, 24, 132), ("relative_position", 100, 22, 150), ("counting", 48, 24, 66)],
+)
+def test_parts_that_are_too_small_for_a_network_are_refused_before_training_with_a_size_that_does(
+    task, side, parts, enough
+):
+    """ConvNeXt halves the side five times, and of less than 32 pixels nothing is left."""
+    images = [np.random.default_rng(0).integers(0, 256, (8, s, s, 3), dtype=np.uint8) for s in (side, enough)]
+    small, large = (UnlabeledDataLoaders.from_array(x, size=None, bs=2, valid_pct=0.25) for x in images)
+    said = f"{task} shows the network parts of {parts} pixels a side, and convnext_atto takes no less than 32. Take "
+    with pytest.raises(TaskError, match=f"{said}images of {enough} pixels"):
+        pretext_learner(small, task, "convnext_atto")
+    learn = pretext_learner(large, task, "convnext_atto")
+    n = learn.dls.n_inp
+    learn.model(*learn.dls.train.one_batch()[:n])

@@ -27,6 +27,12 @@ def test_loss_is_cross_entropy_with_the_groups_of_training_images():
     expected = -torch.stack([row.log_softmax(0)[i % 4] for row, i in zip(net.head(net.encoder(x[:, 0])), idx)])
     torch.testing.assert_close(learn.task.loss(pred, target, reduction="none"), expected)
     torch.testing.assert_close(learn.task.loss(pred, target), expected.mean())
+    logits = pred[0].detach().requires_grad_()
+    learn.task.loss((logits, clusters), target).backward()
+    wanted = pred[0].detach().softmax(1)
+    for i, cluster in enumerate(idx.tolist()):
+        wanted[i, cluster % 4] -= 1
+    torch.testing.assert_close(logits.grad, wanted / 15)  # worked out by hand
 
 
 def test_new_images_are_asked_what_the_whole_of_them_is():

@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from selfsup_fastai.callbacks.ema import EMATeacher
+from selfsup_fastai.callbacks.fill import FillForRates
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.data.recipes import MOCO
 from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.encoders.memories import FeatureQueue
 from selfsup_fastai.errors import SelfsupError, TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.joint import found_pair
@@ -168,10 +170,31 @@ def test_how_often_the_queue_holds_an_images_own_key(share, own):
 
 
 def test_callbacks_and_views():
-    teacher, memories = get_task("moco", momentum=0.9).callbacks()
+    teacher, memories, fill = get_task("moco", momentum=0.9).callbacks()
     assert isinstance(teacher, EMATeacher) and (teacher.start, teacher.shape) == (0.9, "constant")
-    assert isinstance(memories, KeepMemories)
+    assert isinstance(memories, KeepMemories) and isinstance(fill, FillForRates)
     assert get_task("moco").recipe(0, 3, 64) == get_task("moco").recipe(1, 3, 64) == MOCO
+
+
+@pytest.mark.parametrize("task", ["moco", "rotation+moco"])
+def test_the_rate_finder_meets_a_full_queue_and_leaves_no_trace(task):
+    """Against random directions the loss of the first step is low, and soon four times as high: the finder's end."""
+    learn, seen = small_learner(task, loaders(pictures(64), bs=8)), []
+    (queue,) = (m for m in learn.model.modules() if isinstance(m, FeatureQueue))
+    rows = queue.rows.clone()
+
+    class Watch(Callback):
+        def before_batch(self):
+            seen.append(queue.is_full)
+
+    learn.add_cb(Watch())
+    learn.lr_find(num_it=24, show_plot=False)
+    assert len(learn.recorder.losses) == 24 and all(seen)
+    assert torch.equal(queue.rows, rows) and queue.entered == 0 and queue._noted == []
+    seen.clear()
+    with learn.no_logging():
+        learn.fit(1, 0.0)
+    assert not seen[0]
 
 
 def test_under_autocast_similarities_are_float32():

@@ -30,7 +30,10 @@ def test_the_loss_is_the_squared_distance_to_the_code():
     expected = torch.stack([((a - b) ** 2).sum() for a, b in pred])
     task = get_task("nat")
     torch.testing.assert_close(task.loss(pred, None, reduction="none"), expected)
-    torch.testing.assert_close(task.loss(pred, None), expected.mean())
+    loss = task.loss(pred, None)
+    torch.testing.assert_close(loss, expected.mean())
+    loss.backward()
+    torch.testing.assert_close(pred.grad[:, 0], 2 * (pred[:, 0] - pred[:, 1]).detach() / 5)
     assert (expected >= 0).all() and (expected <= 4).all()
 
 

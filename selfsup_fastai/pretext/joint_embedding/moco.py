@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup_fastai.callbacks.ema import EMATeacher
+from selfsup_fastai.callbacks.fill import FillForRates
 from selfsup_fastai.callbacks.memories import KeepMemories
 from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.recipes import MOCO
@@ -41,6 +42,9 @@ class MoCo(JointTask):
     likelier it holds an image's own key of the epoch before, as a negative: at a quarter for 3 % of the queries, at the
     number of images for half of them. And the momentum, constant as the authors', which suits the run's length: theirs
     are .999 for a million steps and .99 for the 19,400 of their CIFAR-10 notebook.
+
+    As in the authors' code the queue starts with random directions, far from everything: the loss is low at first and
+    rises until keys have filled it. For `lr_find` it is filled before the first step.
 
     Guards: an own key could be known by its batch norms, which have seen the query's batch, while the queue's have seen
     other batches. The authors shuffle the keys over 8 devices, and on one device split all batch norms into 8 groups
@@ -100,7 +104,7 @@ class MoCo(JointTask):
         return QueryAndKey(encoder, projector, queue, self.temperature, self.groups)
 
     def callbacks(self):
-        return [EMATeacher(self.momentum, shape="constant"), KeepMemories()]
+        return [EMATeacher(self.momentum, shape="constant"), KeepMemories(), FillForRates()]
 
     def loss(self, pred, target, reduction="mean"):
         (query, key), negatives = pred[0].unbind(1), pred[1]

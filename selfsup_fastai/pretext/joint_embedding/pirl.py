@@ -9,6 +9,7 @@ from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.recipes import PIRL_PATCHES, PIRL_VIEW
 from selfsup_fastai.data.views import random_view
+from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.encoders.invariant import InvariantHeads, invariant_heads
 from selfsup_fastai.losses import invariant_loss
 from selfsup_fastai.pictures import draw_rows, mosaic
@@ -80,6 +81,8 @@ class PIRL(BankTask):
 
     def setup(self, dls, encoder):
         super().setup(dls, encoder)
+        if self.transform == "jigsaw":
+            check_takes_parts(encoder, tile_side(encoder.side), self.name)
         self.passes = self._passes(encoder.fixed_size)
 
     def _passes(self, fixed_size: object) -> float:
@@ -100,7 +103,7 @@ class PIRL(BankTask):
     def patches(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Nine patches of each image in random order, (B, 9, C, t, t)."""
         x = self.view(x, 1, generator, **NOWHERE)
-        tiles = random_tiles(x, x.shape[-1] // 3 * 3 // 4, generator)
+        tiles = random_tiles(x, tile_side(x.shape[-1]), generator)
         tiles = self.view(tiles.flatten(0, 1), 1, generator, **WHOLE).unflatten(0, (len(x), 9))
         order = torch.rand(len(x), 9, generator=generator, device=x.device).argsort(1)
         return tiles[torch.arange(len(x), device=x.device).unsqueeze(1), order]
@@ -126,6 +129,11 @@ class PIRL(BankTask):
         beside = [mosaic(tiles, side) if len(tiles) == 9 else tiles[0] for tiles in changed]
         said = [f"image {i} | {what}" if pred is None else f"cosine {pred[i]:.2f}" for i in range(len(views))]
         return draw_rows(list(zip(views[:, 0], beside)), said, ctxs, figsize)
+
+
+def tile_side(side: int) -> int:
+    """3/4 of a cell of a 3 x 3 grid on images of this side, in pixels."""
+    return side // 3 * 3 // 4
 
 
 class InvariantNet(nn.Module):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.colors import some_grey
 from selfsup_fastai.data.halving import KERNELS, halved
+from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
@@ -79,6 +80,7 @@ class Counting(PretextTask):
     def setup(self, dls, encoder):
         if dls.train.bs is not None and dls.train.bs < 2:
             raise TaskError("counting compares images of a batch: it needs a batch size of 2 or more, not 1.")
+        check_takes_parts(encoder, encoder.side // 2, self.name)
         self.passes = 5 if encoder.fixed_size else 5 / 4
 
     def make_batch(self, x, *, generator, train, idx=None):

@@ -12,6 +12,7 @@ from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.colors import FRINGES, some_grey, without_fringes
 from selfsup_fastai.data.patches import random_tiles
 from selfsup_fastai.data.views import center_square
+from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows, mosaic
 from selfsup_fastai.pretext.base import PretextTask, class_loss
@@ -94,10 +95,15 @@ class Jigsaw(PretextTask):
         self.passes = self._area()
 
     def setup(self, dls, encoder):
+        check_takes_parts(encoder, self._side(encoder.side), self.name)
         self.passes = 9 if encoder.fixed_size else self._area()
         if self.n_permutations >= MANY:
             say(f"jigsaw: {self.n_permutations:,} orders of the tiles are being chosen, which takes a while.")
         distant_permutations(self.n_permutations)  # now, not in the first batch
+
+    def _side(self, side: int) -> int:
+        """Of tiles of images of this side, in pixels."""
+        return side // 3 * 3 // 4 if self.gap else side // 3
 
     def _area(self) -> float:
         """Of the nine tiles together, as a share of the image."""
@@ -119,8 +125,7 @@ class Jigsaw(PretextTask):
 
     def cut(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, S, S) -> tiles (B, 9, C, t, t), row by row, at random places in their cells."""
-        cell = x.shape[-1] // 3
-        size = cell * 3 // 4 if self.gap else cell
+        size = self._side(x.shape[-1])
         reach = max(1, round(size / 32)) if self.shift and x.shape[1] == 3 else 0
         return random_tiles(x, size, generator, reach)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from selfsup_fastai.checks import check_choice, check_flag, check_number
 from selfsup_fastai.data.colors import FRINGES, without_fringes
 from selfsup_fastai.data.patches import windows
+from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, class_loss
 
@@ -94,7 +95,12 @@ class RelativePosition(PretextTask):
         self.passes = self._area()
 
     def setup(self, dls, encoder):
+        check_takes_parts(encoder, self._side(encoder.side), self.name)
         self.passes = 9 if encoder.fixed_size else self._area()
+
+    def _side(self, side: int) -> int:
+        """Of patches of images of this side, in pixels."""
+        return max(MIN_PATCH, int(self.patch * side))
 
     def _area(self) -> float:
         """Of the nine patches together, as a share of the image."""
@@ -111,7 +117,7 @@ class RelativePosition(PretextTask):
     def cut(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) -> patches (B, 9, C, p, p), row by row: a grid at a random place, each patch jittered."""
         b, side = len(x), min(x.shape[-2:])
-        size = max(MIN_PATCH, int(self.patch * side))
+        size = self._side(side)
         gap = min(round(self.gap * size), (side - 3 * size) // 2)  # all that rounding leaves
         reach = max(1, round(self.jitter * size)) if self.jitter else 0
         shifts = torch.randint(-reach, reach + 1, (2, b, 9), generator=generator, device=x.device)
