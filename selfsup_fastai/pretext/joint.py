@@ -112,12 +112,14 @@ class JointTask(PretextTask):
                 say(f"{self.name}: one validation image has nobody to be told from; its validation loss says nothing.")
             dl.bs = none_alone(dl.n, dl.bs)
         self.say_scaled()
-        self.of_scans, grey = are_scans(dls), (n_in_of(dls) if self.input else encoder.image_channels) == 1
-        if self.views is None and (grey or self.of_scans):
-            say(
-                f"{self.name}: {'grey images' if grey else 'scans'} get views for scans, which are never mirrored. "
-                "views='photo' gives the paper's, views='microscopy' any turn."
-            )
+        self.of_scans = are_scans(dls)
+        if self.views is None:
+            grey = (n_in_of(dls) if self.input else encoder.image_channels) == 1
+            if grey or self.of_scans:
+                say(
+                    f"{self.name}: {'grey images' if grey else 'scans'} get views for scans, which are never mirrored. "
+                    "views='photo' gives the paper's, views='microscopy' any turn."
+                )
 
     def recipe(self, view: int, channels: int, side: int) -> Recipe:
         """Of one view of images of so many channels and pixels a side."""
