@@ -32,6 +32,7 @@ from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.callbacks.state import StateFolder
+from selfsup_fastai.data.files import result_folder
 from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
@@ -181,13 +182,7 @@ def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> N
 
 def _run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict, paths: bool) -> Path:
     """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"The folder {str(out)!r} for the results cannot be made ({error.strerror}). Choose another."
-        ) from error
+    out = result_folder(out)
     names = ("metrics.csv", "history.png", "results.png", "neighbors.png", "predictions.csv", "confusion.png")
     for name in (ENCODER, *names, "learner.pkl"):
         (out / name).unlink(missing_ok=True)

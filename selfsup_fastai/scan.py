@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from selfsup_fastai.data.auditing import about_dicoms, about_photos, about_problems, suspects
-from selfsup_fastai.data.files import check_files, find_files
+from selfsup_fastai.data.files import check_files, find_files, result_folder
 from selfsup_fastai.data.opening import Facts
 from selfsup_fastai.data.scanning import headers, tables
 from selfsup_fastai.errors import DataError
@@ -87,13 +87,7 @@ def write_scan(
     paths: bool = False,  # Write paths into the tables: they may identify patients
 ) -> None:
     """Tables and contact sheet of a scan into a folder. Text that is burned into images is seen on the sheet."""
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"The folder {str(out)!r} for the results cannot be made ({error.strerror}). Choose another."
-        ) from error
+    out = result_folder(out)
     left_out = [] if paths else ["file"]
     for name, table in ((TABLE, _as_one(scan)), (PROBLEMS, scan.problems)):
         table = table.drop(columns=left_out).rename_axis("place")

@@ -7,7 +7,6 @@ stand in DICOM headers, and pydicom's own warnings and errors repeat them.
 import logging
 import os
 import threading
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,10 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from selfsup_fastai.data.opening import silence
 from selfsup_fastai.data.reasons import MAX_PIXELS, bad
 
-__all__ = ["decoded", "looks_like_dicom", "missing_decoder", "open_dataset", "quiet_pydicom", "tag_of", "uid_name"]
+__all__ = ["decoded", "missing_decoder", "open_dataset", "quiet_pydicom", "tag_of", "uid_name"]
 
 PREAMBLE = 132
 """Bytes of a file that tell what it is: 128 of anything, then 'DICM'."""
@@ -46,16 +46,6 @@ _BY_NATURE = {  # (implicit, little endian) as pydicom found the elements to be
 
 
 _PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
-
-
-def looks_like_dicom(head: bytes) -> bool:
-    """Whether the first bytes (at least 132) of a file may be those of DICOM, with its preamble or without."""
-    if head[128:PREAMBLE] == b"DICM":
-        return True
-    group, element = head[:2], head[2:4]
-    little = group in (b"\x02\x00", b"\x08\x00") and element[1:] == b"\x00"
-    big = group in (b"\x00\x02", b"\x00\x08") and element[:1] == b"\x00"
-    return len(head) >= 8 and (little or big)
 
 
 def open_dataset(
@@ -130,22 +120,12 @@ def quiet_pydicom() -> Iterator[None]:
         _muted.append((_LOGGER.handlers, _LOGGER.propagate))
         _LOGGER.handlers, _LOGGER.propagate = _NOWHERE, False  # its children's messages end here, too
     try:
-        with _no_warnings():
+        with silence():
             yield
     finally:
         with _lock:
             before = _muted.pop()  # the last to leave finds what the first one found
             _LOGGER.handlers, _LOGGER.propagate = before
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def missing_decoder(syntax: str) -> str:

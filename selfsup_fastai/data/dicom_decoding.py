@@ -12,9 +12,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from selfsup_fastai.data.dicom import looks_like_dicom, open_dataset
+from selfsup_fastai.data.dicom import open_dataset
 from selfsup_fastai.data.dicom_decoders import decoded, is_known, is_supported, native_order, syntax_name
 from selfsup_fastai.data.dicom_elements import check_object, code, element, is_there, whole_number
+from selfsup_fastai.data.opening import looks_like_dicom
 from selfsup_fastai.data.reasons import MAX_PIXELS, BadImage, bad
 from selfsup_fastai.errors import DataError
 

@@ -79,6 +79,18 @@ def _existing_folder(folder: str | os.PathLike) -> Path:
     raise DataError(f"There is no folder '{path}'{where}. Check the spelling.")
 
 
+def result_folder(out: str | os.PathLike) -> Path:
+    """A folder to write to, made if missing. Raises `DataError` where it cannot be."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    else:
+        return out
+    raise DataError(f"The folder {str(out)!r} for the results cannot be made ({why}). Choose another.")
+
+
 def _entries(folder: str, seen: set[tuple[int, int]]) -> tuple[list[str], list[str], list[str]]:
     """Folders, links to folders, and everything else in a folder; nothing if it is among `seen`, which it joins."""
     folders, links, files = [], [], []

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from struct import iter_unpack
 from typing import BinaryIO
 
-from selfsup_fastai.data.dicom import decoded, looks_like_dicom, open_dataset, tag_of
+from selfsup_fastai.data.dicom import decoded, open_dataset, tag_of
 from selfsup_fastai.data.dicom_terms import is_image
 from selfsup_fastai.data.dicom_walk import FUNCTIONAL_GROUPS, PIXEL_TAGS, SYNTAX, Elements, walk
+from selfsup_fastai.data.opening import looks_like_dicom
 from selfsup_fastai.data.reasons import MAX_PIXELS, bad
 
 __all__ = ["IDS", "IMAGE_MAGIC", "read_header"]

@@ -1,5 +1,6 @@
 """A folder of classes as a table (which file, which label, to train or to validate with), and a table as loaders."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
 from selfsup_fastai.data.usable import seen_in, usable_items
 from selfsup_fastai.errors import DataError
+from selfsup_fastai.messages import quiet
 
 VALID_NAMES = ("valid", "val", "validation", "test")
 
@@ -82,9 +84,19 @@ def _with_classes(ok: pd.DataFrame, root: Path) -> pd.DataFrame:
 def _valid_rows(table: pd.DataFrame, valid_pct: float, seed: int) -> list[int]:
     """Rows to validate with: whole patients where they are known, else a share of each class."""
     if "patient" in table:
-        return split_items(table, valid_pct, seed)[1]
+        return _whole_patients(table, valid_pct, seed)
     rows = [part.index[split(len(part), valid_pct, seed)[1]] for _, part in table.groupby("label") if len(part) > 1]
     return [row for part in rows for row in part]
+
+
+def _whole_patients(table: pd.DataFrame, valid_pct: float, seed: int, tries: int = 20) -> list[int]:
+    """Patients to validate with such that each class is left to train with; if that cannot be had, any."""
+    for i in range(tries):
+        with quiet() if i else nullcontext():
+            train, valid = split_items(table, valid_pct, seed + i)
+        if table["label"].iloc[train].nunique() == table["label"].nunique():
+            break
+    return valid
 
 
 def labeled_loaders(

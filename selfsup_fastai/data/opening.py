@@ -125,7 +125,7 @@ def image_size(source: Source) -> tuple[int, int]:
 def _reported(read: Callable[[], T]) -> T:
     """Whatever goes wrong as a `BadImage`, raised outside the handlers: the error it replaces may hold the path."""
     try:
-        with _silence():
+        with silence():
             return read()
     except DataError as err:
         reason = err
@@ -138,7 +138,7 @@ def _reported(read: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No warnings. In other threads than the main one they are left to those who started them: filters are global."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -233,7 +233,7 @@ def _identify(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image:
         image = Image.open(file)
     except UnidentifiedImageError:
         image = None
-    if image is None and not head.startswith(_MAGIC) and _without_preamble(head):
+    if image is None and not head.startswith(_MAGIC) and looks_like_dicom(head):
         return _from_dicom(file, source, n_in)
     if image is None:
         raise bad("unreadable" if head.startswith(_MAGIC) else "not_an_image")
@@ -242,10 +242,14 @@ def _identify(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image:
     return image
 
 
-def _without_preamble(head: bytes) -> bool:
-    """Whether a file may be DICOM that begins with its first element: one of group 2 or 8, as in `looks_like_dicom`."""
-    little = head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00"
-    return len(head) >= 8 and (little or (head[:2] in (b"\x00\x02", b"\x00\x08") and head[2:3] == b"\x00"))
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether the first bytes (132, or all) of a file may be those of DICOM, with its preamble or without."""
+    if head[128:132] == b"DICM":
+        return True
+    group, element = head[:2], head[2:4]
+    little = group in (b"\x02\x00", b"\x08\x00") and element[1:] == b"\x00"
+    big = group in (b"\x00\x02", b"\x00\x08") and element[:1] == b"\x00"
+    return len(head) >= 8 and (little or big)
 
 
 def _from_dicom(file: BinaryIO, source: Source, n_in: int | None) -> Image.Image:

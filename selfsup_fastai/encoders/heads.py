@@ -1,6 +1,6 @@
 """Small heads that tasks and fine-tuning put on an encoder."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def linear_head(
@@ -42,3 +42,14 @@ def draw_small_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class Classifier(nn.Module):
+    """Encoder and head: (B, C, H, W) -> (B, classes)."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))

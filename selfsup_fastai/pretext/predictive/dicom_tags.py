@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.views import square_view
-from selfsup_fastai.encoders.heads import linear_head
+from selfsup_fastai.encoders.heads import Classifier, linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import OfSums, share
@@ -202,17 +202,6 @@ class DicomTags(PretextTask):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_values": {}}  # words of headers do not travel
-
-
-class Classifier(nn.Module):
-    """Encoder and head: (B, C, S, S) -> (B, classes)."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
 
 
 def _shown(tag: str, value: str, number: int) -> str:

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from selfsup_fastai.checks import check_number
@@ -13,7 +13,7 @@ from selfsup_fastai.data.colors import bend_saturation_value, column, scale_comp
 from selfsup_fastai.data.loader import fit_batch_size, luma
 from selfsup_fastai.data.patches import windows
 from selfsup_fastai.data.sampling import sample_squares
-from selfsup_fastai.encoders.heads import linear_head
+from selfsup_fastai.encoders.heads import Classifier, linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, class_loss
@@ -201,17 +201,6 @@ class Variants(NamedTuple):
     saturation: Tensor  # (B, 3): power, factor, offset
     value: Tensor  # (B, 3): the same
     hue: Tensor  # (B,) turns
-
-
-class Classifier(nn.Module):
-    """Encoder and head: (B, C, p, p) -> (B, N)."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
 
 
 def _mean_squared_gradient(x: Tensor, size: int) -> Tensor:
