@@ -50,6 +50,13 @@ CacheOption = Annotated[
     Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
 ]
 MaxGbOption = Annotated[float, typer.Option(min=0.001, help="Size of all pixels that are kept on disk.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        help="patient: all images of one on one side; random: image by image.",
+        show_default="patient where files are DICOM",
+    ),
+]
 PathsOption = Annotated[
     bool, typer.Option("--paths", help="Write names of DICOM files into tables, too: they may identify patients.")
 ]
@@ -169,12 +176,9 @@ def pretrain(
     n_in: Annotated[int | None, typer.Option(help="Channels: 1 or 3.", show_default="1 if all images are grey")] = None,
     window: Annotated[
         str | None,
-        typer.Option(help="Of DICOM files: lung, file, full, 1500,-600 (width,center).", show_default="by modality"),
+        typer.Option(help="Of scans: lung, brain, bone, ..., file, full, or WIDTH,CENTER.", show_default="by modality"),
     ] = None,
-    split_by: Annotated[
-        str | None,
-        typer.Option(help="Who validates: patient or random.", show_default="patient where files are DICOM"),
-    ] = None,
+    split_by: SplitOption = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -228,6 +232,7 @@ def finetune(
         float,
         typer.Option(min=0, max=0.9, help="Share of each class to validate with, where there is no valid/ folder."),
     ] = 0.2,
+    split_by: SplitOption = None,
     size: Annotated[
         int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
     ] = None,
@@ -244,6 +249,7 @@ def finetune(
 
     out = out or _free(Path("runs/finetune"))
     data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb, paths=paths)
+    data |= dict(split_by=split_by)
     runs.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, **data)
     typer.echo(out)
 

@@ -119,6 +119,7 @@ def finetune(
     cache: bool | str = True,  # Where decoded pixels are kept, as in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
     paths: bool = False,  # Write names of DICOM files, too: they may identify patients
+    split_by: str | None = None,  # 'patient' or 'random', as in `labeled_files`
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
     check_count("epochs", epochs, 1)
@@ -127,7 +128,7 @@ def finetune(
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
     side = size or (128 if fresh else source.size) or 128
-    table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb)
+    table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb, split_by)
     n_valid = table["is_valid"].sum()
     counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
     say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
@@ -259,7 +260,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval for a share of `right` in `n` (95 % for z = 1.96): honest for small n and near 0 and 1."""
     share, spread = right / n, z * z / n
     middle, half = share + spread / 2, z * ((share * (1 - share) + spread / 4) / n) ** 0.5
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return max(0.0, (middle - half) / (1 + spread)), (middle + half) / (1 + spread)
 
 
 def _plot_confusion(counts: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IntToFloatTensor
 
 from selfsup_fastai.data.blocks import Cover, OpenChecked
-from selfsup_fastai.data.images import as_size, say_counts, say_shared, split_items
+from selfsup_fastai.data.images import as_size, check_classes, say_counts, say_shared, split_items
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
 from selfsup_fastai.data.usable import check_window, frames_in, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
@@ -96,11 +96,14 @@ class DicomDataLoaders(DataLoaders):
         splits = _splits(info, df, rows, valid_col, valid_pct, seed, split_by)
         targets = [f"label: {name}" for name in label_names]  # the table's, whatever the images bring
         info[targets] = df[label_names].iloc[rows].to_numpy(object)
+        target = _target(df, label_names, label_delim)
+        if target is CategoryBlock:
+            check_classes(info[targets[0]], np.isin(np.arange(len(info)), splits[1]), valid_col is None)
         n_in = n_in or int(info["channels"].max())
         images = DicomBlock(n_in, window)
         images.type_tfms[0].seen = seen_in(info, window)
         block = DataBlock(
-            blocks=(images, _target(df, label_names, label_delim)),
+            blocks=(images, target),
             get_x=ColReader("source"),
             get_y=ColReader(targets if len(targets) > 1 else targets[0], label_delim=label_delim),
             splitter=lambda _: splits,

@@ -218,6 +218,7 @@ class UnlabeledDataLoaders(DataLoaders):
         _check_count(len(items), report)
         n_in, size = n_in or int(info["channels"].max()), as_size(size)
         train, valid = split_items(info, valid_pct, seed, split_by)
+        _say_modalities(info, train, valid)
         pixels, item_tfms = float((info["width"] * info["height"]).mean()), _item_tfms(item_tfms)
         device = torch.device(device or default_device())
         store = stored(kept, info.index, n_in, device if cache == "device" else None)
@@ -284,6 +285,26 @@ def say_shared(info: pd.DataFrame, train: list[int], valid: list[int]) -> None:
     shared = len(set(known.iloc[train].dropna()) & set(known.iloc[valid].dropna()))
     if shared:
         say(f"{shared:,} patients are among the images to train and to validate with: figures will be too good.")
+
+
+def _say_modalities(info: pd.DataFrame, train: list[int], valid: list[int]) -> None:
+    """Says where training and validation have no modality in common."""
+    if "modality" in info and not set(info["modality"].iloc[train]) & set(info["modality"].iloc[valid]):
+        one, other = ("/".join(sorted(set(info["modality"].iloc[part]))) or "others" for part in (train, valid))
+        say(f"Only {one} to train and only {other} to validate with: validation says little (split_by='random' mixes).")
+
+
+def check_classes(labels: pd.Series, valid: np.ndarray, by_patient: bool) -> None:
+    """Says which classes there are none of to validate with. Raises `DataError` where a split by patient leaves none of
+    a class to train with."""
+    every, train, held = set(labels), set(labels[~valid]), set(labels[valid])
+    few = ", ".join(sorted(map(str, every - train)))
+    if few and by_patient and held:
+        fix = "split_by='random' splits image by image, and validation then looks better than it is."
+        raise DataError(f"All patients with images of {few} are among those to validate with: none is left. {fix}")
+    lost = ", ".join(sorted(map(str, every - held)))
+    if lost and held:
+        say(f"No image of {lost} is among those to validate with: figures say nothing of it.")
 
 
 def _default_split(info: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from fastcore.foundation import L
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
-from selfsup_fastai.data.images import say_shared, split, split_items
+from selfsup_fastai.data.images import check_classes, say_shared, split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.pixelstore import PixelStore
@@ -36,6 +36,7 @@ def labeled_files(
     size: int | None = None,  # Side of the images later; None: not known yet, and no pixels are kept
     cache: bool | str = True,  # Where they are kept, as in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
+    split_by: str | None = None,  # 'patient' or 'random'; None: by patient where there are DICOM files
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table (file, source: what is opened, label, is_valid, channels, pixels) and the report on the files that are
     left out.
@@ -56,7 +57,7 @@ def labeled_files(
         table = pd.concat([t.assign(is_valid=i == 1) for i, t in enumerate(tables)], ignore_index=True)
     else:
         table = _with_classes(ok, root).reset_index(drop=True)
-        table = table.assign(is_valid=np.isin(table.index, _valid_rows(table, valid_pct, seed)))
+        table = table.assign(is_valid=np.isin(table.index, _valid_rows(table, valid_pct, seed, split_by)))
     _check_classes(table, root)
     if parts and "patient" in table:
         valid = table["is_valid"].to_numpy(bool)
@@ -81,9 +82,11 @@ def _with_classes(ok: pd.DataFrame, root: Path) -> pd.DataFrame:
     return ok.assign(label=ok["file"].map(labels)).dropna(subset="label")
 
 
-def _valid_rows(table: pd.DataFrame, valid_pct: float, seed: int) -> list[int]:
+def _valid_rows(table: pd.DataFrame, valid_pct: float, seed: int, by: str | None) -> list[int]:
     """Rows to validate with: whole patients where they are known, else a share of each class."""
-    if "patient" in table:
+    if by not in (None, "patient", "random"):
+        raise DataError(f"split_by is 'patient' or 'random'; got {by!r}.")
+    if by == "patient" or (by is None and "patient" in table):
         return _whole_patients(table, valid_pct, seed)
     rows = [part.index[split(len(part), valid_pct, seed)[1]] for _, part in table.groupby("label") if len(part) > 1]
     return [row for part in rows for row in part]
@@ -160,6 +163,7 @@ def _check_classes(table: pd.DataFrame, root: Path) -> None:
     classes = sorted(table["label"].unique())
     if len(classes) < 2:
         raise DataError(f"{wanted}; found {len(classes)} such folder{'s' * (len(classes) != 1)} with images.")
+    check_classes(table["label"], table["is_valid"].to_numpy(bool), "patient" in table)
     missing = sorted(set(classes) - set(table["label"][~table["is_valid"]]))
     if missing or not table["is_valid"].any():
         what = f"no image of {', '.join(missing)} to train with" if missing else "no image to validate with"

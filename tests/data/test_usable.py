@@ -315,3 +315,32 @@ def test_train_and_valid_folders_that_share_patients_are_named(tmp_path, capsys)
             slices(tmp_path / part / "ab"[i % 2], 1, f"P{i}", seed=i)[0].rename(tmp_path / part / "ab"[i % 2] / f"{i}")
     labeled_files(tmp_path)
     assert "4 patients are among the images to train and to validate with" in capsys.readouterr().err
+
+
+def test_a_class_of_one_patient_is_not_lost_without_a_word(tmp_path, capsys):
+    for label, n in (("a", 4), ("b", 1)):
+        for i in range(n):
+            slices(tmp_path / label / f"p{i}", 3, f"{label}{i}", seed=10 * i + ord(label))
+    files = sorted(f for f in tmp_path.rglob("*") if f.is_file())
+    table = pd.DataFrame({"file": files, "label": [f.relative_to(tmp_path).parts[0] for f in files]})
+    refused = 0
+    for seed in range(8):
+        try:
+            DicomDataLoaders.from_df(table, label_col="label", size=24, bs=4, seed=seed)
+            assert "No image of b is among those to validate with" in capsys.readouterr().err
+        except DataError as error:
+            refused += 1
+            assert "All patients with images of b are among those to validate with" in str(error)
+    assert 0 < refused < 8
+    DicomDataLoaders.from_df(table, label_col="label", size=24, bs=4, split_by="random")
+    labeled, _ = labeled_files(tmp_path)  # looks for a split that leaves b to train with
+    assert set(labeled["label"][~labeled["is_valid"]]) == {"a", "b"}
+    assert labeled_files(tmp_path, split_by="random")[0].groupby("label")["is_valid"].sum().tolist() == [2, 1]
+
+
+def test_a_modality_to_train_and_another_to_validate_with_is_said(tmp_path, capsys):
+    slices(tmp_path / "ct", 4, "A")
+    slices(tmp_path / "mr", 4, "B", "MR", seed=1)
+    loaders(tmp_path)
+    said = capsys.readouterr().err
+    assert "Only CT to train and only MR to validate" in said or "Only MR to train and only CT to validate" in said

@@ -119,7 +119,8 @@ class DicomTags(PretextTask):
         kept = {tag: (values, counts) for tag, (values, counts) in found.items() if len(values) > 1}
         left_out = ", ".join(tag for tag in found if tag not in kept)
         if not kept:
-            raise TaskError(f"dicom_tags has nothing to ask: {left_out} have less than two values each. {WHERE}")
+            what = f"{left_out} have less than two values each in the training images"
+            raise TaskError(f"dicom_tags has nothing to ask: {what}. {WHERE}")
         if left_out:
             say(f"dicom_tags: {left_out} left out: less than two values in the training images.")
         self._values = {tag: values.tolist() for tag, (values, _) in kept.items()}
