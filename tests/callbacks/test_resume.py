@@ -298,7 +298,7 @@ def test_kill_9_at_any_moment(workers, folder, tmp_path):
         before = [f.stat().st_mtime_ns for f in state.glob("state.safetensors")]
         while run.poll() is None and [f.stat().st_mtime_ns for f in state.glob("state.safetensors")] == before:
             time.sleep(0.01)  # until it has gone on
-        time.sleep(rng.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 0.2))  # a quiet machine is done with all epochs in a second
         if run.poll() is not None:
             break
         os.killpg(run.pid, signal.SIGKILL)
