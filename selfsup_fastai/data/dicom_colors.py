@@ -32,9 +32,10 @@ def to_rgb(dataset, array: np.ndarray, photometric: str, bits: int) -> np.ndarra
 def _scaled(array: np.ndarray, bits: int) -> np.ndarray:
     if array.dtype == np.float32 or array.dtype == np.float64:
         raise bad("bad_tag", "(PhotometricInterpretation)")
-    out = array.astype(np.float32)
-    out *= np.float32(1 / ((1 << bits) - 1))
-    return np.clip(out, 0, 1, out=out)
+    out = np.empty(array.shape, np.float32)
+    np.multiply(array, np.float32(1 / ((1 << bits) - 1)), out=out, dtype=np.float32)
+    within = array.dtype.kind == "u" and 8 * array.dtype.itemsize == bits  # the largest becomes 1 exactly
+    return out if within else np.clip(out, 0, 1, out=out)
 
 
 def _from_ybr(array: np.ndarray, bits: int) -> np.ndarray:
@@ -64,7 +65,8 @@ def _through_palette(dataset, array: np.ndarray) -> np.ndarray:
     low, high = int(array.min()), int(array.max())
     numbers_there = np.arange(low, high + 1)  # so that one look-up does for all three channels
     colors = np.stack([_unit(c, shift)(numbers_there) for c in channels], -1)
-    return colors[array.astype(np.intp) - low if low else array]
+    index = np.subtract(array, low, dtype=np.intp) if low else array
+    return np.take(colors, index, axis=0, mode="clip")  # of rows far faster than by an index in brackets
 
 
 def _unit(channel: Table, shift: int) -> Table:

@@ -40,25 +40,28 @@ def in_unit(file: PixelFile, found: list[Values], settings: Settings, info: Dico
     """Each frame in [0, 1]: (H, W) or (H, W, 3). The last steps: inversion, and padding to black."""
     maps = _maps(file, found, settings, info)
     info.inverted = _is_inverted(file, info)
-    out = [_mapped(one.values, channels) for one, channels in zip(found, maps)]
-    for image, one in zip(out, found):
-        if info.inverted:
-            np.subtract(1, image, out=image)
-        if one.mask is not None:
-            image[one.mask] = 0
+    out = [_mapped(one, channels, info.inverted) for one, channels in zip(found, maps)]
     return [_repeated(image) for image in out] if settings.n_in == 3 else out
 
 
-def _mapped(values: np.ndarray, channels: list[Map]) -> np.ndarray:
+def _mapped(found: Values, channels: list[Map], inverted: bool) -> np.ndarray:
     """(H, W) or (H, W, C) float32; one channel takes the place of the values."""
+    values, mask = found.values, found.mask
     if len(channels) == 1:
         (make,) = channels
         out = make(values) if callable(make) else between(values, *make, scratch=values)
-        return out.astype(np.float32, copy=False)
+        out = out.astype(np.float32, copy=False)
+        if inverted:
+            np.subtract(1, out, out=out)
+        if mask is not None:
+            out[mask] = 0
+        return out
+    if mask is not None:
+        values[mask] = np.inf if inverted else -np.inf  # black in each channel: faster than to make each so
     out, scratch = np.empty((*values.shape, len(channels)), np.float32), np.empty_like(values)
     for i, ends in enumerate(channels):
         between(values, *ends, scratch=scratch, out=out[..., i])
-    return out
+    return np.subtract(1, out, out=out) if inverted else out
 
 
 def _repeated(image: np.ndarray) -> np.ndarray:

@@ -228,11 +228,15 @@ def _colors(file: PixelFile, frame: int | None, info: DicomInfo) -> np.ndarray:
 def _in_channels(rgb: np.ndarray, n_in: int | None, info: DicomInfo) -> np.ndarray:
     if n_in == 3:
         return rgb
-    equal = bool((rgb[..., :1] == rgb).all())
+    equal = _is_grey(rgb[..., ::16, :, :]) and _is_grey(rgb)  # a few rows settle it for nearly every color image
     if not equal and n_in is None:
         return rgb
     info.color = ", ".join(filter(None, (info.color, "one of three equal channels" if equal else "luma of RGB")))
     return np.ascontiguousarray(rgb[..., 0]) if equal else luma(rgb)
+
+
+def _is_grey(rgb: np.ndarray) -> bool:
+    return all(bool((rgb[..., 0] == rgb[..., i]).all()) for i in (1, 2))
 
 
 # --- grey ---
@@ -246,7 +250,7 @@ def _grey(file: PixelFile, frame: int | None, info: DicomInfo) -> list[Values]:
     frames = {frame: stored.array} if frame is not None else dict(enumerate(stored.array))
     found = [real_values(file.dataset, a, i, bool(file.signed), info.modality) for i, a in frames.items()]
     info.flag(*(flag for one in found for flag in one.flags))
-    masked = sum(int(one.mask.sum()) for one in found if one.mask is not None)
+    masked = sum(np.count_nonzero(one.mask) for one in found if one.mask is not None)
     info.padding = masked / stored.array.size
     info.rescale, info.hounsfield = _rescale_text([one.rescale for one in found]), found[0].hounsfield
     return found

@@ -148,8 +148,8 @@ def quantiles(
     chosen = values.ravel() if mask is None else values[~mask]
     if values.dtype.kind not in "iu" or values.dtype.itemsize > 2:
         return np.quantile(chosen.astype(np.float64, copy=False), q)
-    least = int(np.iinfo(values.dtype).min)
-    return from_counts(np.bincount(chosen.astype(np.int64) - least), least, q)
+    least = int(chosen.min())
+    return from_counts(np.bincount(np.subtract(chosen, least, dtype=np.intp)), least, q)
 
 
 def from_counts(counts: np.ndarray, least: int, q: np.ndarray) -> np.ndarray:
