@@ -61,6 +61,7 @@ from selfsup_fastai.features import (
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.plots import ShownFrame, plot_label_curve, plot_probe
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
@@ -106,6 +107,7 @@ OURS = [
     "Recipe",
     "Resume",
     "SelfsupError",
+    "ShownFrame",
     "Signals",
     "SkipValidation",
     "UnlabeledBlock",
@@ -136,6 +138,8 @@ OURS = [
     "nearest_neighbors",
     "nt_xent",
     "open_image",
+    "plot_label_curve",
+    "plot_probe",
     "pretext_learner",
     "random_view",
     "read_card",
