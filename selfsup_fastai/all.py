@@ -44,6 +44,7 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
+from selfsup_fastai.downstream.detection import detection_backbone, detector_kwargs
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.saving import load_model
@@ -123,6 +124,8 @@ OURS = [
     "compare_encoders",
     "contact_sheet",
     "create_encoder",
+    "detection_backbone",
+    "detector_kwargs",
     "downstream_learner",
     "draw_views",
     "duplicates_across",
