@@ -1,5 +1,6 @@
 """A pretrained encoder on labeled images: `downstream_learner` and its gradual `fine_tune`."""
 
+import warnings
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam, Optimizer, OptimWrapper
 from fastai.vision.core import TensorPoint
+from fastai.vision.data import get_grid
 from fastcore.foundation import L
 from matplotlib.axes import Axes
 
@@ -39,7 +41,7 @@ from selfsup_fastai.downstream.schedule import (
     stages,
 )
 from selfsup_fastai.downstream.segmentation import KnownCodes
-from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, target_of
+from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, in_words, target_of
 from selfsup_fastai.downstream.trained import Facts, TrainedModel, activation_of, resize_of
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
@@ -193,17 +195,39 @@ class DownstreamLearner(Learner):
             state["force_train"] = train_bn
 
     def predict(self, item: Any, rm_type_tfms: int | None = None, with_input: bool = False) -> tuple:
-        """fastai's (label, its number or values, probabilities), but points are in pixels of the image as it was opened.
+        """fastai's (label, its number or values, probabilities), but points are in pixels of the image as opened.
 
         With `with_input` they are in pixels of that input, which may have another size.
         """
-        result = super().predict(item, rm_type_tfms, with_input)
+        with warnings.catch_warnings():  # fastai's DiceMulti takes the mean over the labels, of which there are none
+            warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+            result = super().predict(item, rm_type_tfms, with_input)
         if with_input or getattr(self.target, "kind", None) != "points":
             return result
         points, *others = result
         dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
         original = in_original(others[-1].view(-1, 2), dl)
         return (points if original is None else TensorPoint(original), *others)
+
+    def show_results(
+        self,
+        ds_idx: int = 1,  # 0: training, 1: validation images
+        dl: TfmdDL | None = None,  # In place of these
+        max_n: int = 9,
+        shuffle: bool = True,
+        **kwargs,  # For fastai's `show_results`
+    ) -> None:
+        """fastai's; of several labels and of numbers, which fastai cannot show, the true ones above those predicted."""
+        dl = self.dls[ds_idx].new(shuffle=shuffle) if dl is None else dl
+        if getattr(self.target, "kind", None) not in ("multicategory", "regression"):
+            super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
+            return
+        b = dl.one_batch()
+        _, _, preds = self.get_preds(dl=[b], with_decoded=True)
+        true, predicted = (dl.decode_batch((b[0], y), max_n=max_n) for y in (b[1], preds))
+        axes = get_grid(len(true), title="Target/Prediction", **kwargs)
+        for ax, (image, label), (_, said) in zip(axes, true, predicted):
+            image.show(ctx=ax, title=f"{in_words(label)}\n{in_words(said)}")
 
     def save_encoder(
         self,

@@ -19,7 +19,7 @@ from torch import nn
 from selfsup_fastai.data.blocks import Cover
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.downstream.points import PointHead, centers
-from selfsup_fastai.downstream.targets import KINDS, Target, kind_of, target_of
+from selfsup_fastai.downstream.targets import KINDS, Target, _looked_at, in_words, kind_of, target_of
 from selfsup_fastai.errors import DataError, TaskError
 
 
@@ -137,10 +137,10 @@ def test_many_values_point_to_a_spoiled_mask(squares):
 
 
 def test_a_value_that_was_not_looked_at_is_named_in_training(squares, monkeypatch):
-    monkeypatch.setattr("selfsup_fastai.downstream.targets.LOOKED_AT", 2)
-    rare = {"07", "11", "13", "17"}
+    monkeypatch.setattr(_looked_at, "__defaults__", (2,))
+    rare = set()
     dls = loaders(squares[0], MaskBlock(["no", "yes"]), lambda f: bright(f, (0, 7 if f.stem in rare else 1)))
-    monkeypatch.setattr("selfsup_fastai.downstream.targets._looked_at.__defaults__", (1,))
+    rare |= {f.stem for f in dls.train_ds.items[5:8]}
     learn = downstream_learner(dls, "resnet10t")
     with pytest.raises(DataError, match="A mask holds the value 7; expected 0 to 1"):
         learn.fit(1)
@@ -205,7 +205,7 @@ def found(squares):
 
 
 def test_points_are_found_in_pixels_of_the_original(squares, found):
-    folder, places = squares
+    places = squares[1]
     files = list(found.dls.train_ds.items)[:6]
     for file in files:
         points, _, scaled = found.predict(file)
@@ -307,4 +307,18 @@ def test_numbers_from_a_table(squares):
     learn.fit(1)
     words, _, values = learn.predict(squares[0] / frame["name"][0])
     assert list(words) == pytest.approx(values.tolist())
-    learn.show_results(max_n=2)
+    learn.show_results(max_n=2, shuffle=False)
+    true, values = learn.get_preds()[1], learn.get_preds()[0]
+    expected = ["\n".join("; ".join(f"{v:.3g}" for v in row[i].tolist()) for row in (true, values)) for i in range(2)]
+    assert [ax.get_title() for ax in plt.gcf().axes if ax.get_title()] == expected
+
+
+def test_several_labels_are_shown(squares):
+    dls = loaders(squares[0], MultiCategoryBlock, lambda f: ["x", "yz"[int(f.stem) % 2]])
+    learn = downstream_learner(dls, "resnet10t")
+    learn.show_results(max_n=2, shuffle=False)
+    titles = [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
+    names = [f"x; {'yz'[int(f.stem) % 2]}" for f in learn.dls.valid_ds.items[:2]]
+    said = ["; ".join(n for n, p in zip("xyz", row) if p > 0.5) or "-" for row in learn.get_preds()[0][:2]]
+    assert titles == [f"{name}\n{pred}" for name, pred in zip(names, said)]
+    assert in_words([]) == "-" and in_words(0.123456) == "0.123"
