@@ -1,9 +1,9 @@
 """How to fine-tune with few labels: schedules, rates, norm layers, consistency; and what pretraining adds to it.
 
-cifar10: 10,000 training images without labels at 64 px, 10 labels a class; pneumonia: PneumoniaMNIST at 28 px, 10 labels
-a class. resnet10t, pretrained anew for each seed on the training images; then a setting at a time is changed. Every run
-has the same labels, order and head as its partner; gains are paired over label draws and pretraining seeds. All runs
-take the same number of epochs over the labeled images, the last epoch counts. Settings are compared on one part of the
+cifar10: 10,000 training images without labels at 64 px; pneumonia: PneumoniaMNIST at 28 px; 10 labels a class each.
+resnet10t, pretrained anew for each seed on the training images; then a setting at a time is changed. Every run has the
+same labels, order and head as its partner; gains are paired over label draws and pretraining seeds. All runs take the
+same number of epochs over the labeled images, the last epoch counts. Settings are compared on one part of the
 test images, the whole (pretraining + gradual + consistency beside scratch) on the others with other draws of labels, so
 what the first part chose the second one did not. A finished run is not done again: start the same command anew after a
 stop. The data: archives as the tests use them (SELFSUP_DATA names the folder they are looked for in).
@@ -12,19 +12,15 @@ stop. The data: archives as the tests use them (SELFSUP_DATA names the folder th
     python bench/finetune.py --sets pneumonia --parts settings
 """
 
-import argparse
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from cifar10 import cifar10
 from fastai.torch_core import set_seed
-from measure import machine, markdown, tell
+from measure import tell
 from medical import pneumonia
 from sklearn.metrics import accuracy_score, roc_auc_score
-from tasks import into, write
 
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.log import SkipValidation

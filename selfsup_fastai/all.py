@@ -11,7 +11,7 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
-from selfsup_fastai.callbacks.precision import Precision
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare import compare_encoders, summarize
@@ -84,6 +84,7 @@ OURS = [
     "TASKS",
     "WINDOWS",
     "AlbumentationsTransform",
+    "AutoPrecision",
     "CollapseAlarm",
     "Consistency",
     "ConsistencyLoss",
@@ -101,7 +102,6 @@ OURS = [
     "OpenImage",
     "PatientSplitter",
     "PixelCache",
-    "Precision",
     "PretextDL",
     "PretextLearner",
     "PretextTask",
