@@ -15,8 +15,9 @@ from selfsup_fastai.cli.kept import cache_ls, cache_rm
 from selfsup_fastai.cli.looking import demo, scan, tasks
 from selfsup_fastai.cli.reporting import reported, terminate
 from selfsup_fastai.cli.training import finetune, pretrain
+from selfsup_fastai.cli.using import embed, neighbors
 
-COMMANDS = (tasks, scan, pretrain, finetune, demo)
+COMMANDS = (tasks, scan, pretrain, finetune, embed, neighbors, demo)
 """In the order in which `--help` lists them."""
 
 app = typer.Typer(

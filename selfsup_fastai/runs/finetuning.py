@@ -9,6 +9,7 @@ from fastai.torch_core import set_seed
 from matplotlib import pyplot as plt
 
 from selfsup_fastai.callbacks.log import MetricsFile
+from selfsup_fastai.data.files import listed_in
 from selfsup_fastai.data.images import auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
@@ -16,7 +17,7 @@ from selfsup_fastai.downstream.schedule import check_count, check_positive
 from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
-from selfsup_fastai.runs.folder import check_out, finished, run_folder, write_table
+from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, run_folder, write_table
 
 
 def finetune(
@@ -44,7 +45,8 @@ def finetune(
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
     side = size or (128 if fresh else source.size) or 128
-    table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb, split_by)
+    with listed_in(LEFT_OUT):
+        table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb, split_by)
     n_valid = table["is_valid"].sum()
     counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
     say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
@@ -54,7 +56,7 @@ def finetune(
     dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
     args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
-    out = run_folder(out, learn, report, {**args, "size": side, "classes": len(dls.vocab)}, paths)
+    out = run_folder(out, folder, learn, report, {**args, "size": side, "classes": len(dls.vocab)}, paths)
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with finished(learn, out, 1 / len(dls.vocab)):

@@ -27,13 +27,14 @@ from fastai.learner import Learner
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines
 from selfsup_fastai.callbacks.state import StateFolder
-from selfsup_fastai.data.files import result_folder
+from selfsup_fastai.data.files import find_files, result_folder
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import plot_history, save_picture
+from selfsup_fastai.writing import write_csv
 
 RESUMES = " The same command with --resume goes on."
-ENCODER, STATE = "encoder.safetensors", "resume"
+ENCODER, STATE, LEFT_OUT = "encoder.safetensors", "resume", "left_out.csv"
 
 
 def is_unfinished(out: str | Path) -> bool:
@@ -61,7 +62,14 @@ def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> N
         )
 
 
-def run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: dict, paths: bool) -> Path:
+def run_folder(
+    out: str | Path,
+    folder: str | Path,  # Of images
+    learn: Learner,
+    report: pd.DataFrame,  # What was left out
+    settings: dict,
+    paths: bool,
+) -> Path:
     """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
     out = result_folder(out)
     names = ("metrics.csv", "history.png", "results.png", "neighbors.png", "predictions.csv", "confusion.png")
@@ -73,15 +81,21 @@ def run_folder(out: str | Path, learn: Learner, report: pd.DataFrame, settings: 
     packages = {"fastai": fastai, "timm": timm, "torch": torch}
     settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
     (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    write_table(report, out / "left_out.csv", paths)
+    write_table(_with_places(report, folder), out / LEFT_OUT, paths)
     return out
+
+
+def _with_places(report: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """With the place of each file among all of the folder, sorted by path, as `selfsup scan` counts them."""
+    places = {file: i for i, file in enumerate(find_files(folder))} if len(report) else {}
+    numbered = report.copy()
+    numbered.insert(0, "place", report["file"].map(places).astype("Int64"))
+    return numbered
 
 
 def write_table(table: pd.DataFrame, file: Path, paths: bool) -> None:
     """As CSV. Names of files stay out where some are DICOM, unless they are asked for: they may name patients."""
-    if table.attrs.get("private") and not paths:
-        table = table.drop(columns="file")
-    table.to_csv(file, index=False, errors="surrogateescape")  # file names may be no text
+    write_csv(table.drop(columns="file") if table.attrs.get("private") and not paths else table, file)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from fastai.torch_core import set_seed
 
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.callbacks.resume import Resume
+from selfsup_fastai.data.files import listed_in
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.schedule import check_count, check_positive
@@ -14,7 +15,7 @@ from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
-from selfsup_fastai.runs.folder import STATE, check_out, finished, is_unfinished, run_folder
+from selfsup_fastai.runs.folder import LEFT_OUT, STATE, check_out, finished, is_unfinished, run_folder
 
 
 def pretrain(
@@ -49,13 +50,14 @@ def pretrain(
         state.check_about()
     source = get_encoder(encoder or arch or task.arch)  # a new net is made again later, to suit the images
     set_seed(seed, reproducible=True)
-    dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
+    with listed_in(LEFT_OUT):
+        dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
     learn = pretext_learner(dls, task, arch, pretrained=pretrained, **given)
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
     if not goes_on:
         state.clear()
-    out = run_folder(out, learn, dls.report, {**args, "seed": seed, **data}, paths)
+    out = run_folder(out, folder, learn, dls.report, {**args, "seed": seed, **data}, paths)
     learn.show_batch()
     save_picture(out / "batch.png")
     chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
