@@ -8,6 +8,8 @@ from fastai.vision.all import *
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.collapse import CollapseAlarm, Signals
 from selfsup_fastai.callbacks.consistency import Consistency
+from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
+from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
@@ -30,6 +32,7 @@ from selfsup_fastai.data.recipes import (
     GREY_SCAN,
     MOCO,
     SIMCLR,
+    STRONG,
     SWAV_GLOBAL,
     SWAV_LOCAL,
     Recipe,
@@ -58,6 +61,7 @@ from selfsup_fastai.features import (
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.plots import ShownFrame, plot_label_curve, plot_probe
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
@@ -73,6 +77,7 @@ OURS = [
     "GREY_SCAN",
     "MOCO",
     "SIMCLR",
+    "STRONG",
     "SWAV_GLOBAL",
     "SWAV_LOCAL",
     "TASKS",
@@ -80,6 +85,7 @@ OURS = [
     "AlbumentationsTransform",
     "CollapseAlarm",
     "Consistency",
+    "ConsistencyLoss",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -88,6 +94,7 @@ OURS = [
     "Encoder",
     "EpochLines",
     "GroupSplitter",
+    "KeepBest",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
@@ -100,6 +107,7 @@ OURS = [
     "Recipe",
     "Resume",
     "SelfsupError",
+    "ShownFrame",
     "Signals",
     "SkipValidation",
     "UnlabeledBlock",
@@ -130,6 +138,8 @@ OURS = [
     "nearest_neighbors",
     "nt_xent",
     "open_image",
+    "plot_label_curve",
+    "plot_probe",
     "pretext_learner",
     "random_view",
     "read_card",

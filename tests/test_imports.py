@@ -17,7 +17,7 @@ PACKAGE = "selfsup_fastai"
 FOLDER = Path(__file__).parents[1] / PACKAGE
 LEVELS = [  # From the ground up: a room imports rooms of lower levels and itself, never its neighbors
     {"errors", "seeding", "memory", "messages", "pictures", "processes", "writing"},
-    {"checks"},
+    {"checks", "plots"},
     {"losses", "metrics", "features", "data", "encoders"},
     {"callbacks"},
     {"pretext", "downstream"},

@@ -20,6 +20,24 @@ class Cache(str, Enum):
         return {"disk": True, "none": False}.get(self.value, self.value)
 
 
+class Schedule(str, Enum):
+    """`downstream.schedule.SCHEDULES`."""
+
+    gradual = "gradual"
+    two_stage = "two_stage"
+    all = "all"
+    lp_ft = "lp_ft"
+
+
+class Consistency(str, Enum):
+    """The kinds of `ConsistencyLoss`."""
+
+    fixmatch = "fixmatch"
+    uda = "uda"
+    mean_teacher = "mean_teacher"
+    pi = "pi"
+
+
 CacheOption = Annotated[
     Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
 ]

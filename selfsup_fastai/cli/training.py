@@ -8,8 +8,10 @@ import typer
 from selfsup_fastai.cli.options import (
     Cache,
     CacheOption,
+    Consistency,
     MaxGbOption,
     PathsOption,
+    Schedule,
     SplitOption,
     WorkersOption,
     first_free,
@@ -64,7 +66,12 @@ def pretrain(
     ] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
-    """Pretrain an encoder on a folder of unlabeled images."""
+    """Pretrain an encoder on a folder of unlabeled images.
+
+    \b
+    selfsup pretrain photos --task rotation
+    selfsup pretrain scans --task simclr --epochs 100 --size 224
+    """
     for name in task.split("+"):  # before the seconds that the imports take
         if name not in TASKS:
             raise unknown("pretext task", name, TASKS)
@@ -94,7 +101,24 @@ def finetune(
         int, typer.Option(min=1, help="Passes over the labeled images, after one with the encoder frozen.")
     ] = 10,
     lr: Annotated[float, typer.Option(help="Learning rate of the head; the encoder's are lower.")] = 2e-3,
-    gradual: Annotated[bool, typer.Option(help="Unfreeze the encoder stage by stage; else all at once.")] = True,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(
+            help="Which layers learn when: gradual: from the top down, stage by stage; two_stage: the new last layer, "
+            "then all; all: everything at once; lp_ft: the last layer for half of the time, then all."
+        ),
+    ] = Schedule.gradual,
+    consistency: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images without labels that are learned from, too: what is said of an image shall not "
+            "change with small changes of it. Not your test images.",
+            show_default="none",
+        ),
+    ] = None,
+    consistency_kind: Annotated[
+        Consistency, typer.Option(help="In which way that is asked for; each is named after its paper.")
+    ] = Consistency.fixmatch,
     valid_pct: Annotated[
         float,
         typer.Option(min=0, max=0.9, help="Share of each class to validate with, where there is no valid/ folder."),
@@ -111,13 +135,19 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
 ) -> None:
-    """Fine-tune an encoder on a folder of labeled images."""
+    """Fine-tune an encoder on a folder of labeled images.
+
+    \b
+    selfsup finetune labeled --encoder runs/rotation/encoder.safetensors
+    selfsup finetune labeled --encoder resnet18                (the same without pretraining, to compare)
+    selfsup predict new_images --model runs/finetune/model.safetensors
+    """
     from selfsup_fastai.runs import finetuning
 
     out = out or first_free(Path("runs/finetune"))
     data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb, paths=paths)
-    data |= dict(split_by=split_by)
-    finetuning.finetune(labeled, out, encoder, epochs, lr, gradual, valid_pct, size, bs, seed, **data)
+    data |= dict(split_by=split_by, consistency=consistency, consistency_kind=consistency_kind.value)
+    finetuning.finetune(labeled, out, encoder, epochs, lr, schedule.value, valid_pct, size, bs, seed, **data)
     typer.echo(out)
 
 

@@ -4,20 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fastai.callback.core import Callback
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from matplotlib import pyplot as plt
 
+from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.data.files import listed_in
-from selfsup_fastai.data.images import auto_workers
+from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
-from selfsup_fastai.downstream.schedule import check_count, check_positive
+from selfsup_fastai.downstream.schedule import SCHEDULES, check_count, check_positive
 from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh
+from selfsup_fastai.errors import unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
-from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, run_folder, write_table
+from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, joined, run_folder, write_table
 
 
 def finetune(
@@ -26,7 +29,7 @@ def finetune(
     encoder: Any = "resnet18",  # A saved encoder; or an architecture, from scratch
     epochs: int = 10,
     lr: float = 2e-3,
-    gradual: bool = True,
+    schedule: str = "gradual",  # As in `DownstreamLearner.fine_tune`; from scratch there is one rate for all
     valid_pct: float = 0.2,
     size: int | None = None,  # Pixels; None: the encoder's, or 128
     bs: int = 32,
@@ -37,11 +40,17 @@ def finetune(
     max_gb: float = 20.0,
     paths: bool = False,  # Write names of DICOM files, too: they may identify patients
     split_by: str | None = None,  # 'patient' or 'random', as in `labeled_files`
+    consistency: str | Path | None = None,  # A folder of images without labels, for `ConsistencyLoss`
+    consistency_kind: str = "fixmatch",
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
-    check_out(out, folder, overwrite)
+    if schedule not in SCHEDULES:
+        raise unknown("schedule of fine-tuning", schedule, SCHEDULES)
+    folders = [folder] if consistency is None else [folder, consistency]
+    for images in folders:
+        check_out(out, images, overwrite)
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
     side = size or (128 if fresh else source.size) or 128
@@ -55,23 +64,31 @@ def finetune(
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)
     learn = downstream_learner(dls, source, metrics=accuracy, path=out)
-    args = dict(epochs=epochs, lr=lr, from_scratch=fresh, gradual=gradual, valid_pct=valid_pct, bs=bs, seed=seed)
-    out = run_folder(out, folder, learn, report, {**args, "size": side, "classes": len(dls.vocab)}, paths)
+    cbs = []
+    if consistency is not None:
+        with listed_in(LEFT_OUT):
+            data = dict(size=side, bs=bs, valid_pct=0, seed=seed, num_workers=num_workers, cache=cache, max_gb=max_gb)
+            unlabeled = UnlabeledDataLoaders.from_folder(consistency, **data)
+        report = joined(report, unlabeled.report)
+        cbs = [ConsistencyLoss(unlabeled, consistency_kind)]
+    args = dict(epochs=epochs, lr=lr, from_scratch=fresh, schedule=schedule, valid_pct=valid_pct, bs=bs, seed=seed)
+    args |= {"size": side, "classes": len(dls.vocab), "consistency": consistency_kind if cbs else None}
+    out = run_folder(out, folders, learn, report, args, paths)
     _show_labeled(learn)
     save_picture(out / "batch.png")
     with finished(learn, out, 1 / len(dls.vocab)):
-        _fit(learn, epochs, lr, gradual, fresh, MetricsFile(out / "metrics.csv"))
+        _fit(learn, epochs, lr, schedule, fresh, [MetricsFile(out / "metrics.csv"), *cbs])
     _write_predictions(learn, table, out, paths)
     learn.export("learner.pkl")
     return learn
 
 
-def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh: bool, log: MetricsFile) -> None:
+def _fit(learn: DownstreamLearner, epochs: int, lr: float, schedule: str, fresh: bool, cbs: list[Callback]) -> None:
     if fresh:
         say("From scratch there is nothing to keep: all layers train from the start, at one rate.")
-        learn.fit_one_cycle(epochs + 1, lr, cbs=log)
+        learn.fit_one_cycle(epochs + 1, lr, cbs=cbs)
     else:
-        learn.fine_tune(epochs, lr, gradual=gradual, cbs=log)
+        learn.fine_tune(epochs, lr, schedule=schedule, cbs=cbs)
 
 
 def _show_labeled(learn: DownstreamLearner) -> None:

@@ -14,7 +14,7 @@ signal on. A folder that holds an encoder or a stopped run is not written to, un
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> N
 
 def run_folder(
     out: str | Path,
-    folder: str | Path,  # Of images
+    folders: Sequence[str | Path],  # Of images
     learn: Learner,
     report: pd.DataFrame,  # What was left out
     settings: dict,
@@ -81,13 +81,22 @@ def run_folder(
     packages = {"fastai": fastai, "timm": timm, "torch": torch}
     settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
     (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    write_table(_with_places(report, folder), out / LEFT_OUT, paths)
+    write_table(_with_places(report, folders), out / LEFT_OUT, paths)
     return out
 
 
-def _with_places(report: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """With the place of each file among all of the folder, sorted by path, as `selfsup scan` counts them."""
-    places = {file: i for i, file in enumerate(find_files(folder))} if len(report) else {}
+def joined(*reports: pd.DataFrame) -> pd.DataFrame:
+    """Reports on several folders as one."""
+    whole = pd.concat(reports, ignore_index=True)
+    whole.attrs["private"] = any(report.attrs.get("private") for report in reports)
+    return whole
+
+
+def _with_places(report: pd.DataFrame, folders: Sequence[str | Path]) -> pd.DataFrame:
+    """With the place of each file among all, sorted by path, as `selfsup scan` counts them; a second folder's come
+    after the first one's."""
+    files = [file for folder in folders for file in find_files(folder)] if len(report) else []
+    places = {file: i for i, file in enumerate(files)}
     numbered = report.copy()
     numbered.insert(0, "place", report["file"].map(places).astype("Int64"))
     return numbered

@@ -74,9 +74,9 @@ def which(
     """Which image each row is about: place (of its file among all), file, and what DICOM files tell, as pseudonyms."""
     known = {"place": table["nth"]} | ({} if private else {"file": table["name"]})
     whose = pd.DataFrame(known | {name: table[name] for name in WHOSE if name in table})
-    return (
-        whose.assign(frame=whose["frame"].fillna(0).astype(int)) if "frame" in whose else whose
-    )  # a photograph's is 0
+    if "frame" in whose:
+        whose["frame"] = whose["frame"].fillna(0).astype(int)  # a photograph has one, too
+    return whose
 
 
 def side_of(encoder: Encoder, size: int | None) -> int:

@@ -57,7 +57,7 @@ def pretrain(
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
     if not goes_on:
         state.clear()
-    out = run_folder(out, folder, learn, dls.report, {**args, "seed": seed, **data}, paths)
+    out = run_folder(out, [folder], learn, dls.report, {**args, "seed": seed, **data}, paths)
     learn.show_batch()
     save_picture(out / "batch.png")
     chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
