@@ -1,0 +1,121 @@
+"""How to fine-tune with few labels: schedules, rates, norm layers, consistency; and what pretraining adds to it.
+
+cifar10: 10,000 training images without labels at 64 px, 10 labels a class; pneumonia: PneumoniaMNIST at 28 px, 10 labels
+a class. resnet10t, pretrained anew for each seed on the training images; then a setting at a time is changed. Every run
+has the same labels, order and head as its partner; gains are paired over label draws and pretraining seeds. All runs
+take the same number of epochs over the labeled images, the last epoch counts. Settings are compared on one part of the
+test images, the whole (pretraining + gradual + consistency beside scratch) on the others with other draws of labels, so
+what the first part chose the second one did not. A finished run is not done again: start the same command anew after a
+stop. The data: archives as the tests use them (SELFSUP_DATA names the folder they are looked for in).
+
+    python bench/finetune.py --out bench/results --docs docs/benchmarks.md
+    python bench/finetune.py --sets pneumonia --parts settings
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from cifar10 import cifar10
+from fastai.torch_core import set_seed
+from measure import machine, markdown, tell
+from medical import pneumonia
+from sklearn.metrics import accuracy_score, roc_auc_score
+from tasks import into, write
+
+from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
+from selfsup_fastai.callbacks.log import SkipValidation
+from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_loaders
+from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.messages import quiet
+from selfsup_fastai.pretext.learner import pretext_learner
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+ARCH, PER_CLASS, BS, EPOCHS, RATE = "resnet10t", 10, 20, 40, 1e-2
+SIZE = {"cifar10": 64, "pneumonia": 28}
+CHANNELS = {"cifar10": 3, "pneumonia": 1}
+BUDGET = {"cifar10": 400_000, "pneumonia": 50_000}
+TASK = {"cifar10": "rotation", "pneumonia": "simclr"}
+METRIC = {"cifar10": "accuracy", "pneumonia": "AUC"}
+SETTINGS = {  # what is changed in `fine_tune`, or the kind of consistency
+    "default": {},
+    "schedule two_stage, as fastai": {"schedule": "two_stage"},
+    "schedule all": {"schedule": "all"},
+    "schedule lp_ft": {"schedule": "lp_ft"},
+    "lr_mult 10": {"lr_mult": 10},
+    "lr_mult 1": {"lr_mult": 1},
+    "layer_decay 0.75": {"layer_decay": 0.75},
+    "base_lr 2e-3": {"base_lr": 2e-3},
+    "norms train": {"norms": "train"},
+    "norms still": {"norms": "still"},
+    "all, lr_mult 1, norms train": {"schedule": "all", "lr_mult": 1, "norms": "train"},
+    "consistency uda": {"kind": "uda"},
+    "consistency fixmatch": {"kind": "fixmatch"},
+    "consistency mean_teacher": {"kind": "mean_teacher"},
+    "consistency pi": {"kind": "pi"},
+}
+RATIO = 3  # unlabeled images for each labeled one: the same for all kinds, so that they cost the same
+
+
+def tables(name: str, out: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(file, label) of the training images, of the test images for the settings, and of those for the whole."""
+    if name == "cifar10":
+        train, test = cifar10(None, out)
+    else:
+        train, test = pneumonia(Path(os.environ.get("SELFSUP_DATA", DATA)), out)
+    test = test.sample(frac=1, random_state=0).reset_index(drop=True)
+    first = test.groupby("label").cumcount() < (200 if name == "cifar10" else 100)
+    return train, test[first].reset_index(drop=True), test[~first].reset_index(drop=True)
+
+
+def pretrained(name: str, seed: int, train: pd.DataFrame, out: Path) -> Path:
+    """An encoder that saw the training images; one that an earlier run left is used again."""
+    file = out / f"{name}-{TASK[name]}-{seed}.safetensors"
+    if not file.exists():
+        tell(f"{name}: pretraining, seed {seed}")
+        set_seed(seed, reproducible=True)
+        with quiet():
+            dls = unlabeled(name, train, seed, 128 if name == "cifar10" else 64)
+            learn = pretext_learner(dls, TASK[name], ARCH)
+        epochs = max(1, round(BUDGET[name] / (len(learn.dls.train) * learn.dls.train.bs * learn.task.passes)))
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(epochs, 3e-3)
+        learn.save_encoder(file)
+    return file
+
+
+def unlabeled(name: str, train: pd.DataFrame, seed: int, bs: int):
+    return UnlabeledDataLoaders.from_files(
+        train["file"], size=SIZE[name], bs=bs, n_in=CHANNELS[name], seed=seed, valid_pct=0.02
+    )
+
+
+def run(name: str, start, setting: dict, few: pd.DataFrame, test: pd.DataFrame, train: pd.DataFrame, seed: int) -> dict:
+    """What a start comes to with these labels; `start` is a file, or `ARCH` for all layers from scratch at one rate."""
+    table = pd.concat([few.assign(is_valid=False), test.assign(is_valid=True)], ignore_index=True)
+    setting, cbs = dict(setting), [SkipValidation()]
+    set_seed(seed)
+    with quiet():
+        if "kind" in setting:
+            dls = unlabeled(name, train, seed, BS)
+            cbs.append(ConsistencyLoss(dls, setting.pop("kind"), ratio=setting.pop("ratio", RATIO), **EXTRA(setting)))
+        learn = downstream_learner(labeled_loaders(table, CHANNELS[name], SIZE[name], BS), start)
+        epochs = setting.pop("epochs", EPOCHS)
+        with learn.no_bar(), learn.no_logging():
+            if start == ARCH:
+                learn.fit_one_cycle(epochs + 1, RATE / 2, cbs=cbs)
+            else:
+                learn.fine_tune(epochs, **{"base_lr": RATE, "cbs": cbs, **setting})
+            learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, SkipValidation)])
+            shares, truth = learn.get_preds()
+    named = shares.argmax(1)
+    score = accuracy_score(truth, named) if METRIC[name] == "accuracy" else roc_auc_score(truth, shares[:, 1])
+    return {"score": float(score), "images": learn.images_seen}
+
+
+def EXTRA(setting: dict) -> dict:
+    return {k: setting.pop(k) for k in ("threshold", "weight", "momentum", "ramp") if k in setting}
