@@ -8,6 +8,8 @@ from fastai.vision.all import *
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.collapse import CollapseAlarm, Signals
 from selfsup_fastai.callbacks.consistency import Consistency
+from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
+from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
@@ -30,6 +32,7 @@ from selfsup_fastai.data.recipes import (
     GREY_SCAN,
     MOCO,
     SIMCLR,
+    STRONG,
     SWAV_GLOBAL,
     SWAV_LOCAL,
     Recipe,
@@ -74,6 +77,7 @@ OURS = [
     "GREY_SCAN",
     "MOCO",
     "SIMCLR",
+    "STRONG",
     "SWAV_GLOBAL",
     "SWAV_LOCAL",
     "TASKS",
@@ -81,6 +85,7 @@ OURS = [
     "AlbumentationsTransform",
     "CollapseAlarm",
     "Consistency",
+    "ConsistencyLoss",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -89,6 +94,7 @@ OURS = [
     "Encoder",
     "EpochLines",
     "GroupSplitter",
+    "KeepBest",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",

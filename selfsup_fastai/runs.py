@@ -153,7 +153,7 @@ def _fit(learn: DownstreamLearner, epochs: int, lr: float, gradual: bool, fresh:
         say("From scratch there is nothing to keep: all layers train from the start, at one rate.")
         learn.fit_one_cycle(epochs + 1, lr, cbs=log)
     else:
-        learn.fine_tune(epochs, lr, gradual=gradual, cbs=log)
+        learn.fine_tune(epochs, lr, schedule="gradual" if gradual else "two_stage", cbs=log)
 
 
 def is_unfinished(out: str | Path) -> bool:

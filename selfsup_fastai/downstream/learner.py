@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,36 @@ from fastai.optimizer import Adam, Optimizer, OptimWrapper
 from fastai.torch_core import TensorMask
 from fastai.vision.core import PILBase, TensorBBox, TensorPoint
 from fastcore.foundation import L
+from matplotlib.axes import Axes
 from torch import nn
 
 from selfsup_fastai.callbacks.count import CountImages
+from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import LossesAsNumbers
+from selfsup_fastai.callbacks.whole_run import whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
-from selfsup_fastai.downstream.schedule import FrozenNorms, StageLog, check_count, plan, stage_rates, stages
+from selfsup_fastai.data.subsets import hold_out
+from selfsup_fastai.downstream.schedule import (
+    HEAD_PCT,
+    NORMS,
+    FrozenNorms,
+    Rates,
+    Stage,
+    StageLog,
+    check_count,
+    plan,
+    planned_rates,
+    stage_rates,
+    stages,
+)
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
+from selfsup_fastai.pictures import plot_rates
+from selfsup_fastai.plots import ShownFrame
 from selfsup_fastai.seeding import preserved_rng
 
 _FORMATS = {"lr_min": "{:.1e}".format, "lr_max": "{:.1e}".format, "parameters": "{:,}".format}
@@ -83,56 +102,87 @@ class DownstreamLearner(Learner):
         epochs: int,  # As in `fine_tune`
         base_lr: float = 2e-3,  # As in `fine_tune`
         freeze_epochs: int = 1,  # As in `fine_tune`
-        gradual: bool = True,  # As in `fine_tune`
+        schedule: str = "gradual",  # As in `fine_tune`
         lr_mult: float = 100,  # As in `fine_tune`
-    ) -> pd.DataFrame:
-        """What `fine_tune` with these arguments will do: one row a stage (see `schedule.plan`)."""
-        groups = layer_groups(self.model)
-        run = stages(len(groups), epochs, freeze_epochs, 5 if gradual else 2)
+        layer_decay: float | None = None,  # As in `fine_tune`
+        pct_start: float = 0.3,  # As in `fine_tune`
+        div: float = 5.0,  # As in `fine_tune`
+    ) -> ShownFrame:
+        """What `fine_tune` with these arguments will do: one row a stage; `.show()` draws the rates over time."""
+        groups, rates = layer_groups(self.model), Rates(base_lr, lr_mult, layer_decay)
+        run = stages(len(groups), epochs, freeze_epochs, schedule)
         names = [*self.model.encoder.group_names(), "head"]
-        return plan(run, names, [sum(p.numel() for p in group) for group in groups], base_lr, lr_mult)
+        table = plan(run, names, [sum(p.numel() for p in group) for group in groups], rates)
+        shapes = [_shape(stage, pct_start, div) for stage in run]
+        return ShownFrame(table, plot=partial(_drawn, planned_rates(run, names, rates, shapes)))
 
     def fine_tune(
         self,
         epochs: int,  # Epochs after the head's own
         base_lr: float = 2e-3,  # Peak rate of the head while it is alone; half of it is the highest rate afterwards
         freeze_epochs: int = 1,  # Epochs of the head alone
-        gradual: bool = True,  # Unfreeze in up to five stages; False: fastai's `fine_tune` on our groups
+        schedule: str = "gradual",  # 'gradual', 'two_stage' (fastai's), 'all', 'lp_ft'; see `downstream.schedule`
         lr_mult: float = 100,  # The stem learns so many times slower than the head
+        layer_decay: float | None = None,  # In place of lr_mult: each group at so much of the rate of the group above
+        norms: str | None = None,  # 'eval', 'train' or 'still', see below; None: 'train' with two_stage, else 'eval'
+        best: str | None = None,  # Keep the weights of the best epoch by this: 'valid_loss' or a metric's name
+        patience: int | None = None,  # Stop after so many epochs without a better one; goes with `best`
+        holdout: float = 0.2,  # With `best`: share of the training images to judge by; 0: judge by `dls.valid`
         pct_start: float = 0.3,  # Part of each later stage in which rates rise
         div: float = 5.0,  # Each later stage starts at its peak rates divided by this
-        norms: str | None = None,  # Frozen norm layers: 'eval' (still), 'train' (as fastai); None: 'eval' if gradual
         cbs: Callback | MutableSequence | None = None,  # Callbacks for every stage
         **kwargs,  # Passed to `fit_one_cycle`
     ) -> None:
         """Train the head, then more and more of the encoder from the top (Howard & Ruder 2018), each stage one-cycle.
 
         Rates spread from `base_lr / 2 / lr_mult` at the stem to `base_lr / 2` at the head. `epochs + freeze_epochs`
-        is the total over all stages. The plan is shown first; `fine_tune_log` and the recorder hold the whole run.
-        Raises `TaskError` where an argument makes no sense, `UnknownNameError` for another `norms`.
+        is the total over all stages, whatever the schedule. The plan is shown first; `fine_tune_log` and the recorder
+        hold the whole run. `norms`: with 'eval' norm layers of frozen groups hold still, weights and statistics; with
+        'train' they learn, as in fastai; with 'still' the statistics of all norm layers stay those of pretraining.
+
+        With `best` the weights are at the end those of the epoch that was best on images that are taken out of the
+        training data for it (of each class the same share, at least one image), so that `dls.valid` can be the test
+        set: it is not looked at. Raises `TaskError` where an argument makes no sense, `UnknownNameError` for another
+        schedule or norm policy.
         """
-        if norms not in (None, "eval", "train"):
-            raise unknown("norm policy", norms, ["eval", "train"])
-        norms = norms or ("eval" if gradual else "train")
-        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, gradual, lr_mult)
+        if norms not in (None, *NORMS):
+            raise unknown("norm policy", norms, NORMS)
+        norms = norms or ("train" if schedule == "two_stage" else "eval")
+        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, schedule, lr_mult, layer_decay, pct_start, div)
+        if patience is not None and best is None:
+            raise TaskError("patience goes with best, such as best='valid_loss': without, no epoch is better.")
+        keeper = [KeepBest(best, patience)] if best else []
         say(table.to_string(index=False, formatters=_FORMATS))
-        log = StageLog()
-        with self._norm_policy(norms) as norm_cbs:
-            settings = {"pct_start": pct_start, "div": div, "cbs": [*L(cbs), *norm_cbs, log], **kwargs}
+        log, run = StageLog(), stages(len(layer_groups(self.model)), epochs, freeze_epochs, schedule)
+        with self._norm_policy(norms) as norm_cbs, self._judged_by(holdout if best else 0):
+            cbs = [*L(cbs), *norm_cbs, *keeper, log]
             try:
-                if gradual:
-                    self._fit_stages(epochs, base_lr, freeze_epochs, lr_mult, **settings)
-                else:
-                    super().fine_tune(epochs, base_lr, freeze_epochs, lr_mult, **settings)
+                with whole_run(self, cbs, epochs + freeze_epochs):
+                    self._fit_stages(run, Rates(base_lr, lr_mult, layer_decay), pct_start, div, cbs, **kwargs)
             finally:
                 self.fine_tune_log = pd.DataFrame(log.rows)
 
-    def _fit_stages(self, epochs, base_lr, freeze_epochs, lr_mult, pct_start, div, **kwargs) -> None:
+    def _fit_stages(self, run: list[Stage], rates: Rates, pct_start: float, div: float, cbs: list, **kwargs) -> None:
         n_groups = len(self.opt.param_lists)
-        for stage in stages(n_groups, epochs, freeze_epochs):
+        for stage in run:
+            if any(getattr(cb, "stopped", False) for cb in cbs):
+                break
             self._freeze_before(stage.first)
-            shape = {"pct_start": 0.99} if stage.head_only else {"pct_start": pct_start, "div": div}
-            self.fit_one_cycle(stage.epochs, stage_rates(stage, n_groups, base_lr, lr_mult), **shape, **kwargs)
+            shape = {**_shape(stage, pct_start, div), **kwargs}
+            self.fit_one_cycle(stage.epochs, stage_rates(stage, n_groups, rates), cbs=cbs, **shape)
+
+    @contextmanager
+    def _judged_by(self, holdout: float) -> Iterator[None]:
+        """Training images are held out to validate with; what `dls.valid` holds is left alone meanwhile."""
+        dls = self.dls
+        if holdout:
+            self.dls = hold_out(dls, holdout)
+            kept, out = len(self.dls.train_ds), len(self.dls.valid_ds)
+            say(f"{out:,} of {kept + out:,} training images are held out to choose the best epoch by.")
+        try:
+            yield
+        finally:
+            self.dls = dls
 
     def _freeze_before(self, first: int) -> None:
         """fastai's `freeze_to`, also after earlier training: weights with an old gradient, even 0, would decay."""
@@ -143,7 +193,7 @@ class DownstreamLearner(Learner):
 
     @contextmanager
     def _norm_policy(self, norms: str) -> Iterator[list[Callback]]:
-        """'eval': norm layers of frozen groups hold still, weights (`train_bn`) and statistics; 'train': as fastai."""
+        """See `fine_tune`."""
         if self.opt is None:
             self.create_opt()
         if norms == "train":
@@ -152,7 +202,7 @@ class DownstreamLearner(Learner):
         train_bn = self.train_bn
         self._set_train_bn(False)
         try:
-            yield [FrozenNorms()]
+            yield [FrozenNorms(everywhere=norms == "still")]
         finally:
             self._set_train_bn(train_bn)
 
@@ -172,6 +222,16 @@ class DownstreamLearner(Learner):
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
         return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen}
+
+
+def _shape(stage: Stage, pct_start: float, div: float) -> dict:
+    """Of a stage's one cycle, as in fastai's `fine_tune`: the head's own rate rises nearly to the end."""
+    one_cycle = {"div": 25.0, "pct_start": HEAD_PCT} if stage.head_only else {"div": div, "pct_start": pct_start}
+    return {**one_cycle, "div_final": 1e5}
+
+
+def _drawn(rates: pd.DataFrame, _table: pd.DataFrame, ax: Axes | None) -> Axes:
+    return plot_rates(rates, ax)
 
 
 def downstream_learner(
