@@ -47,6 +47,8 @@ from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.errors import SelfsupError
@@ -112,6 +114,7 @@ OURS = [
     "ShownFrame",
     "Signals",
     "SkipValidation",
+    "TrainedModel",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
@@ -136,6 +139,7 @@ OURS = [
     "linear_probe",
     "list_tasks",
     "load_encoder",
+    "load_model",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",

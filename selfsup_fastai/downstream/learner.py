@@ -10,7 +10,7 @@ from typing import Any
 import fastai.vision.learner  # noqa: F401  (registers how results on images are shown)
 import pandas as pd
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam, Optimizer, OptimWrapper
 from fastcore.foundation import L
@@ -22,7 +22,8 @@ from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.whole_run import whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
-from selfsup_fastai.downstream.models import DownstreamModel, head_for, layer_groups
+from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
+from selfsup_fastai.downstream.saving import save_model
 from selfsup_fastai.downstream.schedule import (
     HEAD_PCT,
     NORMS,
@@ -37,6 +38,7 @@ from selfsup_fastai.downstream.schedule import (
 )
 from selfsup_fastai.downstream.segmentation import KnownCodes
 from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, target_of
+from selfsup_fastai.downstream.trained import Facts, TrainedModel, activation_of, resize_of
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
@@ -193,8 +195,33 @@ class DownstreamLearner(Learner):
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
         """Save the trained encoder, without the head; its lineage names this round too. Returns the file's path."""
-        metrics = {name: float(value) for name, value in self.last_values.items() if value is not None}
-        return save_encoder(self.model.encoder, file, **self.this_round(), metrics=metrics)
+        return save_encoder(self.model.encoder, file, **self.this_round(), metrics=self._scores())
+
+    def save_model(
+        self,
+        file: str | PathLike,  # Where to; `.safetensors` is added if missing
+    ) -> Path:
+        """Save encoder, head and the names of the classes; `load_model` reads it. Returns the file's path.
+
+        Unlike fastai's `export` it holds no code: whoever loads it runs nothing. What turned files into images other
+        than a resize, and augmentation, is not in it.
+        """
+        return save_model(self.trained_model(), file, **self.this_round(), metrics=self._scores())
+
+    def trained_model(self) -> TrainedModel:
+        """The model with what is known of its predictions, as `load_model` gives it; its weights are the learner's."""
+        target, threshold = self.target, getattr(self.loss_func, "thresh", 0.5)
+        dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
+        kept = {
+            "size": _seen_size(dl) if len(dl.dataset) else None,
+            "resize": resize_of(dl),
+            "threshold": float(threshold),
+        }
+        activation = activation_of(self.loss_func, target.kind)
+        return TrainedModel(self.model, Facts(**vars(target), **kept, activation=activation))
+
+    def _scores(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.last_values.items() if value is not None}
 
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
@@ -242,7 +269,7 @@ def downstream_learner(
     loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or KINDS[target.kind].loss()
     encoder, loaders = _adapt(dls, encoder, n_in, pretrained, target.kind)
     path = Path.cwd() if path is None else path  # never the folder of images that the dls bring
-    model = DownstreamModel(encoder, head_for(target, encoder, dropout))
+    model = DownstreamModel(encoder, head_maker(target, encoder, dropout)())
     cbs = [*L(cbs), *([KnownCodes(target.n_out, ignored)] if target.kind == "mask" else [])]
     training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
     return DownstreamLearner(loaders, model, target, metrics=metrics, path=path, model_dir=model_dir, **training)
@@ -274,9 +301,15 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool, ki
 def _image_size(dls: DataLoaders) -> int | None:
     """The side of the images that the net will see; None where they are not square."""
     dl = dls.valid if len(dls.loaders) > 1 and len(dls.valid) else dls.train
+    height, width = _seen_size(dl)
+    return height if height == width else None
+
+
+def _seen_size(dl: TfmdDL) -> tuple[int, int]:
+    """Height and width of the images of a batch."""
     with preserved_rng():
         height, width = dl.one_batch()[0].shape[-2:]
-    return height if height == width else None
+    return height, width
 
 
 def _say_windows(encoder: Encoder, seen: str | None) -> None:

@@ -1,12 +1,14 @@
 """An encoder with the head that its labels ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from selfsup_fastai.downstream.points import PointHead
-from selfsup_fastai.downstream.segmentation import UNetDecoder, unet_decoder
+from selfsup_fastai.downstream.pyramid import levels_of
+from selfsup_fastai.downstream.segmentation import UNetDecoder
 from selfsup_fastai.downstream.targets import Target
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.heads import linear_head
@@ -31,18 +33,22 @@ class DownstreamModel(nn.Module):
         return self.head(self.encoder(x))
 
 
-def head_for(
+def head_maker(
     target: Target,  # What is to be predicted
     encoder: Encoder,  # What it is predicted from
     dropout: float = 0.0,  # Before the last layer
     layers: Sequence[str] | None = None,  # Whose maps a decoder looks at; None: of each scale the deepest
-) -> nn.Module:
-    """A U-Net's decoder for masks, votes of places for points, else a linear layer."""
+) -> Callable[[], nn.Module]:
+    """What makes a new head: a U-Net's decoder for masks, votes of places for points, else a linear layer.
+
+    The encoder is measured here, so making it measures no more. Raises `TaskError` where it gives no maps but must.
+    """
     if target.kind == "mask":
-        return unet_decoder(encoder, target.n_out, dropout, layers)
+        return partial(UNetDecoder, levels_of(encoder, layers), encoder.in_chans, target.n_out, dropout)
     if target.kind == "points":
-        return PointHead(encoder.map_shape((encoder.side, encoder.side))[0], target.n_out // 2, dropout)
-    return linear_head(encoder.num_features, target.n_out, dropout)
+        channels = encoder.map_shape((encoder.side, encoder.side))[0]
+        return partial(PointHead, channels, target.n_out // 2, dropout)
+    return partial(linear_head, encoder.num_features, target.n_out, dropout)
 
 
 def layer_groups(model: DownstreamModel) -> list[list[nn.Parameter]]:

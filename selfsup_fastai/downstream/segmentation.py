@@ -10,9 +10,8 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from selfsup_fastai.downstream.pyramid import Level, Pyramid, levels_of, resized
+from selfsup_fastai.downstream.pyramid import Level, Pyramid, resized
 from selfsup_fastai.encoders.decoders import group_norm
-from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import DataError
 
 FINE, WIDEST = 32, 256  # Channels of the decoder at the finest level, twice as many at each coarser one, and at most
@@ -61,16 +60,6 @@ def _mixed(n_in: int, n_out: int) -> nn.Sequential:
     for width in (n_in, n_out):
         layers += [nn.Conv2d(width, n_out, 3, padding=1, bias=False), group_norm(n_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
-
-
-def unet_decoder(
-    encoder: Encoder,  # With layers that give maps
-    n_out: int,  # Classes
-    dropout: float = 0.0,  # As in `UNetDecoder`
-    layers: Sequence[str] | None = None,  # As in `levels_of`
-) -> UNetDecoder:
-    """A decoder for the maps of this encoder, which are measured. Raises `TaskError` where it gives none."""
-    return UNetDecoder(levels_of(encoder, layers), encoder.in_chans, n_out, dropout)
 
 
 class KnownCodes(Callback):
