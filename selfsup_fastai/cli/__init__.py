@@ -1,7 +1,7 @@
 """The command `selfsup`. Heavy imports happen inside the commands, so that `--help` answers at once.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line; `--debug` shows where),
-2 wrong usage, 130 stopped by Ctrl-C, 143 by a termination signal.
+2 wrong usage, 3 some inputs could not be read, 130 stopped by Ctrl-C, 143 by a termination signal.
 """
 
 import signal
@@ -15,9 +15,9 @@ from selfsup_fastai.cli.kept import cache_ls, cache_rm
 from selfsup_fastai.cli.looking import demo, scan, tasks
 from selfsup_fastai.cli.reporting import reported, terminate
 from selfsup_fastai.cli.training import finetune, pretrain
-from selfsup_fastai.cli.using import embed, neighbors
+from selfsup_fastai.cli.using import embed, export, neighbors, predict
 
-COMMANDS = (tasks, scan, pretrain, finetune, embed, neighbors, demo)
+COMMANDS = (tasks, scan, pretrain, finetune, predict, embed, neighbors, export, demo)
 """In the order in which `--help` lists them."""
 
 app = typer.Typer(

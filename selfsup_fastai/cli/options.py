@@ -38,6 +38,14 @@ class Consistency(str, Enum):
     pi = "pi"
 
 
+class Target(str, Enum):
+    """Programs that an encoder is exported to."""
+
+    timm = "timm"
+    torchvision = "torchvision"
+    onnx = "onnx"
+
+
 CacheOption = Annotated[
     Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
 ]

@@ -10,11 +10,10 @@ import pandas as pd
 
 from selfsup_fastai import __version__
 from selfsup_fastai.data.unsplit import Unsplit
-from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import Embeddings, embed
 from selfsup_fastai.messages import say
-from selfsup_fastai.runs.inputs import check_file_out, check_layer, find_some, seen_by, side_of, which
+from selfsup_fastai.runs.inputs import check_file_out, check_layer, find_some, saved, seen_by, side_of, which
 from selfsup_fastai.writing import whole_file
 
 FEATURES, ABOUT = "embeddings", "about"  # Names in the file
@@ -23,7 +22,7 @@ FEATURES, ABOUT = "embeddings", "about"  # Names in the file
 def embed_folder(
     folder: str | os.PathLike,  # Of images, at any depth
     out: str | os.PathLike,  # A file that ends in .npz or .parquet
-    encoder: str | os.PathLike,  # A saved encoder
+    encoder: str | os.PathLike,  # A saved encoder or model
     layer: str | None = None,  # None: what the encoder gives; else this layer's map, averaged
     size: int | None = None,  # Side of the images in pixels; None: as the encoder was trained
     paths: bool = False,  # Write names of DICOM files, too: they may identify patients
@@ -38,21 +37,15 @@ def embed_folder(
     write = {".npz": write_npz, ".parquet": write_parquet}[out.suffix.lower()]
     if write is write_parquet:
         arrow()
-    net = load_encoder(encoder)
+    net, origin, _ = saved(encoder)
     check_layer(net, layer)
     side = side_of(net, size)
-    found = find_some([folder], out, net.image_channels, side, paths, seen_by(net), **data)
+    found = find_some([folder], out, net.image_channels, side, paths, seen=seen_by(net), **data)
     features = embed(net, found.dl, layers=layer)
-    about = {"encoder": _origin(read_card(encoder)), "layer": layer or "output", "size": side, **_counts(found)}
+    about = {"encoder": origin, "layer": layer or "output", "size": side, **_counts(found)}
     write(out, features, which(found.info, found.private and not paths), about)
     say(f"{len(features.x):,} images, {features.x.shape[1]:,} numbers each.")
     return out
-
-
-def _origin(card: dict) -> dict:
-    """Which encoder it was; the digest tells it from all others."""
-    rounds = [entry.get("task") for entry in card["lineage"]]
-    return {"digest": card["digest"], "arch": card["arch"], "rounds": rounds}
 
 
 def _counts(found: Unsplit) -> dict:

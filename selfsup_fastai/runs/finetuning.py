@@ -79,7 +79,6 @@ def finetune(
     with finished(learn, out, 1 / len(dls.vocab)):
         _fit(learn, epochs, lr, schedule, fresh, [MetricsFile(out / "metrics.csv"), *cbs])
     _write_predictions(learn, table, out, paths)
-    learn.export("learner.pkl")
     return learn
 
 

@@ -6,7 +6,8 @@
     batch.png            what the network was asked, or the labeled images it saw
     history.png          losses and the first metric over the epochs; of several tasks, the first of each
     encoder.safetensors  the encoder and its card
-    results.png neighbors.png, or predictions.csv confusion.png learner.pkl
+    model.safetensors    after fine-tuning: the encoder with its head, for `selfsup predict`
+    results.png neighbors.png, or predictions.csv confusion.png
     resume/              while a pretraining run is under way: its state, from which a killed run goes on
 
 Stopped by Ctrl-C or a termination signal after its first epoch, a run still saves what it has trained, then passes the
@@ -28,13 +29,14 @@ from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines
 from selfsup_fastai.callbacks.state import StateFolder
 from selfsup_fastai.data.files import find_files, result_folder
+from selfsup_fastai.downstream.learner import DownstreamLearner
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import plot_history, save_picture
 from selfsup_fastai.writing import write_csv
 
 RESUMES = " The same command with --resume goes on."
-ENCODER, STATE, LEFT_OUT = "encoder.safetensors", "resume", "left_out.csv"
+ENCODER, MODEL, STATE, LEFT_OUT = "encoder.safetensors", "model.safetensors", "resume", "left_out.csv"
 
 
 def is_unfinished(out: str | Path) -> bool:
@@ -73,7 +75,7 @@ def run_folder(
     """The folder, made if missing, without the files of an earlier run, with this run's settings and report."""
     out = result_folder(out)
     names = ("metrics.csv", "history.png", "results.png", "neighbors.png", "predictions.csv", "confusion.png")
-    for name in (ENCODER, *names, "learner.pkl"):
+    for name in (ENCODER, MODEL, *names, "learner.pkl"):
         (out / name).unlink(missing_ok=True)
     encoder = learn.model.encoder
     settings |= {"arch": encoder.arch, "channels": encoder.in_chans}
@@ -129,5 +131,7 @@ def finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterator
 
 def _save(learn: Learner, out: Path, chance: float | dict | None) -> None:
     learn.save_encoder(out / ENCODER)
+    if isinstance(learn, DownstreamLearner):
+        learn.save_model(out / MODEL)
     plot_history(pd.read_csv(out / "metrics.csv"), chance)
     save_picture(out / "history.png")

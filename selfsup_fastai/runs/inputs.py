@@ -1,18 +1,44 @@
 """What runs that train nothing have in common: images in, one file out, and a list of what could not be read."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from selfsup_fastai.data.files import listed_in, result_folder
 from selfsup_fastai.data.unsplit import WHOSE, Unsplit, named_files, unsplit_images
+from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.trained import TrainedModel
+from selfsup_fastai.encoders.checkpoint import MODEL_KEY, load_encoder, read_card
 from selfsup_fastai.encoders.encoder import Encoder
+from selfsup_fastai.encoders.tensor_files import found, opened
 from selfsup_fastai.errors import DataError, unknown
 from selfsup_fastai.writing import write_csv
 
 Inputs = Sequence[str | os.PathLike]  # Folders and files
+
+
+class Saved(NamedTuple):
+    """What is in a file of ours."""
+
+    encoder: Encoder
+    about: dict  # Which one it is: digest, arch, rounds of training
+    model: TrainedModel | None  # With a head, where there is one
+
+
+def saved(file: str | os.PathLike) -> Saved:
+    """An encoder, alone or in a fine-tuned model, from a file that is never unpickled. Raises `EncoderFileError`."""
+    path = found(file)
+    with opened(path) as tensors:
+        text = (tensors.metadata() or {}).get(MODEL_KEY)
+    model = load_model(path) if text else None
+    encoder = load_encoder(path) if model is None else model.encoder
+    digest = (json.loads(text) if text else read_card(path))["digest"]
+    rounds = [entry.get("task") for entry in encoder.lineage]
+    return Saved(encoder, {"digest": digest, "arch": encoder.arch, "rounds": rounds}, model)
 
 
 def check_file_out(
@@ -42,29 +68,28 @@ def find_images(
     inputs: Inputs,
     out: Path,  # The result; the list of what cannot be read goes beside it, if there is any
     n_in: int,
-    size: int,
+    size: int | tuple[int, int],
     paths: bool,  # Write names of DICOM files, too
-    seen: str | None = None,  # As for `unsplit_images`
-    **data,  # bs, num_workers, cache, max_gb
+    **data,  # For `unsplit_images`
 ) -> Unsplit:
     """All images that can be read. An earlier list is removed."""
     files, listed = named_files(inputs), left_out_file(out)
     with listed_in(listed.name):
-        found = unsplit_images(files, n_in, size, seen=seen, **data)
+        images = unsplit_images(files, n_in, size, **data)
     listed.unlink(missing_ok=True)
-    if len(found.report):
-        reasons = found.report[["code", "message"]]
-        write_csv(which(found.report, found.private and not paths).join(reasons), listed)
-    return found
+    if len(images.report):
+        reasons = images.report[["code", "message"]]
+        write_csv(which(images.report, images.private and not paths).join(reasons), listed)
+    return images
 
 
 def find_some(inputs: Inputs, out: Path, *args, **kwargs) -> Unsplit:
     """`find_images`; raises `DataError` where none can be read."""
-    found = find_images(inputs, out, *args, **kwargs)
-    if found.dl is None:
-        n = len(found.report)
+    images = find_images(inputs, out, *args, **kwargs)
+    if images.dl is None:
+        n = len(images.report)
         raise DataError(f"None of the {n:,} files can be read as an image; {left_out_file(out).name} says why.")
-    return found
+    return images
 
 
 def which(

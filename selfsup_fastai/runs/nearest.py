@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsup_fastai.data.unsplit import Unsplit
-from selfsup_fastai.encoders.checkpoint import load_encoder
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.features import embed, embedded_images, finite
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
-from selfsup_fastai.runs.inputs import check_file_out, check_layer, find_some, seen_by, side_of, which
+from selfsup_fastai.runs.inputs import check_file_out, check_layer, find_some, saved, seen_by, side_of, which
 from selfsup_fastai.writing import whole_file, write_csv
 
 QUERIES = 6  # Images of the folder that are asked about where nobody names any
@@ -33,7 +32,7 @@ class Nearest(NamedTuple):
 def neighbors_of_folder(
     folder: str | os.PathLike,  # Of images, at any depth
     out: str | os.PathLike,  # A file that ends in .png; the table goes beside it
-    encoder: str | os.PathLike,  # A saved encoder
+    encoder: str | os.PathLike,  # A saved encoder or model
     queries: Sequence[str | os.PathLike] = (),  # Image files, of the folder or not; none: some of the folder
     k: int = 6,  # Neighbors of each
     layer: str | None = None,  # None: what the encoder gives; else this layer's map, averaged
@@ -47,10 +46,10 @@ def neighbors_of_folder(
     do not lie in the folder come after these.
     """
     out = check_file_out(out, [folder], (".png",))
-    net = load_encoder(encoder)
+    net = saved(encoder).encoder
     check_layer(net, layer)
     inputs = [folder, *_outside(folder, queries)]
-    found = find_some(inputs, out, net.image_channels, side_of(net, size), paths, seen_by(net), **data)
+    found = find_some(inputs, out, net.image_channels, side_of(net, size), paths, seen=seen_by(net), **data)
     asked = _asked(found, folder, queries)
     nearest = nearest_to(embed(net, found.dl, layers=layer).x, asked, _inside(found, folder), k)
     write_csv(_table(nearest, which(found.info, found.private and not paths)), out.with_suffix(".csv"))
