@@ -12,7 +12,7 @@ from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.features import effective_rank, embed, linear_probe
 from selfsup_fastai.messages import quiet, say
-from selfsup_fastai.runs import pretrain
+from selfsup_fastai.runs.pretraining import pretrain
 
 SIZE, ARCH = 32, "resnet10t"
 EPOCHS = {"rotation": 8, "simclr": 30}

@@ -225,7 +225,9 @@ class DownstreamLearner(Learner):
 
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
-        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen}
+        seen = seen_as(self.dls)
+        scans = {"data": {"scans": seen}} if seen else {}
+        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen, **scans}
 
 
 def _shape(stage: Stage, pct_start: float, div: float) -> dict:
