@@ -46,6 +46,7 @@ from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.errors import SelfsupError
@@ -57,7 +58,6 @@ from selfsup_fastai.features import (
     feature_std,
     knn_accuracy,
     knn_predict,
-    linear_probe,
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
@@ -130,6 +130,7 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "knn_probe",
     "labeled_files",
     "linear_probe",
     "list_tasks",
@@ -150,6 +151,7 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "svm_probe",
     "uniformity",
     "volume_report",
     "volumes_of",
