@@ -47,6 +47,7 @@ from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
 from selfsup_fastai.downstream.saving import load_model
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
@@ -60,7 +61,6 @@ from selfsup_fastai.features import (
     feature_std,
     knn_accuracy,
     knn_predict,
-    linear_probe,
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
@@ -72,24 +72,16 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
-    "BYOL_1",
-    "BYOL_2",
-    "DINO_GLOBAL_1",
-    "DINO_GLOBAL_2",
-    "DINO_LOCAL",
-    "GREY_SCAN",
-    "MOCO",
-    "SIMCLR",
-    "STRONG",
-    "SWAV_GLOBAL",
-    "SWAV_LOCAL",
-    "TASKS",
-    "WINDOWS",
     "AlbumentationsTransform",
     "AutoPrecision",
+    "BYOL_1",
+    "BYOL_2",
     "CollapseAlarm",
     "Consistency",
     "ConsistencyLoss",
+    "DINO_GLOBAL_1",
+    "DINO_GLOBAL_2",
+    "DINO_LOCAL",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -97,8 +89,10 @@ OURS = [
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
+    "GREY_SCAN",
     "GroupSplitter",
     "KeepBest",
+    "MOCO",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
@@ -110,14 +104,20 @@ OURS = [
     "PretextTransform",
     "Recipe",
     "Resume",
+    "SIMCLR",
+    "STRONG",
+    "SWAV_GLOBAL",
+    "SWAV_LOCAL",
     "SelfsupError",
     "ShownFrame",
     "Signals",
     "SkipValidation",
+    "TASKS",
     "TrainedModel",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
+    "WINDOWS",
     "__version__",
     "alignment",
     "apply_views",
@@ -135,6 +135,7 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "knn_probe",
     "labeled_files",
     "linear_probe",
     "list_tasks",
@@ -156,6 +157,7 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "svm_probe",
     "uniformity",
     "volume_report",
     "volumes_of",

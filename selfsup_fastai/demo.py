@@ -10,7 +10,8 @@ from PIL import Image
 from selfsup_fastai.compare import compare_encoders, label_draws, summarize
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
-from selfsup_fastai.features import effective_rank, embed, linear_probe
+from selfsup_fastai.downstream.probes import linear_probe
+from selfsup_fastai.features import effective_rank, embed
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.runs.pretraining import pretrain
 
@@ -67,9 +68,9 @@ def probe_layers(starts: dict, train: pd.DataFrame, test: pd.DataFrame, seed: in
         set_seed(seed)
         with quiet():
             learn = downstream_learner(labeled_loaders(table, 1, SIZE, 128), start)
-        probe = linear_probe(learn.model.encoder, learn.dls.train, learn.dls.valid, max_dim=1024)
+        probe = linear_probe(learn.model.encoder, learn.dls, max_dim=1024, seed=seed)
         rank = effective_rank(embed(learn.model.encoder, learn.dls.valid).x)
-        rows[name] = {**dict(zip(probe["layer"], probe["accuracy"])), "effective rank": rank}
+        rows[name] = {**dict(zip(probe["layer"], probe["score"])), "effective rank": rank}
     return pd.DataFrame(rows).T.rename_axis("start")
 
 

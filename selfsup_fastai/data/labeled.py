@@ -12,6 +12,7 @@ from fastcore.foundation import L
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
+from selfsup_fastai.data.groups import LEVELS
 from selfsup_fastai.data.images import check_classes, say_shared, split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
@@ -123,7 +124,7 @@ def labeled_loaders(
     opener.are_scans = opener.seen is not None
     images = TfmdLists(files, opener, splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
-    store = _store(table, n_in, size, cache, max_gb)
+    store, facts = _store(table, n_in, size, cache, max_gb), _facts(table)
     return Datasets(tls=L(images, labels)).dataloaders(
         dl_type=IndexedDL,
         bs=bs,
@@ -131,8 +132,16 @@ def labeled_loaders(
         after_batch=[IntToFloatTensor()],
         num_workers=num_workers,
         device=default_device(),
-        dl_kwargs=[{"store": store, "rows": rows} for rows in splits],
+        dl_kwargs=[
+            {"store": store, "rows": rows, "facts": None if facts is None else facts.iloc[rows]} for rows in splits
+        ],
     )
+
+
+def _facts(table: pd.DataFrame) -> pd.DataFrame | None:
+    """Whose the images are, where that is known."""
+    known = [name for name in LEVELS if name in table]
+    return table[known] if known else None
 
 
 def _sources(table: pd.DataFrame) -> list:
