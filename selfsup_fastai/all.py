@@ -13,7 +13,9 @@ from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
-from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.summary import summarize, whole_verdict
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
@@ -84,6 +86,7 @@ OURS = [
     "WINDOWS",
     "AlbumentationsTransform",
     "CollapseAlarm",
+    "Comparison",
     "Consistency",
     "ConsistencyLoss",
     "DicomBlock",
@@ -117,7 +120,6 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
-    "compare_encoders",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
@@ -130,6 +132,7 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "label_curve",
     "labeled_files",
     "linear_probe",
     "list_tasks",
@@ -153,5 +156,6 @@ OURS = [
     "uniformity",
     "volume_report",
     "volumes_of",
+    "whole_verdict",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]
