@@ -11,6 +11,7 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare.comparison import Comparison
@@ -85,6 +86,7 @@ OURS = [
     "TASKS",
     "WINDOWS",
     "AlbumentationsTransform",
+    "AutoPrecision",
     "CollapseAlarm",
     "Comparison",
     "Consistency",
