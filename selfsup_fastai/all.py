@@ -14,7 +14,9 @@ from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
 from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
-from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.summary import summarize, whole_verdict
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
@@ -77,6 +79,7 @@ OURS = [
     "BYOL_1",
     "BYOL_2",
     "CollapseAlarm",
+    "Comparison",
     "Consistency",
     "ConsistencyLoss",
     "DINO_GLOBAL_1",
@@ -122,7 +125,6 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
-    "compare_encoders",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
@@ -136,6 +138,7 @@ OURS = [
     "knn_accuracy",
     "knn_predict",
     "knn_probe",
+    "label_curve",
     "labeled_files",
     "linear_probe",
     "list_tasks",
@@ -161,5 +164,6 @@ OURS = [
     "uniformity",
     "volume_report",
     "volumes_of",
+    "whole_verdict",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

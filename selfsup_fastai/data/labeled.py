@@ -12,7 +12,6 @@ from fastcore.foundation import L
 
 from selfsup_fastai.data.blocks import Cover, OpenCovered
 from selfsup_fastai.data.files import check_files, find_files
-from selfsup_fastai.data.groups import LEVELS
 from selfsup_fastai.data.images import check_classes, say_shared, split, split_items
 from selfsup_fastai.data.keeping import check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL
@@ -112,7 +111,7 @@ def labeled_loaders(
     cache: bool | str = True,  # As in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
 ) -> DataLoaders:
-    """Labeled loaders over the files of a table; classes in sorted order.
+    """Labeled loaders over the files of a table; classes in sorted order. Its other columns are the loaders' facts.
 
     Where pixels are kept, raises `DataError` for files that cannot be read.
     """
@@ -124,7 +123,8 @@ def labeled_loaders(
     opener.are_scans = opener.seen is not None
     images = TfmdLists(files, opener, splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
-    store, facts = _store(table, n_in, size, cache, max_gb), _facts(table)
+    store = _store(table, n_in, size, cache, max_gb)
+    known = table.drop(columns=["file", "source", "label", "is_valid", "channels", "pixels"], errors="ignore")
     return Datasets(tls=L(images, labels)).dataloaders(
         dl_type=IndexedDL,
         bs=bs,
@@ -132,16 +132,8 @@ def labeled_loaders(
         after_batch=[IntToFloatTensor()],
         num_workers=num_workers,
         device=default_device(),
-        dl_kwargs=[
-            {"store": store, "rows": rows, "facts": None if facts is None else facts.iloc[rows]} for rows in splits
-        ],
+        dl_kwargs=[{"store": store, "rows": rows, "facts": known.iloc[rows]} for rows in splits],
     )
-
-
-def _facts(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Whose the images are, where that is known."""
-    known = [name for name in LEVELS if name in table]
-    return table[known] if known else None
 
 
 def _sources(table: pd.DataFrame) -> list:
