@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import re
 import shlex
 from base64 import b64encode
 from pathlib import Path
@@ -33,6 +34,7 @@ from selfsup_fastai.seeding import preserved_rng
 from selfsup_fastai.writing import write_whole
 
 PAGE, PICTURES = "index.html", "pictures"
+SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z“])")  # not within a figure, such as 0.5, or 20 %
 CONTENTS = {  # id -> name, and what of the page must be there for it
     "table": ("The figures", "groups"),
     "curves": ("More labels", "curve"),
@@ -77,7 +79,9 @@ def rendered(page: dict) -> str:
 def page_of(comparison, dls, labeled, out: Path, paths: bool) -> dict:
     """Everything that the page shows, by the names it has in page/report.html."""
     reading = read(comparison)
-    page = {"reading": reading, "badge": BADGES[reading.kind], "verdict": comparison.verdict, "glossary": GLOSSARY}
+    first, _, more = SENTENCE_END.sub("\n", comparison.verdict, count=1).partition("\n")
+    page = {"reading": reading, "badge": BADGES[reading.kind], "glossary": GLOSSARY}
+    page |= {"verdict": first, "more_verdict": more}
     page |= {"meaning": list(zip(("What was found", "How sure that is", "What to do next"), reading.sentences))}
     page |= {"use_command": _use_command(comparison, reading, out), "day": datetime.date.today().isoformat()}
     page |= _figures(comparison) | _pictures(comparison, reading, dls, labeled)

@@ -33,6 +33,7 @@ GLOSSARY = {
 }
 BADGES = {  # kind -> mark and word beside the verdict
     "helped": ("▲", "It helped"),
+    "hint": ("≈", "A hint, no more"),
     "other": ("≈", "Not by your own images"),
     "unclear": ("≈", "Not distinguishable"),
     "worse": ("▼", "It made things worse"),
@@ -54,12 +55,15 @@ def read(comparison) -> Reading:
     rows = compared(comparison)
     if rows.empty:
         return Reading("unlabeled", None, _unlabeled(comparison), None)
-    own = rows[rows["start"].isin(own_starts(comparison))]
-    for kind, part, say in (("helped", own, _helped), ("other", rows, _other)):
-        better = part[part["verdict"] == "better"]
-        if len(better):
-            best = better.loc[better["gain"].idxmax()]
+    own, better = rows[rows["start"].isin(own_starts(comparison))], rows["verdict"] == "better"
+    sure = better & stands(comparison, rows)
+    for kind, found, say in (("helped", sure & rows.index.isin(own.index), _helped), ("other", sure, _other)):
+        if found.any():
+            best = rows.loc[rows["gain"][found].idxmax()]
             return Reading(kind, best, say(comparison, best, rows), best["start"])
+    if better.any():
+        best = rows.loc[rows["gain"][better].idxmax()]
+        return Reading("hint", best, _hint(comparison, best, rows), None)
     own = own if len(own) else rows
     kind, say = ("worse", _worse) if (own["verdict"] == "worse").all() else ("unclear", _unclear)
     best = own.loc[own["gain"].idxmax()]
@@ -72,6 +76,18 @@ def compared(comparison) -> pd.DataFrame:
     if table is None or not len(table):
         return pd.DataFrame(columns=["labels", "start", "gain", "verdict"])
     return table[table["verdict"].fillna("") != ""]
+
+
+def stands(comparison, rows: pd.DataFrame) -> pd.Series:
+    """Whether a difference is more than chance even among all comparisons of the table."""
+    if "p_all" not in rows:
+        return pd.Series(True, rows.index)
+    return rows["p_all"] < 1 - confidence_of(comparison)
+
+
+def confidence_of(comparison) -> float:
+    """Of the intervals."""
+    return float(getattr(comparison.summary, "attrs", {}).get("confidence", 0.95))
 
 
 def own_starts(comparison) -> list[str]:
@@ -88,9 +104,9 @@ def metric_of(comparison) -> str:
 def baseline_of(comparison) -> str:
     """The start that the others are compared with."""
     table = comparison.summary
-    none = table is None or not len(table)
-    names = [] if none else list(table["start"][table["verdict"].fillna("") == ""])
-    return names[0] if names else "scratch"
+    if table is None or not len(table):
+        return "scratch"
+    return table.attrs.get("baseline") or table["start"][table["verdict"].fillna("") == ""].iloc[0]
 
 
 def baseline_row(comparison, row: pd.Series) -> pd.Series:
@@ -109,12 +125,11 @@ def gain_sentence(comparison, row: pd.Series) -> str:
 def _gain(comparison, row: pd.Series) -> str:
     metric = metric_of(comparison)
     interval = interval_text(row["gain_low"], row["gain_high"], metric, gain=True)
-    return gain_text(row["gain"], metric) + (f" (95 % interval {interval})" if interval else "")
+    return gain_text(row["gain"], metric) + (f" (interval {interval})" if interval else "")
 
 
 def _helped(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
-    n = len(own_starts(comparison))
-    tried = f", even after allowing for the {n} tasks that were tried" if n > 1 else ""
+    tried = f", even after allowing for the {len(rows)} comparisons that were made" if len(rows) > 1 else ""
     worse = rows[(rows["verdict"] == "worse") & (rows["start"] == best["start"])]
     but = f" With {list_text([labels_text(v) for v in worse['labels']])} it did harm, though." if len(worse) else ""
     return [
@@ -125,6 +140,16 @@ def _helped(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
         f"explanation.{but}",
         f"Fine-tune the encoder of “{best['start']}” on all your labels, and before anybody relies on it, test "
         "it on images from other people, devices and days.",
+    ]
+
+
+def _hint(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+    return [
+        f"One start looks better than training from the labels alone, “{best['start']}”: "
+        f"{gain_sentence(comparison, best)}.",
+        f"The gain is {_gain(comparison, best)}, more than luck explains if only this number of labels is looked at; "
+        f"but {len(rows)} comparisons were made, and among so many one may look like this by luck.",
+        "Repeat this with more seeds or more test images before you build on it.",
     ]
 
 
@@ -144,7 +169,7 @@ def _unclear(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     own = own if len(own) else rows
     most, worse = own["gain_high"].max(), own[own["verdict"] == "worse"]
     seeds = count_text(comparison.runs["seed"].nunique(), "repeat")
-    n_test = comparison.data.get("n_test")
+    n_test = comparison.data.get("n_test") or comparison.summary.attrs.get("n_test")
     tested = f"{seeds} and {count_text(int(n_test), 'test image')}" if n_test else seeds
     possible = f": with {tested}, gains of up to {gain_text(most, metric)} may hide in the noise"
     harm = f" By {list_text([f'“{s}”' for s in worse['start'].unique()])} it even did harm." if len(worse) else ""
@@ -152,7 +177,7 @@ def _unclear(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
         f"Whether a network had looked at your unlabeled images first made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
-        f"This does not prove that there is no gain{possible if is_known(most) else '; a single run tells little'}.",
+        f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
         "Train from scratch, which is the least work; to know it more surely, repeat this with more seeds, "
         "more unlabeled images or a greater budget.",
     ]

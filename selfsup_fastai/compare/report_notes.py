@@ -2,7 +2,7 @@
 
 import shlex
 
-from selfsup_fastai.compare.report_meaning import baseline_of, metric_of, own_starts
+from selfsup_fastai.compare.report_meaning import baseline_of, confidence_of, metric_of, own_starts
 from selfsup_fastai.compare.report_words import count_text, list_text, start_text, value_text
 
 PLACES = {"--labeled": "LABELED", "--out": "REPORT"}  # What stands for a folder of the user's
@@ -26,19 +26,20 @@ def table_words(comparison) -> str:
     """What stands in the table."""
     metric, base = metric_of(comparison), start_text(baseline_of(comparison), baseline_of(comparison))
     unit = "in percent of the test images" if metric == "accuracy" else "on the test images"
-    runs = comparison.runs.groupby(["start", "labels"])["seed"].nunique()
+    level = _level(comparison)
+    runs = comparison.runs.groupby(["start", "n_labels"])["seed"].nunique()
     each = count_text(int(runs.min()), "run") if runs.min() == runs.max() else f"{runs.min()} to {runs.max()} runs"
     return (
-        f"Each score is the mean {metric} ({unit}, more is better) over {each}, in small letters its 95 % interval. A "
-        f"gain is the difference to training {base} with the very same labels."
+        f"Each score is the mean {metric} ({unit}, more is better) over {each}, in small letters its {level} interval. "
+        f"A gain is the difference to training {base} with the very same labels."
     )
 
 
 def table_legend(comparison) -> str:
     """What the marks and the little pictures mean."""
     points = " One point is one test image in a hundred." if metric_of(comparison) == "accuracy" else ""
-    p = " p: how often luck alone would make a difference at least this large, corrected for the number of comparisons."
-    p = p if comparison.summary.get("p_corrected") is not None else ""
+    p = " p: how often luck alone would make a difference at least this large. Intervals of gains and p allow for the"
+    p = p + " number of comparisons made with as many labels." if "p_corrected" in comparison.summary else ""
     return (
         "▲ better and ▼ worse: the difference is more than luck explains. ≈ not distinguishable: it may be luck. In "
         f"the little pictures the dashed line is no gain at all, and the bar is the interval.{points}{p}"
@@ -49,7 +50,8 @@ def curve_words(comparison) -> str:
     base = start_text(baseline_of(comparison), baseline_of(comparison))
     return (
         f"How to read it: more labels are further to the right, better scores are higher; the dotted black curve is "
-        f"training {base}. Bars are 95 % intervals; where those of two curves overlap widely, do not tell them apart."
+        f"training {base}. Bars are {_level(comparison)} intervals; where those of two curves overlap "
+        "widely, do not tell them apart."
     )
 
 
@@ -85,21 +87,29 @@ def evidence(comparison) -> list[str]:
 
 
 def _labeled_evidence(comparison) -> list[str]:
-    base = start_text(baseline_of(comparison), baseline_of(comparison))
-    seeds = count_text(comparison.runs["seed"].nunique(), "seed")
+    base, attrs = start_text(baseline_of(comparison), baseline_of(comparison)), comparison.summary.attrs
+    seeds, level = count_text(comparison.runs["seed"].nunique(), "seed"), _level(comparison)
+    luck = "the luck of the draw of labels and of training" + ", and of the choice of test images" * bool(
+        attrs.get("images")
+    )
     return [
         f"Equal labels: every start was trained on the very same labeled images, drawn anew for each of {seeds}, for "
         "as many passes and with the same kind of schedule.",
         "Test labels chose nothing: neither a task, nor a setting, nor the moment to stop. Each network was tested "
         "once, after its last pass.",
-        "Intervals are 95 % intervals over the seeds. They cover which images were labeled and the luck of training; "
-        "they do not cover another hospital, camera or year.",
-        f"A verdict compares runs with the same seed and the same labels pair by pair; “better” and “worse” are said "
-        f"only where the interval of the difference to training {base} leaves out zero after correction for the number "
-        "of comparisons.",
+        f"Intervals of scores are {level} intervals. They cover {luck}; they do not cover another hospital, camera or "
+        "year.",
+        "A verdict compares runs with the same seed and the same labels pair by pair. “Better” and “worse” are said "
+        f"only where the interval of the difference to training {base} leaves out zero, after it was made wider "
+        "because several comparisons were made with as many labels (Holm's correction). The sentence at the top of "
+        "this page counts the comparisons of all numbers of labels together.",
         "“Not distinguishable” does not mean equal: it means that these runs cannot tell. More seeds and more test "
         "images narrow the intervals.",
     ]
+
+
+def _level(comparison) -> str:
+    return f"{100 * confidence_of(comparison):.3g} %"
 
 
 def masked(command: str) -> str:

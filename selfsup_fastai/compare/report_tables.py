@@ -115,6 +115,8 @@ def _race_row(task: str, part: pd.DataFrame, rungs: list) -> list[str]:
     scores = [score_text(part["score"][r], "") if r in part.index else "–" for r in rungs]
     last = part.iloc[-1]
     ending = "✓ kept to the end" if last["kept"] else f"✗ dropped after round {rungs.index(part.index[-1]) + 1}"
+    reason = last.get("reason", "")
+    ending += f": {reason}" if isinstance(reason, str) and reason and not last["kept"] else ""
     return [task, ending, *scores, f"{part['seconds'].sum():,.0f}"]
 
 

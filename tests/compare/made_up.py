@@ -50,8 +50,11 @@ def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
                 verdict = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else "not distinguishable"
                 row |= {"gain": difference.mean(), "gain_low": ends[0], "gain_high": ends[1], "p": p}
                 row |= {"p_corrected": min(1.0, p * n), "verdict": verdict}
-            rows.append(row)
-    return pd.DataFrame(rows)
+            rows.append(row | {"seeds": len(wide)})
+    table = pd.DataFrame(rows)
+    table["p_all"] = table["p_corrected"]
+    table.attrs |= {"metric": runs["metric"].iloc[0], "baseline": "scratch", "confidence": 0.95, "images": True}
+    return table
 
 
 def race() -> pd.DataFrame:

@@ -108,6 +108,9 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert race[0][2:] == ["Round 1: 5,000 images", "Round 2: 15,000 images", "Seconds"]
     assert [row[0] for row in race[1:]] == ["simclr", "rotation", "jigsaw", "mae", "byol"]
     assert race[1] == ["simclr", "✓ kept to the end", "0.550", "0.630", "166"]
+    comparison.race["reason"] = ["" if kept else "among the weakest" for kept in comparison.race["kept"]]
+    again = page_of(tmp_path, comparison).row("mae", "")
+    assert again[1] == "✗ dropped after round 1: among the weakest"
     assert race[4] == ["mae", "✗ dropped after round 1", "0.410", "–", "61"]
     probes = next(table for table in page.tables if table[0][0] == "Layer")
     assert probes[0] == ["Layer", "from scratch", *GAINS]
@@ -168,6 +171,24 @@ def test_harm_with_other_numbers_of_labels_is_said():
     assert "With 20 labels a class it did harm" in report.read(comparison).sentences[1]
 
 
+def test_what_does_not_stand_among_all_comparisons_is_a_hint(tmp_path):
+    comparison = made_up()
+    comparison.summary["p_all"] = 0.06
+    page = page_of(tmp_path, comparison)
+    assert "A hint, no more" in page.text and "9 comparisons were made" in page.text
+    assert "--encoder" not in page.text
+    comparison.summary.attrs["confidence"] = 0.9
+    page = page_of(tmp_path, comparison)
+    assert "It helped" in page.text and "90 % interval" in page.text
+
+
+def test_a_verdict_of_several_sentences_has_one_headline(tmp_path):
+    verdict = "On your data pretraining helped: simclr gains 0.5 points. Worse than scratch: mae."
+    page = page_of(tmp_path, made_up(verdict=verdict))
+    assert "".join(page.parts["h1"]) == "On your data pretraining helped: simclr gains 0.5 points."
+    assert "Worse than scratch: mae." in page.text
+
+
 def test_one_run_has_no_interval_and_says_so(tmp_path):
     comparison = made_up(seeds=2)
     for name in ("low", "gain_low", "p", "p_corrected"):
@@ -177,7 +198,7 @@ def test_one_run_has_no_interval_and_says_so(tmp_path):
     comparison.summary.loc[comparison.summary["verdict"] != "", "verdict"] = "not distinguishable"
     comparison.runs = comparison.runs[comparison.runs["seed"] == 0]
     page = page_of(tmp_path, comparison)
-    assert "a single run tells little" in page.text and "not known: a single run" in page.text
+    assert "so few runs tell little" in page.text and "not known: too few runs" in page.text
     assert not re.search(r"\b(nan|inf)\b", page.text)
 
 
