@@ -16,7 +16,7 @@ from markupsafe import Markup
 from selfsup_fastai.compare import report_notes as notes
 from selfsup_fastai.compare.report_meaning import BADGES, GLOSSARY, Reading, baseline_of, metric_of, read
 from selfsup_fastai.compare.report_neighbors import Neighbors, find_neighbors
-from selfsup_fastai.compare.report_pictures import Picture, curve_picture, probe_picture, questions
+from selfsup_fastai.compare.report_pictures import MOST_CURVES, Picture, curve_picture, probe_picture, questions
 from selfsup_fastai.compare.report_tables import (
     Table,
     probe_table,
@@ -36,7 +36,7 @@ from selfsup_fastai.writing import write_whole
 PAGE, PICTURES = "index.html", "pictures"
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z“])")  # not within a figure, such as 0.5, or 20 %
 CONTENTS = {  # id -> name, and what of the page must be there for it
-    "table": ("The figures", "groups"),
+    "table": ("The results", "groups"),
     "curves": ("More labels", "curve"),
     "race": ("The race", "race"),
     "layers": ("Layers", "probe"),
@@ -106,7 +106,7 @@ def _figures(comparison) -> dict:
 
 def _pictures(comparison, reading: Reading, dls: DataLoaders | None, labeled: DataLoaders | None) -> dict:
     page = {"curve": curve_picture(comparison), "probe": probe_picture(comparison)}
-    page |= {"curve_words": notes.curve_words(comparison)}
+    page |= {"curve_words": notes.curve_words(comparison, MOST_CURVES)}
     tasks = list(comparison.settings.get("tasks") or [])
     page["questions"] = [] if dls is None else questions(tasks, dls, comparison.settings.get("arch"))
     start = _shown_start(comparison, reading)

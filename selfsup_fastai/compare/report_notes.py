@@ -7,8 +7,8 @@ from selfsup_fastai.compare.report_words import count_text, list_text, start_tex
 
 PLACES = {"--labeled": "LABELED", "--out": "REPORT"}  # What stands for a folder of the user's
 RACE = (
-    "Each task got the same number of images through its network, then all were compared by the score below, and the "
-    "weaker ones were dropped, so that the others could train longer. Test images had no part in it."
+    "Each task got the same number of images through its network, then all were compared by the score below (more is "
+    "better), and the weaker ones were dropped, so that the others could train longer. Test images had no part in it."
 )
 SIGNALS = (
     "They say whether the network keeps images apart (effective rank: high is good), whether two views of one image "
@@ -46,12 +46,15 @@ def table_legend(comparison) -> str:
     )
 
 
-def curve_words(comparison) -> str:
+def curve_words(comparison, drawn: int) -> str:
+    """How to read the curves, of which `drawn` are shown."""
     base = start_text(baseline_of(comparison), baseline_of(comparison))
+    many = comparison.summary is not None and comparison.summary["start"].nunique() > drawn
+    left_out = f" Of the others only the best {drawn - 1} are drawn; all are in the table." if many else ""
     return (
         f"How to read it: more labels are further to the right, better scores are higher; the dotted black curve is "
         f"training {base}. Bars are {_level(comparison)} intervals; where those of two curves overlap "
-        "widely, do not tell them apart."
+        f"widely, do not tell them apart.{left_out}"
     )
 
 

@@ -1,5 +1,6 @@
 """Pictures of the page: curves as SVG, images as JPEG, each with what it shows in words. All lie in the page itself."""
 
+import math
 from base64 import b64encode
 from collections.abc import Callable
 from io import BytesIO
@@ -26,6 +27,8 @@ from selfsup_fastai.seeding import preserved_rng
 
 ASKED = 4  # Images that each question is shown of
 WIDTH = 5.4  # Inches of curves: their letters can be read on a phone, too
+HEIGHT, LINE = 3.3, 0.2  # Likewise, without the legend; of a line of the legend
+MOST_CURVES = 7  # In one picture: more cannot be told from one another
 
 
 class Picture(NamedTuple):
@@ -36,13 +39,23 @@ class Picture(NamedTuple):
     png: bytes | None = None  # The same as a file
 
 
+def drawn_starts(comparison) -> list[str]:
+    """The baseline and the best others, as many as can be told from one another, in the order of the comparison."""
+    table, base = comparison.summary, baseline_of(comparison)
+    if table is None or not len(table):
+        return list(comparison.probes["start"].unique())[:MOST_CURVES]
+    means = table[table["start"] != base].groupby("start")["score"].mean().sort_values(ascending=False)
+    chosen = {base, *means.index[: MOST_CURVES - 1]}
+    return [start for start in table["start"].unique() if start in chosen]
+
+
 def curve_picture(comparison) -> Picture | None:
     """The score over the number of labels, a curve a start."""
     runs = comparison.runs
     if runs is None or not len(runs):
         return None
-    means = comparison.summary[["start", "labels", "n_labels", "score", "low", "high"]].copy()
-    means = means.replace([np.inf, -np.inf], np.nan)  # no interval, of a single run
+    means = comparison.summary[comparison.summary["start"].isin(drawn_starts(comparison))]
+    means = means[["start", "labels", "n_labels", "score", "low", "high"]].replace([np.inf, -np.inf], np.nan)
     means.attrs = {"metric": metric_of(comparison), "baseline": baseline_of(comparison)}
     return _plotted(lambda ax: plot_label_curve(means, ax), metric_of(comparison), _curve_alt(comparison))
 
@@ -62,6 +75,8 @@ def probe_picture(comparison) -> Picture | None:
     probes = comparison.probes
     if probes is None or not len(probes):
         return None
+    if "start" in probes:
+        probes = probes[probes["start"].isin([*drawn_starts(comparison), "scratch"])]
     metric, best = str(probes["metric"].iloc[0]), probes.loc[probes["score"].idxmax()]
     of = f" of {best['start']}" if "start" in probes else ""
     most = f"Most is known in {best['layer']}{of}: {score_text(best['score'], metric)}."
@@ -70,7 +85,7 @@ def probe_picture(comparison) -> Picture | None:
 
 def _plotted(draw: Callable[[Axes], Any], metric: str, alt: str) -> Picture:
     with mpl.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path", "font.size": 10}):
-        figure, ax = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+        figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
         draw(ax)
         if metric in SHARES:  # as in the tables
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -79,18 +94,18 @@ def _plotted(draw: Callable[[Axes], Any], metric: str, alt: str) -> Picture:
 
 
 def _legend_below(ax: Axes) -> None:
-    """Beside the curves it would leave them little room on a phone."""
+    """Beside the curves it would leave them little room on a phone; the figure grows by its rows."""
     legend = ax.get_legend()
     if legend is None:
         return
-    names = [text.get_text() for text in legend.get_texts()]
-    handles, legend_names = ax.get_legend_handles_labels()
-    known = dict(zip(legend_names, handles))
-    ax.get_legend().remove()
-    columns = 3 if max(map(len, names)) < 14 else 2 if max(map(len, names)) < 26 else 1
-    ax.figure.legend(
-        [known[n] for n in names], names, loc="outside lower center", ncols=columns, frameon=False, handlelength=3
-    )
+    names = [text.get_text() for text in legend.get_texts()]  # the best first
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    legend.remove()
+    longest = max(map(len, names))
+    columns = 3 if longest < 14 else 2 if longest < 26 else 1
+    ax.figure.set_figheight(HEIGHT + LINE * math.ceil(len(names) / columns))
+    looks = {"ncols": columns, "frameon": False, "handlelength": 3}
+    ax.figure.legend([handles[name] for name in names], names, loc="outside lower center", **looks)
 
 
 def _kept(figure: Figure, alt: str, vector: bool = False) -> Picture:

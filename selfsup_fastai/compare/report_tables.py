@@ -52,7 +52,7 @@ def summary_groups(comparison) -> list[dict]:
         rows = rows.assign(_last=last).sort_values(["_last", "score"], ascending=[True, False], kind="stable")
         said, asked = count_text(n_labels, "labeled image"), labels_text(rows["labels"].iloc[0])
         cells = [_summary_row(row, comparison, place) for _, row in rows.iterrows()]
-        groups.append({"title": f"{asked[0].upper()}{asked[1:]}: {said}", "rows": cells})
+        groups.append({"title": f"{_capital(asked)}: {said}", "rows": cells})
     return groups
 
 
@@ -162,4 +162,8 @@ def runs_table(comparison) -> Table | None:
         ]
         for r in runs.astype({"labels": object}).itertuples(index=False)
     ]
-    return Table(["Start", "Labels", "Labeled images", "Seed", metric[0].upper() + metric[1:]], rows)
+    return Table(["Start", "Labels", "Labeled images", "Seed", _capital(metric)], rows)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
