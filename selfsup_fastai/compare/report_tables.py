@@ -131,7 +131,8 @@ def plain_table(table: pd.DataFrame | None, columns: Iterable[str] | None = None
         return None
     kept = [name for name in (columns or table.columns) if name in table.columns]
     return Table(
-        [name_text(c) for c in kept], [[value_text(v) for v in row] for row in table[kept].itertuples(index=False)]
+        [_capital(name_text(c)) for c in kept],
+        [[value_text(v) for v in row] for row in table[kept].itertuples(index=False)],
     )
 
 
