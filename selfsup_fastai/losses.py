@@ -71,6 +71,70 @@ def view_distance(
     return terms.mean() if reduction == "mean" else terms.mean(1)
 
 
+def uda_loss(
+    weak: Tensor,  # (B, K, ...) logits of the weakly changed images; no gradient flows to them
+    strong: Tensor,  # (B, K, ...) logits of the same images, strongly changed
+    threshold: float = 0.8,  # Images whose weak view is less sure than this do not count
+    temperature: float = 0.4,  # Of the target's softmax: below 1 it is sharpened
+    several: bool = False,  # K answers of yes or no each (multi-label) in place of one of K classes
+) -> Tensor:  # scalar: the mean over all images, those that do not count as 0
+    """Unsupervised data augmentation (Xie et al. 2020, arXiv 1904.12848): KL(sharpened weak || strong).
+
+    How sure the weak view is, is its largest probability before it is sharpened, as in the authors' code. With
+    `several` (ours) each answer is a distribution over yes and no of its own.
+    """
+    weak, strong = _answers(weak.detach(), several), _answers(strong, several)
+    target = (weak / temperature).log_softmax(1)
+    terms = (target.exp() * (target - strong.log_softmax(1))).sum(1)
+    return (terms * (_sureness(weak) > threshold)).mean()
+
+
+def fixmatch_loss(
+    weak: Tensor,  # (B, K, ...) logits of the weakly changed images; no gradient flows to them
+    strong: Tensor,  # (B, K, ...) logits of the same images, strongly changed
+    threshold: float = 0.95,  # Images whose weak view is less sure than this do not count
+    several: bool = False,  # As in `uda_loss`
+) -> Tensor:  # scalar: the mean over all images, those that do not count as 0
+    """FixMatch (Sohn et al. 2020, arXiv 2001.07685): cross-entropy of the strong view with the weak view's class."""
+    weak, strong = _answers(weak.detach(), several), _answers(strong, several)
+    terms = F.cross_entropy(strong, weak.argmax(1), reduction="none")
+    return (terms * (_sureness(weak) >= threshold)).mean()
+
+
+def softmax_mse(
+    a: Tensor,  # (B, K, ...) logits
+    b: Tensor,  # (B, K, ...) logits of other views of the same images
+    several: bool = False,  # As in `uda_loss`: sigmoids in place of a softmax
+) -> Tensor:  # scalar
+    """Mean squared difference of the probabilities, over classes and images (mean teacher, Tarvainen & Valpola 2017,
+    arXiv 1703.01780; the Pi model, Laine & Aila 2017, arXiv 1610.02242). A side with a gradient gets it."""
+    a, b = (z.sigmoid() if several else z.softmax(1) for z in (a.float(), b.float()))
+    return (a - b).square().mean()
+
+
+def confidence(
+    weak: Tensor,  # (B, K, ...) logits
+    strong: Tensor,  # (B, K, ...) logits of other views of the same images
+    threshold: float = 0.0,
+    several: bool = False,  # As in `uda_loss`
+) -> tuple[Tensor, Tensor]:
+    """Share of the answers that are at least so sure; and of these, the share that the other view gives, too (NaN of
+    none)."""
+    weak, strong = _answers(weak.detach(), several), _answers(strong.detach(), several)
+    sure = _sureness(weak) >= threshold
+    return sure.float().mean(), (weak.argmax(1) == strong.argmax(1))[sure].float().mean()
+
+
+def _answers(logits: Tensor, several: bool) -> Tensor:
+    """(B, K, ...) as float; of K answers of yes or no each, (B, 2, K, ...): softmax over 2 is the sigmoid of each."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.stack([torch.zeros_like(logits), logits], 1) if several else logits
+
+
+def _sureness(logits: Tensor) -> Tensor:
+    return logits.softmax(1).amax(1)
+
+
 def nce(
     logits: Tensor,  # (B, 1 + K): log(p / (K / N)) of the truth and of K draws, as `ContrastBank.logits` gives it
     reduction: str = "mean",

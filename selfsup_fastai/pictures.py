@@ -176,6 +176,22 @@ def plot_history(
     plt.tight_layout()
 
 
+def plot_rates(
+    rates,  # DataFrame, a column a group of layers, epochs as the index; NaN where the group is frozen
+    ax: Axes | None = None,  # Where to draw; None: in a new figure
+) -> Axes:
+    """The learning rate of each group over a run, on a scale of tens; a group that is frozen has none."""
+    ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(rates.columns)).numpy())
+    for name, color in zip(rates.columns[::-1], shades):
+        ax.plot(rates.index, rates[name], color=color, label=name, linewidth=1.8)
+    ax.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    ax.set_xlim(0, rates.index[-1] + (rates.index[1] - rates.index[0]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend(title="head to stem", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
 def _limits(least: float, most: float) -> tuple[float, float] | None:
     """Of the axis of a metric; None: as matplotlib thinks."""
     if most > 1 or most < -1 or math.isnan(most):

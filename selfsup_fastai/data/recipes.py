@@ -101,6 +101,21 @@ DINO_LOCAL = replace(BYOL_1, scale=(0.05, 0.4), blur_p=0.5)
 # SwAV (Caron et al. 2020): two large crops and, at 96 / 224 of their size, six small ones; SimCLR's colors
 SWAV_GLOBAL = replace(SIMCLR, scale=(0.14, 1.0))
 SWAV_LOCAL = replace(SIMCLR, scale=(0.05, 0.14))
+# The strong views of UDA and FixMatch are RandAugment (Cubuk et al. 2020) and cutout; these are ours, by the operations
+# of RandAugment that a recipe has: turned and sheared by up to 30 and 17 degrees as there, and a square cut out
+STRONG = Recipe(
+    scale=(0.5, 1.0),
+    brightness=0.5,
+    contrast=0.5,
+    saturation=0.5,
+    hue=0.1,
+    solarize_p=0.1,
+    turn=30.0,
+    shear=17.0,
+    erase_p=1.0,
+    erase_scale=(0.02, 0.25),
+    erase_ratio=(1.0, 1.0),
+)
 # Grey scans (ours): never mirrored, because left and right differ in a body; crops large enough to keep a lesion in
 # sight; an intensity window in place of hue, grey and solarize. For 1 channel and for 3 equal ones.
 GREY_SCAN = Recipe(

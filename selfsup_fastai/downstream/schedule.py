@@ -1,21 +1,28 @@
-"""Gradual unfreezing: which groups of layers are trained when, at what rates, and what frozen norm layers do meanwhile.
+"""Schedules of fine-tuning: which groups of layers are trained when, at what rates, and what norm layers do meanwhile.
 
-Groups run from the stem (0) to the head (last). The order is ULMFiT's (Howard & Ruder 2018, arXiv:1801.06146): the
-head alone, then more groups from the top, at last everything. A net may have a dozen groups and a run few epochs, so
-groups are unfrozen in chunks and there are five stages at most.
+Groups run from the stem (0) to the head (last). `gradual` is ULMFiT's order (Howard & Ruder 2018, arXiv:1801.06146):
+the head alone, then more groups from the top, at last everything. A net may have a dozen groups and a run few epochs,
+so groups are unfrozen in chunks and there are five stages at most. `two_stage` is fastai's `fine_tune`: the head, then
+everything. `lp_ft` trains the head for half of the run, so that what it asks of the features is right before these are
+changed (linear probing, then fine-tuning: Kumar et al. 2022, arXiv:2202.10054). `all` trains everything from the start.
 """
 
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback, TrainEvalCallback
-from fastai.callback.schedule import ParamScheduler
+from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastcore.basics import even_mults
 from torch import nn
 
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, unknown
+
+SCHEDULES = ("gradual", "two_stage", "all", "lp_ft")
+NORMS = ("eval", "train", "still")
+HEAD_PCT = 0.99  # Part of the head's own stage in which its rate rises: fastai's
 
 
 class Stage(NamedTuple):
@@ -26,27 +33,49 @@ class Stage(NamedTuple):
     head_only: bool = False  # Whether the encoder is still untouched
 
 
+class Rates(NamedTuple):
+    """How rates are spread over the groups."""
+
+    base: float  # The head's rate while it is alone; half of it afterwards, as in fastai's `fine_tune`
+    mult: float = 100  # The stem learns so many times slower than the head
+    decay: float | None = None  # In place of `mult`: each group learns at so much of the rate of the group above
+
+
 def stages(
     n_groups: int,  # Groups of the model, the head included
     epochs: int,  # Epochs after the head's own
     freeze_epochs: int = 1,  # Epochs of the head alone; 0 leaves that stage out
-    max_stages: int = 5,  # At most so many stages, the head's included
+    schedule: str = "gradual",  # One of `SCHEDULES`
+    max_stages: int = 5,  # gradual: at most so many stages, the head's included
 ) -> list[Stage]:
     """The stages of a run; their epochs sum to `epochs + freeze_epochs`.
 
-    First the head alone; then the encoder's groups in even chunks from the top (where they cannot be even, the lower
-    chunks are the larger), one epoch each and no more than half of `epochs` together; the last stage trains
-    everything for the rest. Raises `TaskError` where an argument makes no sense.
+    gradual: first the head alone; then the encoder's groups in even chunks from the top (where they cannot be even,
+    the lower chunks are the larger), one epoch each and no more than half of `epochs` together; the last stage trains
+    everything for the rest. lp_ft: the head for half of all epochs, at least `freeze_epochs`. Raises `TaskError` where
+    an argument makes no sense, `UnknownNameError` for another schedule.
     """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule of fine-tuning", schedule, SCHEDULES)
     check_count("epochs", epochs, 1)
     check_count("freeze_epochs", freeze_epochs, 0)
     check_count("n_groups", n_groups, 2)
     check_count("max_stages", max_stages, 2)
-    n_chunks = min(max_stages - 1, epochs // 2 + 1, n_groups - 1)
+    total = epochs + freeze_epochs
+    if schedule == "all":
+        return [Stage(total, 0)]
+    if schedule == "lp_ft":
+        alone = min(total - 1, max(freeze_epochs, total // 2))
+        return [*_head(alone, n_groups), Stage(total - alone, 0)]
+    n_chunks = min(max_stages - 1, epochs // 2 + 1, n_groups - 1) if schedule == "gradual" else 1
     firsts = _chunk_starts(n_groups - 1, n_chunks)
     gradual = [Stage(1, first) for first in firsts[:-1]]
-    head = [Stage(freeze_epochs, n_groups - 1, head_only=True)] if freeze_epochs else []
-    return [*head, *gradual, Stage(epochs - len(gradual), 0)]
+    return [*_head(freeze_epochs, n_groups), *gradual, Stage(epochs - len(gradual), 0)]
+
+
+def _head(epochs: int, n_groups: int) -> list[Stage]:
+    """The head alone, if for any time."""
+    return [Stage(epochs, n_groups - 1, head_only=True)] if epochs else []
 
 
 def _chunk_starts(n_groups: int, n_chunks: int) -> list[int]:
@@ -73,32 +102,65 @@ def spread_rates(
 def stage_rates(
     stage: Stage,  # One of `stages`
     n_groups: int,  # Groups of the model, the head included
-    base_lr: float,  # The head's rate while it is alone; half of it afterwards, as in fastai's `fine_tune`
-    lr_mult: float = 100,  # How far the rates are spread once the encoder is trained
+    rates: Rates,
 ) -> list[float]:
     """The peak rate of every group in one stage, frozen groups included (norm layers trained in them use it)."""
+    check_positive("base_lr", rates.base)
     if stage.head_only:
-        check_positive("base_lr", base_lr)
-        return [base_lr / 10] * (n_groups - 1) + [base_lr]
-    return spread_rates(base_lr / 2, n_groups, lr_mult)
+        return [rates.base / 10] * (n_groups - 1) + [rates.base]
+    if rates.decay is None:
+        return spread_rates(rates.base / 2, n_groups, rates.mult)
+    return decayed_rates(rates.base / 2, n_groups, rates.decay)
+
+
+def decayed_rates(
+    base_lr: float,  # The rate of the last group
+    n_groups: int,  # How many groups there are
+    decay: float,  # Each group learns at so much of the rate of the group above, 0..1
+) -> list[float]:
+    """Layer-wise decay, the habit with ViTs (BEiT, Bao et al. 2021; MAE, He et al. 2021: 0.65 to 0.75)."""
+    check_positive("base_lr", base_lr)
+    check_positive("layer_decay", decay)
+    if decay > 1:
+        raise TaskError(f"layer_decay is {decay!r}, but must be above 0 and at most 1, such as 0.75.")
+    return [base_lr * decay ** (n_groups - 1 - i) for i in range(n_groups)]
 
 
 def plan(
     run: Sequence[Stage],  # What `stages` returned
     names: Sequence[str],  # The groups' names, stem first, head last
     sizes: Sequence[int],  # The groups' numbers of parameters
-    base_lr: float,  # As in `stage_rates`
-    lr_mult: float = 100,  # As in `stage_rates`
+    rates: Rates,
 ) -> pd.DataFrame:
     """One row a stage: `stage`, `epochs`, `trained` and `frozen` groups, `lr_min` and `lr_max` of the trained groups,
     `parameters` trained. Norm layers that `norms='train'` trains in frozen groups are not counted.
     """
     rows = []
     for i, stage in enumerate(run, start=1):
-        rates = stage_rates(stage, len(names), base_lr, lr_mult)[stage.first :]
+        peaks = stage_rates(stage, len(names), rates)[stage.first :]
         trained, frozen = _listed(names[stage.first :]), _listed(names[: stage.first])
-        rows.append((i, stage.epochs, trained, frozen, min(rates), max(rates), sum(sizes[stage.first :])))
+        rows.append((i, stage.epochs, trained, frozen, min(peaks), max(peaks), sum(sizes[stage.first :])))
     return pd.DataFrame(rows, columns=["stage", "epochs", "trained", "frozen", "lr_min", "lr_max", "parameters"])
+
+
+def planned_rates(
+    run: Sequence[Stage],  # What `stages` returned
+    names: Sequence[str],  # The groups' names, stem first, head last
+    rates: Rates,
+    shapes: Sequence[dict],  # Of each stage `pct_start`, `div` and `div_final`
+    points: int = 50,  # An epoch
+) -> pd.DataFrame:
+    """The rate of each group over the run, a column a group, epochs as the index; NaN where a group is frozen."""
+    parts, begun = [], 0
+    for stage, shape in zip(run, shapes):
+        peaks = np.array(stage_rates(stage, len(names), rates))
+        one_cycle = combined_cos(shape["pct_start"], peaks / shape["div"], peaks, peaks / shape["div_final"])
+        at = np.linspace(0, 1, stage.epochs * points, endpoint=False)
+        table = pd.DataFrame([one_cycle(p) for p in at], columns=list(names), index=begun + at * stage.epochs)
+        table.iloc[:, : stage.first] = np.nan
+        parts.append(table)
+        begun += stage.epochs
+    return pd.concat(parts).rename_axis("epoch")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -125,14 +187,26 @@ class FrozenNorms(Callback):
 
     fastai's `train_bn=False` stops only their weights: statistics follow every batch that passes in train mode.
     Frozen is what has no parameter that requires a gradient; a norm layer without parameters goes with its neighbor.
+    With `everywhere` the statistics of all norm layers hold still; in groups that are trained their weights learn.
     """
 
     order = TrainEvalCallback.order + 1  # right after everything was put in train mode
     run_valid = False
 
+    def __init__(
+        self,
+        everywhere: bool = False,  # Also in groups that are trained
+    ):
+        self.everywhere = everywhere
+
     def before_train(self):
-        for norm in frozen_norms(self.model):
+        for norm in norms_with_statistics(self.model) if self.everywhere else frozen_norms(self.model):
             norm.eval()
+
+
+def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
+    """Layers that keep running statistics."""
+    return [m for m in model.modules() if _has_statistics(m)]
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:

@@ -16,14 +16,13 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
-from fastai.vision.core import PILMask, TensorPoint
-from fastai.vision.data import ImageBlock, ImageDataLoaders, MaskBlock, PointBlock
+from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 from torch import nn
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.learner import DownstreamModel, downstream_learner, layer_groups
-from selfsup_fastai.downstream.schedule import FrozenNorms
+from selfsup_fastai.downstream.schedule import SCHEDULES, FrozenNorms
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.inputs import to_input
@@ -163,17 +162,17 @@ def test_norm_policy_ends_with_the_run(few_classes):
     assert not learn.model.encoder.body.conv1[0].weight.requires_grad
 
 
-def test_gradual_and_two_stages_take_the_same_number_of_steps(few_classes):
+def test_all_schedules_take_the_same_number_of_steps(few_classes):
     steps = []
-    for gradual in (True, False):
+    for schedule in SCHEDULES:
         learn, watch = make(few_classes, "resnet10t"), Watch()
-        learn.fine_tune(5, freeze_epochs=2, gradual=gradual, cbs=watch)
-        assert learn.fine_tune_plan(5, freeze_epochs=2, gradual=gradual)["epochs"].sum() == 7
+        learn.fine_tune(5, freeze_epochs=2, schedule=schedule, cbs=watch)
+        assert learn.fine_tune_plan(5, freeze_epochs=2, schedule=schedule)["epochs"].sum() == 7
         steps.append(watch.steps)
-    assert steps == [7 * len(learn.dls.train)] * 2
+    assert steps == [7 * len(learn.dls.train)] * 4
 
 
-def test_not_gradual_is_fastais_fine_tune_step_for_step(color_classes):
+def test_two_stage_is_fastais_fine_tune_step_for_step(color_classes):
     after = []
     for ours in (True, False):
         learn = make(color_classes, wd=0.05)
@@ -182,7 +181,7 @@ def test_not_gradual_is_fastais_fine_tune_step_for_step(color_classes):
         set_seed(3)
         learn.dls.train.rng.seed(3)
         if ours:
-            learn.fine_tune(2, 3e-3, gradual=False, freeze_epochs=2)
+            learn.fine_tune(2, 3e-3, schedule="two_stage", freeze_epochs=2)
         else:
             plain.fine_tune(2, 3e-3, freeze_epochs=2)
         after.append(state_of(learn))
@@ -502,15 +501,6 @@ def test_numbers_as_labels(few_classes):
     assert learn.validate()[0] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_masks_and_points_are_refused(few_classes):
-    points = _block(few_classes, PointBlock, lambda f: torch.tensor([[3.0, 4.0]]))
-    with pytest.raises(TaskError, match=f"kind {TensorPoint.__name__}"):
-        downstream_learner(points, "resnet10t")
-    masks = _block(few_classes, MaskBlock(codes=["a", "b"]), lambda f: f)
-    with pytest.raises(TaskError, match=f"kind {PILMask.__name__}"):
-        downstream_learner(masks, "resnet10t")
-
-
 def test_two_labels_an_image_are_refused(few_classes):
     blocks = (ImageBlock, CategoryBlock, CategoryBlock)
     block = DataBlock(blocks, get_items=lambda p: sorted(p.rglob("*.png")), get_y=[lambda f: f.stem] * 2, n_inp=1)
@@ -533,11 +523,10 @@ def test_what_cannot_be_told_from_the_data_must_be_given():
     dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device="cpu")
     with pytest.raises(TaskError, match="pass n_out"):
         downstream_learner(dls, "resnet10t")
-    with pytest.raises(TaskError, match="pass loss_func"):
-        downstream_learner(dls, "resnet10t", n_out=2)
     with pytest.raises(TaskError, match=r"n_out is -2"):
         downstream_learner(dls, "resnet10t", n_out=-2)
-    learn = downstream_learner(dls, "resnet10t", n_out=2, loss_func=CrossEntropyLossFlat())
+    learn = downstream_learner(dls, "resnet10t", n_out=2)
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat)  # whole numbers are classes
     learn.fine_tune(1)
     assert learn.get_preds()[1].tolist() == [0, 1] * 4
 
@@ -576,7 +565,7 @@ def test_encoders_that_do_not_fit_are_refused(few_classes, tmp_path):
         ({"epochs": 1.5}, r"epochs is 1\.5"),
         ({"epochs": 2, "freeze_epochs": -1}, "freeze_epochs is -1"),
         ({"epochs": 2, "base_lr": 0}, "base_lr is 0"),
-        ({"epochs": 2, "base_lr": -1e-3, "gradual": False}, r"base_lr is -0\.001"),
+        ({"epochs": 2, "base_lr": -1e-3, "schedule": "two_stage"}, r"base_lr is -0\.001"),
         ({"epochs": 2, "lr_mult": 0}, "lr_mult is 0"),
         ({"epochs": 2, "norms": "evil"}, "Did you mean 'eval'"),
     ],
@@ -590,9 +579,9 @@ def test_arguments_that_make_no_sense_train_nothing(few_classes, kwargs, message
 
 
 def test_no_epochs_for_the_head(few_classes):
-    for gradual in (True, False):
+    for schedule in SCHEDULES:
         learn, watch = make(few_classes), Watch()
-        learn.fine_tune(1, freeze_epochs=0, gradual=gradual, cbs=watch)
+        learn.fine_tune(1, freeze_epochs=0, schedule=schedule, cbs=watch)
         assert watch.steps == len(learn.dls.train)
         assert all(watch.moved[-1])
 

@@ -1,5 +1,6 @@
 """The stages, rates and group sizes of gradual unfreezing, written out; and what counts as a frozen norm layer."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,16 +9,20 @@ from torch import nn
 
 from selfsup_fastai.downstream.learner import DownstreamModel, layer_groups
 from selfsup_fastai.downstream.schedule import (
+    SCHEDULES,
+    Rates,
     Stage,
+    decayed_rates,
     frozen_norms,
     plan,
+    planned_rates,
     spread_rates,
     stage_rates,
     stages,
 )
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.heads import linear_head
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.errors import TaskError, UnknownNameError
 
 # Groups of under 1 % of the encoder are merged into their neighbors; the last group is a head of 3 outputs.
 SIZES = {
@@ -54,7 +59,7 @@ def test_groups_stages_and_rates_of_five_nets(arch):
     assert [sum(p.numel() for p in group) for group in groups] == SIZES[arch]
     run = stages(len(groups), epochs=10)
     assert [(s.epochs, s.first) for s in run] == RUNS[arch]
-    assert stage_rates(run[-1], len(groups), base_lr=2e-3) == pytest.approx(RATES[arch], rel=1e-5)
+    assert stage_rates(run[-1], len(groups), Rates(2e-3)) == pytest.approx(RATES[arch], rel=1e-5)
     assert len(encoder.group_names()) == len(groups) - 1
 
 
@@ -111,6 +116,58 @@ def test_runs_that_make_no_sense(kwargs):
         stages(**kwargs)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "freeze_epochs", "expected"),
+    [
+        ("two_stage", 10, 1, [(1, 4, True), (10, 0, False)]),
+        ("two_stage", 10, 0, [(10, 0, False)]),
+        ("all", 10, 1, [(11, 0, False)]),
+        ("lp_ft", 10, 1, [(5, 4, True), (6, 0, False)]),
+        ("lp_ft", 3, 4, [(4, 4, True), (3, 0, False)]),
+        ("lp_ft", 1, 0, [(1, 0, False)]),
+        ("lp_ft", 1, 1, [(1, 4, True), (1, 0, False)]),
+    ],
+)
+def test_other_schedules(schedule, epochs, freeze_epochs, expected):
+    assert [tuple(s) for s in stages(5, epochs, freeze_epochs, schedule)] == expected
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("freeze_epochs", [0, 1, 5])
+def test_every_schedule_is_as_long(schedule, freeze_epochs):
+    for epochs in range(1, 15):
+        run = stages(6, epochs, freeze_epochs, schedule)
+        assert sum(s.epochs for s in run) == epochs + freeze_epochs
+        assert run[-1].first == 0 and not run[-1].head_only
+
+
+def test_unknown_schedule_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="gradual"):
+        stages(5, 3, schedule="gradul")
+
+
+def test_layer_decay_by_hand():
+    assert decayed_rates(1.0, 4, 0.5) == [0.125, 0.25, 0.5, 1.0]
+    assert stage_rates(Stage(3, 0), 3, Rates(2e-3, decay=0.75)) == pytest.approx([5.625e-4, 7.5e-4, 1e-3])
+    assert stage_rates(Stage(3, 2, True), 3, Rates(2e-3, decay=0.75)) == pytest.approx([2e-4, 2e-4, 2e-3])
+    for decay in (0, -1, 1.5, "x"):
+        with pytest.raises(TaskError, match="layer_decay"):
+            decayed_rates(1.0, 4, decay)
+
+
+def test_planned_rates_are_the_one_cycle_written_out():
+    shapes = [{"pct_start": 0.99, "div": 25, "div_final": 1e5}, {"pct_start": 0.3, "div": 5, "div_final": 1e5}]
+    run = stages(3, 4, 1, "two_stage")
+    table = planned_rates(run, ["stem", "top", "head"], Rates(2e-3, mult=4), shapes, points=10)
+    assert list(table.columns) == ["stem", "top", "head"]
+    assert table.index[[0, 10, 49]].tolist() == pytest.approx([0, 1, 4.9])
+    assert table["stem"].iloc[:10].isna().all() and table["head"].iloc[0] == pytest.approx(2e-3 / 25)
+    peak = table.iloc[10 + 12]  # 0.3 of 40 points
+    assert peak.tolist() == pytest.approx([2.5e-4, 5e-4, 1e-3])
+    half_way = 5e-4 / 5 + (5e-4 - 5e-4 / 5) * (1 - math.cos(math.pi / 2)) / 2
+    assert table["top"].iloc[10 + 6] == pytest.approx(half_way)
+
+
 def test_rates_are_those_of_fastais_slice():
     from fastai.optimizer import SGD
 
@@ -118,7 +175,7 @@ def test_rates_are_those_of_fastais_slice():
     opt.set_hyper("lr", slice(4e-3 / 50, 4e-3))
     assert spread_rates(4e-3, 6, lr_mult=50) == [h["lr"] for h in opt.hypers]
     opt.set_hyper("lr", slice(4e-3))
-    assert stage_rates(Stage(1, 5, True), 6, 4e-3) == [h["lr"] for h in opt.hypers]
+    assert stage_rates(Stage(1, 5, True), 6, Rates(4e-3)) == [h["lr"] for h in opt.hypers]
     assert spread_rates(4e-3, 1) == [4e-3]
 
 
@@ -127,11 +184,11 @@ def test_rates_that_make_no_sense(base_lr):
     with pytest.raises(TaskError, match=r"base_lr is .* must be a number above 0"):
         spread_rates(base_lr, 5)
     with pytest.raises(TaskError, match=r"base_lr is .* must be a number above 0"):
-        stage_rates(Stage(1, 4, True), 5, base_lr)
+        stage_rates(Stage(1, 4, True), 5, Rates(base_lr))
 
 
 def test_plan_is_a_table_of_the_run():
-    table = plan(stages(5, 4), ["stem", "layer2", "layer3", "layer4", "head"], [10, 20, 30, 40, 5], base_lr=2e-3)
+    table = plan(stages(5, 4), ["stem", "layer2", "layer3", "layer4", "head"], [10, 20, 30, 40, 5], Rates(2e-3))
     assert list(table.columns) == ["stage", "epochs", "trained", "frozen", "lr_min", "lr_max", "parameters"]
     assert table["stage"].tolist() == [1, 2, 3, 4]
     assert table["epochs"].tolist() == [1, 1, 1, 2]

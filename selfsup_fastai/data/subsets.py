@@ -1,0 +1,94 @@
+"""Some of the images of a loader, as a loader of the same kind."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
+from fastcore.foundation import L
+
+from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.seeding import preserved_rng
+
+
+def subset(
+    dl: TfmdDL,  # A loader over fastai's Datasets or TfmdLists
+    places: Iterable[int],  # Of its dataset
+    like: TfmdDL | None = None,  # Whose transforms and split the new loader has; None: its own
+    **kwargs,  # What else is to be new: bs, shuffle, ...
+) -> TfmdDL:
+    """A loader over these images. Raises `DataError` for datasets other than fastai's: their items are hidden."""
+    like, places = dl if like is None else like, [int(i) for i in places]
+    if isinstance(dl, IndexedDL) and isinstance(like, IndexedDL):
+        return like.over(dl, places, **kwargs)
+    images = dl.dataset
+    if not isinstance(images, (Datasets, TfmdLists)):
+        raise DataError(f"Images can be chosen from fastai's Datasets only, not from {type(images).__name__}.")
+    split = getattr(like.dataset, "split_idx", None)
+    parts = images.tls if isinstance(images, Datasets) else [images]
+    parts = [part._new([part.items[i] for i in places], split_idx=split) for part in parts]
+    chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]
+    with preserved_rng():
+        return like.new(chosen, n=len(places), **kwargs)
+
+
+def labels_of(dl: TfmdDL) -> list:
+    """The label of each image, as the dataset has it (a category: its number); images are not opened."""
+    labels = _labels(dl)
+    return [labels[i] for i in range(len(labels))]
+
+
+def _labels(dl: TfmdDL) -> TfmdLists:
+    dataset = dl.dataset
+    if not isinstance(dataset, Datasets) or len(dataset.tls) <= dataset.n_inp:
+        raise DataError("These images have no labels that can be told without opening them.")
+    return dataset.tls[dataset.n_inp]
+
+
+def hold_out(
+    dls: DataLoaders,  # Labeled images
+    share: float,  # Of the training images
+    seed: int = 42,  # Of the choice
+) -> DataLoaders:
+    """Loaders that train on some of the training images and validate on the others, at least one of each class.
+
+    Classes keep their shares; whole patients (the loader's facts) stay together. `dls.valid` is not in it.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise DataError(f"holdout is the share of training images to hold out, above 0 and below 1; got {share!r}.")
+    out = _held_out(dls.train, share, np.random.default_rng(seed))
+    rest = sorted(set(range(len(dls.train_ds))) - set(out))
+    if not rest or not out:
+        raise DataError(f"{len(dls.train_ds)} training images are too few to hold some out: pass holdout=0, best=None.")
+    train = subset(dls.train, rest, bs=fit_batch_size(dls.train.bs, len(rest)))
+    like = dls.valid if len(dls.loaders) > 1 else dls.train
+    valid = subset(dls.train, out, like=like, shuffle=False, drop_last=False)
+    return DataLoaders(train, valid, path=dls.path, device=dls.device)
+
+
+def _held_out(dl: TfmdDL, share: float, rng: np.random.Generator) -> list[int]:
+    n, facts = len(dl.dataset), getattr(dl, "facts", None)
+    if facts is not None and "patient" in facts and facts["patient"].nunique() > 1:
+        patients = rng.permutation(facts["patient"].unique())
+        sizes = facts["patient"].value_counts()
+        some, total = [], 0
+        for patient in patients[:-1]:
+            some.append(patient)
+            total += sizes[patient]
+            if total >= share * n:
+                break
+        return np.flatnonzero(facts["patient"].isin(some)).tolist()
+    labels, out = pd.Series(_classes(dl)), []
+    for _, places in labels.groupby(labels):
+        some = max(1, round(share * len(places))) if len(places) > 1 else 0
+        out += rng.permutation(places.index)[:some].tolist()
+    return sorted(out)
+
+
+def _classes(dl: TfmdDL) -> list[int]:
+    """The class of each image; all alike where labels are something else, such as masks, which are not opened."""
+    labels = _labels(dl)
+    first = labels[0]
+    is_class = getattr(first, "ndim", None) == 0 and not first.is_floating_point()
+    return [int(labels[i]) for i in range(len(labels))] if is_class else [0] * len(labels)

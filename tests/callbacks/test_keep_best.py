@@ -1,0 +1,119 @@
+"""The best epoch's weights, over all stages of a run; and that the test images are not asked."""
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
+
+from selfsup_fastai.callbacks.keep_best import KeepBest
+from selfsup_fastai.callbacks.whole_run import WholeRun
+from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.errors import TaskError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("best"), np.random.default_rng(0)
+    for i in range(40):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = rng.normal(100 + 40 * (i % 2), 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return root
+
+
+def make(folder, **kwargs):
+    set_seed(0)
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=0.25, seed=1, bs=8, num_workers=0, device="cpu")
+    return downstream_learner(dls, "resnet10t", metrics=accuracy, **kwargs)
+
+
+class EachEpoch(Callback):
+    """The weights at the end of each epoch, and which images were validated."""
+
+    order = 70
+
+    def __init__(self):
+        self.kept, self.validated = [], set()
+
+    def after_epoch(self):
+        self.kept.append({k: v.clone() for k, v in self.learn.model.state_dict().items()})
+
+    def after_batch(self):
+        if not self.training:
+            self.validated |= {round(float(m), 4) for m in self.learn.xb[0].flatten(1).mean(1)}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("by", ["valid_loss", "accuracy"])
+def test_the_weights_are_those_of_the_best_epoch_of_all_stages(folder, by):
+    learn, weights = make(folder), EachEpoch()
+    learn.fine_tune(5, 2e-2, best=by, cbs=weights)
+    values = learn.fine_tune_log[by]
+    best = int(values.argmin() if by == "valid_loss" else values.argmax())
+    assert len(values) == 6 and values.nunique() > 1
+    assert same(learn.model.state_dict(), weights.kept[best])
+    assert sum(same(learn.model.state_dict(), kept) for kept in weights.kept) == 1
+
+
+def test_the_best_epoch_is_chosen_by_held_out_training_images(folder):
+    learn, weights = make(folder), EachEpoch()
+    tested = learn.dls.valid
+    means = {round(float(m), 4) for b in tested for m in b[0].flatten(1).mean(1)}
+    train = {
+        round(float(m), 4) for b in learn.dls.train.new(shuffle=False, drop_last=False) for m in b[0].flatten(1).mean(1)
+    }
+    learn.fine_tune(1, best="valid_loss", holdout=0.25, cbs=weights)
+    assert not weights.validated & means and weights.validated <= train
+    assert len(weights.validated) == 2 * round(0.25 * 15) or len(weights.validated) == 8
+    assert learn.dls.valid is tested  # given back
+    learn.fine_tune(1, best="valid_loss", holdout=0, cbs=(weights := EachEpoch()))
+    assert weights.validated == means
+
+
+def test_patience_stops_the_whole_run(folder):
+    learn = make(folder)
+    learn.fine_tune(12, 1e-9, best="accuracy", patience=2)  # at such a rate nothing gets better
+    assert len(learn.fine_tune_log) == 3
+    with pytest.raises(TaskError, match="patience goes with best"):
+        learn.fine_tune(1, patience=2)
+
+
+def test_a_metric_that_is_not_there_is_named(folder):
+    with pytest.raises(UnknownNameError, match="accuracy"):
+        make(folder).fine_tune(1, best="acuracy")
+
+
+def test_alone_its_run_is_one_fit(folder):
+    learn, weights = make(folder), EachEpoch()
+    learn.fit(4, 5e-2, cbs=[KeepBest("valid_loss"), weights])
+    values = [v[1] for v in learn.recorder.values]
+    assert same(learn.model.state_dict(), weights.kept[int(np.argmin(values))])
+
+
+class Progress(WholeRun):
+    def begin(self):
+        self.seen, self.ended = [], 0
+
+    def after_batch(self):
+        if self.training:
+            self.seen.append(self.progress)
+
+    def end(self):
+        self.ended += 1
+
+
+def test_progress_runs_over_all_stages(folder):
+    learn, watch = make(folder), Progress()
+    learn.fine_tune(4, cbs=watch)
+    steps = 5 * len(learn.dls.train)
+    assert watch.seen == pytest.approx([(i + 1) / steps for i in range(steps)])  # after the step it belongs to
+    assert watch.ended == 1
+    learn.fit(1, cbs=watch)
+    assert watch.seen == pytest.approx([(i + 1) / (steps / 5) for i in range(steps // 5)])
