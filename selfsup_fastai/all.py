@@ -16,6 +16,7 @@ from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.summary import summarize, whole_verdict
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
@@ -165,5 +166,6 @@ OURS = [
     "volume_report",
     "volumes_of",
     "whole_verdict",
+    "write_report",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]
