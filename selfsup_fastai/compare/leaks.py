@@ -1,6 +1,5 @@
 """Has pretraining seen the images that the starts are tested on? Then it is memory that is measured."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -79,7 +78,7 @@ def _without(dls: DataLoaders, bad: np.ndarray) -> DataLoaders:
     if not len(kept):
         raise DataError("All images to pretrain on are in the test set, or of its patients: none is left.")
     say(
-        f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining: they are tested on, or of its patients."
+        f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining: they, or their patients, are tested on."
     )
     return DataLoaders(subset(dls.train, kept), *dls.loaders[1:], path=dls.path, device=dls.device)
 
