@@ -12,15 +12,19 @@ stop. The data: archives as the tests use them (SELFSUP_DATA names the folder th
     python bench/finetune.py --sets pneumonia --parts settings
 """
 
+import argparse
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from cifar10 import cifar10
 from fastai.torch_core import set_seed
-from measure import tell
+from measure import machine, markdown, tell
 from medical import pneumonia
 from sklearn.metrics import accuracy_score, roc_auc_score
+from tasks import into, write
 
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.log import SkipValidation

@@ -49,6 +49,9 @@ from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
+from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.errors import SelfsupError
@@ -60,7 +63,6 @@ from selfsup_fastai.features import (
     feature_std,
     knn_accuracy,
     knn_predict,
-    linear_probe,
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
@@ -72,25 +74,17 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
-    "BYOL_1",
-    "BYOL_2",
-    "DINO_GLOBAL_1",
-    "DINO_GLOBAL_2",
-    "DINO_LOCAL",
-    "GREY_SCAN",
-    "MOCO",
-    "SIMCLR",
-    "STRONG",
-    "SWAV_GLOBAL",
-    "SWAV_LOCAL",
-    "TASKS",
-    "WINDOWS",
     "AlbumentationsTransform",
     "AutoPrecision",
+    "BYOL_1",
+    "BYOL_2",
     "CollapseAlarm",
     "Comparison",
     "Consistency",
     "ConsistencyLoss",
+    "DINO_GLOBAL_1",
+    "DINO_GLOBAL_2",
+    "DINO_LOCAL",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -98,8 +92,10 @@ OURS = [
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
+    "GREY_SCAN",
     "GroupSplitter",
     "KeepBest",
+    "MOCO",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
@@ -111,13 +107,20 @@ OURS = [
     "PretextTransform",
     "Recipe",
     "Resume",
+    "SIMCLR",
+    "STRONG",
+    "SWAV_GLOBAL",
+    "SWAV_LOCAL",
     "SelfsupError",
     "ShownFrame",
     "Signals",
     "SkipValidation",
+    "TASKS",
+    "TrainedModel",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
+    "WINDOWS",
     "__version__",
     "alignment",
     "apply_views",
@@ -134,11 +137,13 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "knn_probe",
     "label_curve",
     "labeled_files",
     "linear_probe",
     "list_tasks",
     "load_encoder",
+    "load_model",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",
@@ -155,6 +160,7 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "svm_probe",
     "uniformity",
     "volume_report",
     "volumes_of",

@@ -12,9 +12,10 @@ from selfsup_fastai.compare.draws import draw_labels
 from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
-from selfsup_fastai.features import effective_rank, embed, linear_probe
+from selfsup_fastai.downstream.probes import linear_probe
+from selfsup_fastai.features import effective_rank, embed
 from selfsup_fastai.messages import quiet, say
-from selfsup_fastai.runs import pretrain
+from selfsup_fastai.runs.pretraining import pretrain
 
 SIZE, ARCH = 32, "resnet10t"
 EPOCHS = {"rotation": 8, "simclr": 30}
@@ -70,9 +71,9 @@ def probe_layers(starts: dict, train: pd.DataFrame, test: pd.DataFrame, seed: in
         set_seed(seed)
         with quiet():
             learn = downstream_learner(labeled_loaders(table, 1, SIZE, 128), start)
-        probe = linear_probe(learn.model.encoder, learn.dls.train, learn.dls.valid, max_dim=1024)
+        probe = linear_probe(learn.model.encoder, learn.dls, max_dim=1024, seed=seed)
         rank = effective_rank(embed(learn.model.encoder, learn.dls.valid).x)
-        rows[name] = {**dict(zip(probe["layer"], probe["accuracy"])), "effective rank": rank}
+        rows[name] = {**dict(zip(probe["layer"], probe["score"])), "effective rank": rank}
     return pd.DataFrame(rows).T.rename_axis("start")
 
 

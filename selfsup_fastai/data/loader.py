@@ -16,8 +16,8 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader, fa_collate
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorBase, TensorImage
-from fastai.vision.augment import Resize
-from fastai.vision.core import PILImageBW
+from fastai.vision.augment import Resize, ResizeMethod
+from fastai.vision.core import AddMaskCodes, PILImageBW, PointScaler
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform
@@ -282,6 +282,7 @@ def derive_loaders(
     n_in: int | None = None,  # Channels to open images with; None: as they are
     stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None,  # (mean, std) of a new Normalize
     resize: int | None = None,  # Size for items that nothing resizes yet; None: leave them
+    whole: bool = False,  # Squeeze all of an image into that size; False: the part of it that is of its shape
     drop: tuple[type, ...] = (),  # Batch transforms to leave out, beside Normalize
     add: Iterable[Transform] = (),  # More batch transforms
 ) -> DataLoaders:
@@ -295,8 +296,8 @@ def derive_loaders(
     for i, dl in enumerate(dls.loaders):
         dataset, opened = _derive_dataset(dl.dataset, inputs_only, n_in)
         item_tfms, batch_tfms = list(dl.after_item.fs), without(dl.after_batch.fs, Normalize, *drop)
-        if resize and _nothing_resizes(dl):
-            item_tfms.append(Resize(resize))
+        if resize and nothing_resizes(dl):
+            item_tfms.append(Resize(resize, ResizeMethod.Squish if whole else ResizeMethod.Crop))
         if n_in and not opened:
             batch_tfms.append(ToChannels(n_in))
         if stats:
@@ -426,7 +427,7 @@ def n_in_of(dls: DataLoaders, n: int = 64) -> int:
         return opener.n_in
     if PILImageBW in (images.types or ()):
         return 1
-    return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, _spread(len(images), n))) else 3
+    return 1 if all(is_grey(open_image(s, min_side=128)) for s in _sources(images, spread(len(images), n))) else 3
 
 
 def are_scans(dls: DataLoaders) -> bool:
@@ -451,24 +452,31 @@ def needs_resize(dls: DataLoaders, n: int = 1000) -> bool:
     """
     sizes = set()
     for dl in dls.loaders:
-        images = _images_of(dl.dataset)
-        if images is None or not _nothing_resizes(dl):
+        found = image_sizes(dl.dataset, spread(len(dl.dataset), n)) if nothing_resizes(dl) else None
+        if found is None:
             return False
-        for source in _sources(images, _spread(len(images), n)):
-            sizes.add(image_size(source))
+        for size in found:
+            sizes.add(size)
             if len(sizes) > 1:
                 return True
     return False
 
 
-def _spread(length: int, n: int) -> list[int]:
+def image_sizes(dataset, places: Iterable[int]) -> Iterator[tuple[int, int]] | None:
+    """Width and height of the images at `places` as they are opened, from their headers; None where they are hidden."""
+    images = _images_of(dataset)
+    return None if images is None else map(image_size, _sources(images, places))
+
+
+def spread(length: int, n: int) -> list[int]:
     """`n` places from 0 to `length` - 1, evenly spread, both ends among them; all, if there are fewer."""
     return np.linspace(0, length - 1, min(n, length)).astype(int).tolist()
 
 
-def _nothing_resizes(dl: TfmdDL) -> bool:
+def nothing_resizes(dl: TfmdDL) -> bool:
+    """Whether images come out of a loader in the sizes that they were opened in."""
     tfms = [*dl.after_item.fs, *dl.before_batch.fs]
-    return all(map(_is_plain, tfms))
+    return all(_is_plain(t) or isinstance(t, PointScaler | AddMaskCodes) for t in tfms)
 
 
 def _is_plain(tfm: Transform) -> bool:

@@ -9,17 +9,12 @@ from typing import Any
 
 import fastai.vision.learner  # noqa: F401  (registers how results on images are shown)
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders, Datasets
-from fastai.data.transforms import get_c
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam, Optimizer, OptimWrapper
-from fastai.torch_core import TensorMask
-from fastai.vision.core import PILBase, TensorBBox, TensorPoint
 from fastcore.foundation import L
 from matplotlib.axes import Axes
-from torch import nn
 
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.keep_best import KeepBest
@@ -27,6 +22,8 @@ from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.whole_run import whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
+from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
+from selfsup_fastai.downstream.saving import save_model
 from selfsup_fastai.downstream.schedule import (
     HEAD_PCT,
     NORMS,
@@ -34,43 +31,24 @@ from selfsup_fastai.downstream.schedule import (
     Rates,
     Stage,
     StageLog,
-    check_count,
     plan,
     planned_rates,
     stage_rates,
     stages,
 )
+from selfsup_fastai.downstream.segmentation import KnownCodes
+from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, target_of
+from selfsup_fastai.downstream.trained import Facts, TrainedModel, activation_of, resize_of
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
-from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
-from selfsup_fastai.errors import DataError, TaskError, unknown
+from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import ShownFrame
 from selfsup_fastai.seeding import preserved_rng
 
 _FORMATS = {"lr_min": "{:.1e}".format, "lr_max": "{:.1e}".format, "parameters": "{:,}".format}
-
-
-class DownstreamModel(nn.Module):
-    """An encoder with a head: images (B, C, H, W) -> predictions (B, n_out)."""
-
-    def __init__(
-        self,
-        encoder: Encoder,  # Images to (B, features)
-        head: nn.Module,  # (B, features) to predictions
-    ):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(x))
-
-
-def layer_groups(model: DownstreamModel) -> list[list[nn.Parameter]]:
-    """The encoder's groups of parameters, stem first, and the head's as the last: the learner's splitter."""
-    return [*model.encoder.param_groups(), list(model.head.parameters())]
 
 
 class DownstreamLearner(Learner):
@@ -80,10 +58,11 @@ class DownstreamLearner(Learner):
         self,
         dls: DataLoaders,  # Labeled images as the encoder wants them
         model: DownstreamModel,  # What is trained
+        target: Target | None = None,  # What it predicts
         cbs: Callback | MutableSequence | None = None,  # As in `Learner`
         **kwargs,  # Passed to `Learner`
     ):
-        self.epochs_done, self.images_seen, self.last_values = 0, 0, {}
+        self.epochs_done, self.images_seen, self.last_values, self.target = 0, 0, {}, target
         super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), LossesAsNumbers(), *L(cbs)], **kwargs)
         self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
 
@@ -216,12 +195,39 @@ class DownstreamLearner(Learner):
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
         """Save the trained encoder, without the head; its lineage names this round too. Returns the file's path."""
-        metrics = {name: float(value) for name, value in self.last_values.items() if value is not None}
-        return save_encoder(self.model.encoder, file, **self.this_round(), metrics=metrics)
+        return save_encoder(self.model.encoder, file, **self.this_round(), metrics=self._scores())
+
+    def save_model(
+        self,
+        file: str | PathLike,  # Where to; `.safetensors` is added if missing
+    ) -> Path:
+        """Save encoder, head and the names of the classes; `load_model` reads it. Returns the file's path.
+
+        Unlike fastai's `export` it holds no code: whoever loads it runs nothing. What turned files into images other
+        than a resize, and augmentation, is not in it.
+        """
+        return save_model(self.trained_model(), file, **self.this_round(), metrics=self._scores())
+
+    def trained_model(self) -> TrainedModel:
+        """The model with what is known of its predictions, as `load_model` gives it; its weights are the learner's."""
+        target, threshold = self.target, getattr(self.loss_func, "thresh", 0.5)
+        dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
+        kept = {
+            "size": _seen_size(dl) if len(dl.dataset) else None,
+            "resize": resize_of(dl),
+            "threshold": float(threshold),
+        }
+        activation = activation_of(self.loss_func, target.kind)
+        return TrainedModel(self.model, Facts(**vars(target), **kept, activation=activation))
+
+    def _scores(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.last_values.items() if value is not None}
 
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
-        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen}
+        seen = seen_as(self.dls)
+        scans = {"data": {"scans": seen}} if seen else {}
+        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen, **scans}
 
 
 def _shape(stage: Stage, pct_start: float, div: float) -> dict:
@@ -235,7 +241,7 @@ def _drawn(rates: pd.DataFrame, _table: pd.DataFrame, ax: Axes | None) -> Axes:
 
 
 def downstream_learner(
-    dls: DataLoaders,  # Labeled images: any fastai DataLoaders with categories, multi-categories or numbers
+    dls: DataLoaders,  # Labeled images: categories, several of them, numbers, points or masks
     encoder: Any,  # A file from `save_encoder`, a learner, an `Encoder`, an `nn.Module` or a timm name
     n_out: int | None = None,  # Outputs of the head; None: what the labels need
     metrics: Callable | MutableSequence | None = None,  # As in `Learner`
@@ -250,72 +256,41 @@ def downstream_learner(
     path: str | PathLike | None = None,  # For fastai's `save` and `export`; None: the current folder
     model_dir: str | PathLike = "models",  # Folder below `path`
 ) -> DownstreamLearner:
-    """A learner that trains a copy of `encoder` with a linear head on labeled images; `fine_tune` is its main call.
+    """A learner that trains a copy of `encoder` with a head on labeled images; `fine_tune` is its main call.
 
+    The labels decide on the head: for masks the decoder of a U-Net, for points one that finds places, else a linear
+    layer (`downstream.targets`, `downstream.models`).
     `dls` and `encoder` stay as they are: the learner has loaders of its own that open images with the encoder's
     channels and normalize with its statistics (those of the training images where it has none). Images of different
     sizes that nothing in `dls` resizes are resized to the encoder's size; for a new net to 128 pixels, 224 with
     published weights. One line says so.
     Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on.
     """
-    targets = _targets(dls)
-    _check_targets(targets)
-    n_out = get_c(dls) if n_out is None else n_out
-    if not n_out:
-        raise TaskError("The number of outputs cannot be told from the labels: pass n_out, such as n_out=10.")
-    check_count("n_out", n_out, 1)
-    if loss_func is None and getattr(dls.train_ds, "loss_func", None) is None:
-        raise TaskError("The loss cannot be told from the labels: pass loss_func, such as CrossEntropyLossFlat().")
-    encoder, loaders = _adapt(dls, encoder, n_in, pretrained)
+    ignored = ignored_value(loss_func)
+    target = target_of(dls, n_out, ignored)
+    loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or KINDS[target.kind].loss()
+    encoder, loaders = _adapt(dls, encoder, n_in, pretrained, target.kind)
     path = Path.cwd() if path is None else path  # never the folder of images that the dls bring
-    model = DownstreamModel(encoder, linear_head(encoder.num_features, n_out, dropout))
+    model = DownstreamModel(encoder, head_maker(target, encoder, dropout)())
+    cbs = [*L(cbs), *([KnownCodes(target.n_out, ignored)] if target.kind == "mask" else [])]
     training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
-    return DownstreamLearner(loaders, model, metrics=metrics, path=path, model_dir=model_dir, **training)
+    return DownstreamLearner(loaders, model, target, metrics=metrics, path=path, model_dir=model_dir, **training)
 
 
-def _targets(dls: object) -> list:
-    """The labels of the first training image, without opening the image where that can be helped."""
-    if not isinstance(dls, DataLoaders):
-        fix = "Make labeled loaders first, such as ImageDataLoaders.from_folder(path, valid_pct=0.2)."
-        raise DataError(f"Expected labeled DataLoaders, got {type(dls).__name__}. {fix}")
-    if not len(dls.loaders) or not len(dls.train_ds):
-        raise DataError("The DataLoaders hold no training images.")
-    dataset = dls.train_ds
-    if isinstance(dataset, Datasets):
-        return [tl[0] for tl in dataset.tls[dataset.n_inp :]]
-    item = dataset[0]
-    return list(item[1:]) if isinstance(item, tuple | list) else []
-
-
-def _check_targets(targets: list) -> None:
-    """Raise unless there is one label an image, of a kind that a linear head can predict."""
-    if not targets:
-        fix = "Fine-tuning needs labels; without labels, pretext_learner learns from the images alone."
-        raise DataError(f"These DataLoaders give images without labels. {fix}")
-    if len(targets) > 1:
-        raise TaskError(f"Each image has {len(targets)} labels; one is expected (a category, several, or numbers).")
-    if isinstance(targets[0], PILBase | TensorMask | TensorPoint | TensorBBox):
-        kind = type(targets[0]).__name__
-        raise TaskError(
-            f"The labels are of the kind {kind}; categories, multi-categories and numbers are what a linear head "
-            "predicts. Masks, points and boxes need a decoder, which downstream_learner does not build."
-        )
-
-
-def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) -> tuple[Encoder, DataLoaders]:
+def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool, kind: str) -> tuple[Encoder, DataLoaders]:
     """An encoder of the learner's own and loaders that suit it; says what was adapted."""
-    mixed = needs_resize(dls)
+    mixed, whole = needs_resize(dls), kind in ("mask", "points")  # nothing that is labeled may be cut off
     if is_fresh(source):
         origin = PUBLISHED if pretrained else "new"
         n_in = n_in or n_in_of(dls)
         side = (224 if pretrained else 128) if mixed else None
-        loaders = derive_loaders(dls, n_in=n_in, resize=side)
+        loaders = derive_loaders(dls, n_in=n_in, resize=side, whole=whole)
         encoder = get_encoder(source, n_in=n_in, size=_image_size(loaders), pretrained=pretrained)
     else:
         encoder = copied_encoder(source, n_in, pretrained)
         origin = encoder.lineage[-1].get("task") if encoder.lineage else None
         side = (encoder.size or 128) if mixed else None
-        loaders = derive_loaders(dls, n_in=encoder.image_channels, resize=side)
+        loaders = derive_loaders(dls, n_in=encoder.image_channels, resize=side, whole=whole)
     own_stats = encoder.mean is not None
     if not own_stats:
         encoder.mean, encoder.std = measure_stats(loaders)
@@ -328,9 +303,15 @@ def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool) ->
 def _image_size(dls: DataLoaders) -> int | None:
     """The side of the images that the net will see; None where they are not square."""
     dl = dls.valid if len(dls.loaders) > 1 and len(dls.valid) else dls.train
+    height, width = _seen_size(dl)
+    return height if height == width else None
+
+
+def _seen_size(dl: TfmdDL) -> tuple[int, int]:
+    """Height and width of the images of a batch."""
     with preserved_rng():
         height, width = dl.one_batch()[0].shape[-2:]
-    return height if height == width else None
+    return height, width
 
 
 def _say_windows(encoder: Encoder, seen: str | None) -> None:

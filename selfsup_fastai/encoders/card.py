@@ -63,9 +63,9 @@ def parse_card(text: str, path: Path) -> dict:
     return card
 
 
-def damaged(path: Path, why: str) -> EncoderFileError:
+def damaged(path: Path, why: str, what: str = "encoder") -> EncoderFileError:
     """The error for a file that cannot be used."""
-    return EncoderFileError(f"{path.name} is damaged or no encoder of ours ({why}). Copy or save it again.")
+    return EncoderFileError(f"{path.name} is damaged or no {what} of ours ({why}). Copy or save it again.")
 
 
 def _versions() -> dict[str, str]:

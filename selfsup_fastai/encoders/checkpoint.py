@@ -1,23 +1,18 @@
 """The file an encoder is kept in: safetensors with timm's own keys, and a model card (JSON) in the header.
 
-Nothing is ever unpickled. The card holds no file names and no paths. A sum over card and tensors (`digest`) tells a
-damaged file from a whole one; only `load_encoder` checks it, `read_card` reads the header alone.
+Nothing is ever unpickled. The card holds no file names and no paths. Only `load_encoder` checks the sum over card and
+tensors, `read_card` reads the header alone.
 """
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 import timm
 import torch
 import torchvision.models
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from selfsup_fastai.encoders.bodies import bare_module, is_timm_name, torchvision_names
@@ -25,11 +20,23 @@ from selfsup_fastai.encoders.card import damaged, make_card, parse_card
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
 from selfsup_fastai.encoders.split import CHANNELS as HALVES
 from selfsup_fastai.encoders.split import SplitBody
+from selfsup_fastai.encoders.tensor_files import (
+    SUFFIX,
+    check_finite,
+    check_shapes,
+    digest,
+    found,
+    opened,
+    plain_tensors,
+    shapes_of,
+    tensors_of,
+    write_tensors,
+)
 from selfsup_fastai.errors import EncoderFileError, SelfsupError, TaskError, UnknownNameError
-from selfsup_fastai.writing import write_whole
 
 KEY = "selfsup_fastai"  # Where the card stands in the safetensors metadata
-SUFFIX = ".safetensors"
+MODEL_KEY = "selfsup_fastai_model"  # Where that of a whole model stands (`downstream.saving`)
+SUM = "its contents do not add up to its checksum"
 
 
 def save_encoder(
@@ -43,25 +50,21 @@ def save_encoder(
     Raises `EncoderFileError` for weights that are not finite, and for fields that are no JSON or that have the name of
     one of the card's own.
     """
-    path = Path(file)
-    if not path.name:
-        raise EncoderFileError(f"{str(file)!r} names no file to save the encoder in.")
-    path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _state(encoder.body)}
-    _check_finite(encoder.body, tensors)
-    card = make_card(encoder, card_fields)
-    card["digest"] = _digest(card, tensors)
-    header = {KEY: json.dumps(card, sort_keys=True, allow_nan=False)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, to_bytes(tensors, header))
-    return path
+    tensors = plain_tensors(encoder.body)
+    check_finite(encoder.body, tensors)
+    return write_tensors(file, tensors, make_card(encoder, card_fields), KEY)
 
 
 def read_card(file: str | os.PathLike) -> dict:
     """The model card of a saved encoder; the weights are not read. Raises `EncoderFileError`."""
-    path = _found(file)
-    with _opened(path) as saved:
+    path = found(file)
+    with opened(path) as saved:
         metadata = saved.metadata() or {}
+    if MODEL_KEY in metadata:
+        raise EncoderFileError(
+            f"{path.name} holds a whole model, an encoder with a head. load_model(file) loads it; its `.encoder` goes "
+            "wherever an encoder is wanted."
+        )
     if KEY not in metadata:
         raise EncoderFileError(
             f"{path.name} is a safetensors file without our card. Load its tensors into a network yourself "
@@ -75,15 +78,34 @@ def load_encoder(
     module: nn.Module | None = None,  # The network, for encoders made from a module of your own (it is copied)
 ) -> Encoder:
     """The saved encoder, rebuilt and with its weights. Never unpickles. Raises `EncoderFileError`."""
-    path = _found(file)
+    path = found(file)
     card = read_card(path)
-    with _opened(path) as saved:
-        shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118
-        with torch.device("meta"):  # Shapes only: a card that asks for an enormous network costs nothing
-            _check_shapes(_body(card, module, path), shapes, path)
-        tensors = {key: saved.get_tensor(key) for key in shapes}
-    if card.get("digest") != _digest(card, tensors):
-        raise damaged(path, "its contents do not add up to its checksum")
+    check_body(card, shapes_of(path), path, module)
+    tensors = tensors_of(path)
+    if card.get("digest") != digest(card, tensors):
+        raise damaged(path, SUM)
+    return encoder_of(card, tensors, path, module)
+
+
+def check_body(
+    card: dict,  # Of an encoder, as `parse_card` gives it
+    shapes: dict[str, tuple[int, ...]],  # Of the tensors that a file has for it
+    path: Path,  # The file, for people
+    module: nn.Module | None = None,  # As in `load_encoder`
+) -> None:
+    """Raise unless these are the tensors of the network of this card. An enormous network costs nothing: no number of
+    it is made."""
+    with torch.device("meta"):
+        check_shapes(_body(card, module, path), shapes, path)
+
+
+def encoder_of(
+    card: dict,  # As in `check_body`, which was called before
+    tensors: dict[str, Tensor],
+    path: Path,
+    module: nn.Module | None = None,
+) -> Encoder:
+    """The encoder of a card and its tensors."""
     body = _body(card, module, path)
     body.load_state_dict(tensors, strict=True)
     with _as_card_says(card, path):
@@ -189,73 +211,6 @@ def _own_encoder(source: object) -> Encoder | None:
     return next((e for e in found if isinstance(e, Encoder)), None)
 
 
-def _check_finite(body: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raise for NaN anywhere and for infinite weights or running statistics; a mask may be infinite on purpose."""
-    learned = {name for name, _ in body.named_parameters(remove_duplicate=False)}
-    learned |= {name for name in tensors if name.rpartition(".")[2].startswith("running_")}
-    if any(value.isnan().any() or (key in learned and value.isinf().any()) for key, value in tensors.items()):
-        raise EncoderFileError(
-            "The encoder cannot be saved, because the weights are not finite: the run diverged; lower the learning "
-            "rate."
-        )
-
-
-def _state(body: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in body.state_dict().items() if isinstance(value, Tensor)]
-
-
-def _digest(card: dict, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the card and every tensor's name, type, shape and bytes."""
-    card = {key: value for key, value in card.items() if key != "digest"}
-    sha = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def _found(file: str | os.PathLike) -> Path:
-    """The path of a file that exists, with or without its suffix."""
-    path = Path(file)
-    with_suffix = path.with_name(path.name + SUFFIX) if path.name else path
-    if not path.is_file() and with_suffix.is_file():
-        return with_suffix
-    if path.is_dir():
-        names = ", ".join(sorted(p.name for p in path.glob(f"*{SUFFIX}"))[:5])
-        raise EncoderFileError(f"{path} is a folder; name a file in it" + (f": {names}." if names else "."))
-    if not path.is_file():
-        beside = [p.name for p in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, beside, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else " `learn.save_encoder(name)` writes one."
-        raise EncoderFileError(f"There is no saved encoder {str(path)!r}.{hint}")
-    return path
-
-
-def _opened(path: Path):
-    try:
-        return safe_open(path, "pt")
-    except OSError as error:
-        raise EncoderFileError(f"{path.name} cannot be read ({error.strerror or error}).") from error
-    except SafetensorError as error:
-        raise _not_safetensors(path) from error
-
-
-def _not_safetensors(path: Path) -> EncoderFileError:
-    """Why a file is none of ours, from its first bytes. They are looked at, never interpreted."""
-    with open(path, "rb") as raw:
-        start = raw.read(16)
-    if not start:
-        return EncoderFileError(f"{path.name} is empty: it was never written to the end. Save the encoder again.")
-    headed = start[8:9] == b"{"  # By a safetensors header, whose length can look like the start of a pickle
-    if not headed and (start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] <= b"\x05")):
-        return EncoderFileError(
-            f"{path.name} is a pickle (.pth, .pt, .pkl) and was not opened, because loading a pickle can run code. If "
-            "you trust it, load it into a network yourself and pass the network: create_encoder(net)."
-        )
-    return damaged(path, "it does not read as safetensors to the end")
-
-
 def _body(card: dict, module: nn.Module | None, path: Path) -> nn.Module:
     """The bare network that a card describes, with fresh weights."""
     arch, n_in, source = card["arch"], card["in_chans"], card["source"].removeprefix("split ")
@@ -289,16 +244,3 @@ def _as_card_says(card: dict, path: Path) -> Iterator[None]:
     except Exception as error:  # A card can hold any arguments, and a constructor can raise anything
         why = f"{card['arch']:.80} cannot be built as its card says: {type(error).__name__}"
         raise damaged(path, why) from error
-
-
-def _check_shapes(body: nn.Module, saved: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Whether the tensors of a file are those of the network."""
-    wanted = {key: tuple(value.shape) for key, value in _state(body)}
-    missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
-    other = [key for key in wanted.keys() & saved.keys() if wanted[key] != saved[key]]
-    if missing or unexpected or other:
-        example = min([*missing, *unexpected, *other])
-        raise EncoderFileError(
-            f"The tensors of {path.name} do not fit the network: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(other)} of another shape (e.g. {example}). Give the network it was saved from, or save it again."
-        )

@@ -16,8 +16,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
-from fastai.vision.core import PILMask, TensorPoint
-from fastai.vision.data import ImageBlock, ImageDataLoaders, MaskBlock, PointBlock
+from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 from torch import nn
 
@@ -502,15 +501,6 @@ def test_numbers_as_labels(few_classes):
     assert learn.validate()[0] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_masks_and_points_are_refused(few_classes):
-    points = _block(few_classes, PointBlock, lambda f: torch.tensor([[3.0, 4.0]]))
-    with pytest.raises(TaskError, match=f"kind {TensorPoint.__name__}"):
-        downstream_learner(points, "resnet10t")
-    masks = _block(few_classes, MaskBlock(codes=["a", "b"]), lambda f: f)
-    with pytest.raises(TaskError, match=f"kind {PILMask.__name__}"):
-        downstream_learner(masks, "resnet10t")
-
-
 def test_two_labels_an_image_are_refused(few_classes):
     blocks = (ImageBlock, CategoryBlock, CategoryBlock)
     block = DataBlock(blocks, get_items=lambda p: sorted(p.rglob("*.png")), get_y=[lambda f: f.stem] * 2, n_inp=1)
@@ -533,11 +523,10 @@ def test_what_cannot_be_told_from_the_data_must_be_given():
     dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device="cpu")
     with pytest.raises(TaskError, match="pass n_out"):
         downstream_learner(dls, "resnet10t")
-    with pytest.raises(TaskError, match="pass loss_func"):
-        downstream_learner(dls, "resnet10t", n_out=2)
     with pytest.raises(TaskError, match=r"n_out is -2"):
         downstream_learner(dls, "resnet10t", n_out=-2)
-    learn = downstream_learner(dls, "resnet10t", n_out=2, loss_func=CrossEntropyLossFlat())
+    learn = downstream_learner(dls, "resnet10t", n_out=2)
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat)  # whole numbers are classes
     learn.fine_tune(1)
     assert learn.get_preds()[1].tolist() == [0, 1] * 4
 
