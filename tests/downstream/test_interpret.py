@@ -134,7 +134,7 @@ def test_a_row_an_image_and_a_column_a_layer():
     wanted = strengths(encoder, encoder.prepare(photos()[1][None]), ["layer4"])["layer4"]
     wanted = nn.functional.interpolate(wanted[None], (64, 64), mode="bilinear")[0, 0]
     assert heat(axes[5]) == pytest.approx(((wanted - wanted.min()) / (wanted.max() - wanted.min())).numpy(), abs=1e-4)
-    assert axes[5].images[0].get_array() == pytest.approx(photos()[1].mean(0).numpy())
+    assert np.asarray(axes[5].images[0].get_array()) == pytest.approx(photos()[1].mean(0).numpy())
     assert len(attention_map(encoder, photos(1))) == 1 + 4  # four of five layers
     assert [ax.get_title() for ax in attention_map(encoder, photos(1))][-1] == "layer4"
 
