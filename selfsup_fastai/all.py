@@ -48,7 +48,8 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
-from selfsup_fastai.downstream.interpret import nearest_neighbors
+from selfsup_fastai.downstream.embedding import embedding_map
+from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
 from selfsup_fastai.downstream.saving import load_model
@@ -126,6 +127,7 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
+    "attention_map",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
@@ -134,6 +136,7 @@ OURS = [
     "effective_rank",
     "embed",
     "embed_layers",
+    "embedding_map",
     "feature_std",
     "get_task",
     "knn_accuracy",
