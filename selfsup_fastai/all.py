@@ -52,7 +52,7 @@ from selfsup_fastai.downstream.embedding import embedding_map
 from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
@@ -147,7 +147,7 @@ OURS = [
     "linear_probe",
     "list_tasks",
     "load_encoder",
-    "load_model",
+    "load_trained",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",

@@ -1,38 +1,20 @@
 """`compare_pretexts`: which pretext task helps on these images, if any?"""
 
-import json
-import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from fastai.data.core import DataLoaders
 from tqdm.auto import tqdm
 
-from selfsup_fastai.checks import check_choice, check_number
-from selfsup_fastai.compare.choosing import training_score
-from selfsup_fastai.compare.comparison import Comparison
-from selfsup_fastai.compare.draws import check_amounts, classes_in, draw_labels, groups_in
-from selfsup_fastai.compare.keeping import data_print, key_of
+from selfsup_fastai.compare.keeping import key_of
 from selfsup_fastai.compare.planning import (
     Rung,
-    in_words,
-    lunch_budget,
-    pretraining_seconds,
-    rungs_for,
-    speeds_of,
-    trial_seconds,
 )
-from selfsup_fastai.compare.pretraining import Entrant, entrants, pretrained, reason_for
-from selfsup_fastai.compare.scores import Score
+from selfsup_fastai.compare.pretraining import Entrant, pretrained, reason_for
 from selfsup_fastai.data.files import result_folder
-from selfsup_fastai.data.loader import check_dls
-from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
-from selfsup_fastai.writing import write_whole
 
 PLAN, ENCODERS, RUNS = "plan.json", "encoders", "runs"
 
@@ -100,5 +82,7 @@ class Race:
 
         settings = get_task(entrant.task, **entrant.settings).settings()
         name = "".join(c if c.isalnum() or c in "+_-" else "_" for c in entrant.name)
-        key = key_of(task=name, settings=settings, arch=_arch_name(self.arch), images=images, seed=seed, data=self.print)
+        key = key_of(
+            task=name, settings=settings, arch=_arch_name(self.arch), images=images, seed=seed, data=self.print
+        )
         return result_folder(self.folder / ENCODERS) / f"{name}-{seed}-{key[:12]}.safetensors"
