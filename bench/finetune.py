@@ -36,7 +36,8 @@ from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext.learner import pretext_learner
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-ARCH, PER_CLASS, BS, EPOCHS, RATE = "resnet10t", 10, 20, 40, 1e-2
+ARCH, PER_CLASS, BS, RATE = "resnet10t", 10, 20, 1e-2
+EPOCHS = {"cifar10": 40, "pneumonia": 200}  # 205 and 201 steps
 SIZE = {"cifar10": 64, "pneumonia": 28}
 CHANNELS = {"cifar10": 3, "pneumonia": 1}
 BUDGET = {"cifar10": 400_000, "pneumonia": 50_000}
@@ -44,6 +45,7 @@ TASK = {"cifar10": "rotation", "pneumonia": "simclr"}
 METRIC = {"cifar10": "accuracy", "pneumonia": "AUC"}
 SETTINGS = {  # what is changed in `fine_tune`, or the kind of consistency
     "default": {},
+    "stage_epochs 1, as ULMFiT": {"stage_epochs": 1},
     "schedule two_stage, as fastai": {"schedule": "two_stage"},
     "schedule all": {"schedule": "all"},
     "schedule lp_ft": {"schedule": "lp_ft"},
@@ -59,13 +61,12 @@ SETTINGS = {  # what is changed in `fine_tune`, or the kind of consistency
     "consistency mean_teacher": {"kind": "mean_teacher"},
     "consistency pi": {"kind": "pi"},
 }
-WHOLE_EPOCHS = 100
 WHOLE = {
-    "scratch": {"epochs": WHOLE_EPOCHS},
-    "scratch + consistency": {"epochs": WHOLE_EPOCHS, "kind": "fixmatch"},
-    "pretraining, two_stage": {"epochs": WHOLE_EPOCHS, "schedule": "two_stage"},
-    "pretraining + gradual": {"epochs": WHOLE_EPOCHS},
-    "pretraining + gradual + consistency": {"epochs": WHOLE_EPOCHS, "kind": "fixmatch"},
+    "scratch": {},
+    "scratch + consistency": {"kind": "fixmatch"},
+    "pretraining, two_stage": {"schedule": "two_stage"},
+    "pretraining + gradual": {},
+    "pretraining + gradual + consistency": {"kind": "fixmatch"},
 }
 RATIO = 3  # unlabeled images for each labeled one: the same for all kinds, so that they cost the same
 
@@ -119,7 +120,7 @@ def fine_tuned(name: str, start, setting: dict, parts: tuple, seed: int) -> dict
         if kind := setting.pop("kind", None):
             cbs.append(ConsistencyLoss(unlabeled(name, train, seed, BS), kind, ratio=RATIO))
         learn = downstream_learner(labeled_loaders(table, CHANNELS[name], SIZE[name], BS), start)
-        epochs = setting.pop("epochs", EPOCHS)
+        epochs = setting.pop("epochs", EPOCHS[name])
         with learn.no_bar(), learn.no_logging():
             if start == ARCH:
                 learn.fit_one_cycle(epochs + 1, RATE / 2, cbs=[*cbs, SkipValidation()])
