@@ -64,6 +64,14 @@ WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that open images where no pixels are kept.", show_default="by the work")
 ]
 
+EncoderOption = Annotated[
+    Path, typer.Option(help="A saved encoder: encoder.safetensors of a run's folder.", show_default=False)
+]
+SizeOption = Annotated[
+    int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch: fewer take less memory.")]
+
 
 def first_free(folder: Path) -> Path:
     """`folder`, or folder-2, folder-3 and so on: the first that is not there yet."""

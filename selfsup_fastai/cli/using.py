@@ -5,18 +5,20 @@ from typing import Annotated
 
 import typer
 
-from selfsup_fastai.cli.options import Cache, CacheOption, MaxGbOption, PathsOption, Target, WorkersOption
+from selfsup_fastai.cli.options import (
+    BatchOption,
+    Cache,
+    CacheOption,
+    EncoderOption,
+    MaxGbOption,
+    PathsOption,
+    SizeOption,
+    Target,
+    WorkersOption,
+)
 
 UNREADABLE = 3
 """Exit code of a command that did what it could, and could not read some of its inputs."""
-
-EncoderOption = Annotated[
-    Path, typer.Option(help="A saved encoder: encoder.safetensors of a run's folder.", show_default=False)
-]
-SizeOption = Annotated[
-    int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
-]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch: fewer take less memory.")]
 
 
 def embed(
