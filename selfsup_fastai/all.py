@@ -11,10 +11,12 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
-from selfsup_fastai.callbacks.precision import Precision
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
-from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.summary import summarize, whole_verdict
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
@@ -47,6 +49,7 @@ from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
 from selfsup_fastai.downstream.saving import load_model
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
@@ -60,7 +63,6 @@ from selfsup_fastai.features import (
     feature_std,
     knn_accuracy,
     knn_predict,
-    linear_probe,
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
@@ -72,23 +74,17 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
+    "AlbumentationsTransform",
+    "AutoPrecision",
     "BYOL_1",
     "BYOL_2",
+    "CollapseAlarm",
+    "Comparison",
+    "Consistency",
+    "ConsistencyLoss",
     "DINO_GLOBAL_1",
     "DINO_GLOBAL_2",
     "DINO_LOCAL",
-    "GREY_SCAN",
-    "MOCO",
-    "SIMCLR",
-    "STRONG",
-    "SWAV_GLOBAL",
-    "SWAV_LOCAL",
-    "TASKS",
-    "WINDOWS",
-    "AlbumentationsTransform",
-    "CollapseAlarm",
-    "Consistency",
-    "ConsistencyLoss",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -96,33 +92,39 @@ OURS = [
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
+    "GREY_SCAN",
     "GroupSplitter",
     "KeepBest",
+    "MOCO",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
     "PatientSplitter",
     "PixelCache",
-    "Precision",
     "PretextDL",
     "PretextLearner",
     "PretextTask",
     "PretextTransform",
     "Recipe",
     "Resume",
+    "SIMCLR",
+    "STRONG",
+    "SWAV_GLOBAL",
+    "SWAV_LOCAL",
     "SelfsupError",
     "ShownFrame",
     "Signals",
     "SkipValidation",
+    "TASKS",
     "TrainedModel",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
+    "WINDOWS",
     "__version__",
     "alignment",
     "apply_views",
     "assert_disjoint",
-    "compare_encoders",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
@@ -135,6 +137,8 @@ OURS = [
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "knn_probe",
+    "label_curve",
     "labeled_files",
     "linear_probe",
     "list_tasks",
@@ -156,8 +160,10 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "svm_probe",
     "uniformity",
     "volume_report",
     "volumes_of",
+    "whole_verdict",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

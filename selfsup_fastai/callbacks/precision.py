@@ -19,10 +19,10 @@ KINDS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS, WORTH = 3, 1.1  # Timed steps of each; how many times as fast half precision must be
 
 
-class Precision(MixedPrecision):
+class AutoPrecision(MixedPrecision):
     """Forward passes and losses in half precision by torch's autocast; weights stay fp32.
 
-    `learn.fit(5, cbs=Precision('bf16'))`. fastai's own asks for 'cuda' and stays in fp32 on a CPU without a word; this
+    `learn.fit(5, cbs=AutoPrecision('bf16'))`. fastai's own asks for 'cuda' and silently stays in fp32 on a CPU; this
     one goes by the learner's device. 'auto' times a few steps of the model in fp32 and bf16 before the first fit, says
     what it found and takes the faster one: on a CPU that knows bf16 it is faster on ResNets from about 64 pixels, and
     slower on tiny nets. What is timed is a copy: weights, statistics and random generators stay as they were. 'fp16'

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from selfsup_fastai.checks import check_number
 from selfsup_fastai.data.groups import LEVELS, groups_of
+from selfsup_fastai.downstream.few_shots import classes_score, labels_score, most_shots
 from selfsup_fastai.downstream.linear_models import chosen_strength, fitted, folds_of, in_own_span, score_of
 from selfsup_fastai.downstream.suited import suited
-from selfsup_fastai.downstream.targets import kind_of
+from selfsup_fastai.downstream.targets import KINDS, kind_of
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.features import Embeddings, embed, embed_layers, finite, knn_means
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.plots import ShownFrame, plot_probe
 
-METRICS = {"category": "accuracy", "multicategory": "mAP", "regression": "R2"}
+METRICS = {kind: KINDS[kind].score for kind in ("category", "multicategory", "regression")}
 WHOLE = "features"  # What a net is said to have for a layer where it names none: what it gives
 
 
@@ -89,6 +91,52 @@ def knn_probe(
         predictions = (means.argmax(1) if kind == "category" else means).numpy()
         rows.append((number, score_of(kind, predictions, y_test), METRICS[kind], len(y_test)))
     return _shown(rows, ["k", "score", "metric", "n_test"], guessing(kind, y, y_test))
+
+
+def svm_probe(
+    encoder: Any,  # As for `linear_probe`
+    dls: DataLoaders,  # Labeled: classes, or several labels an image
+    shots: int | Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 96),  # Images a class; more than the smallest has: left out
+    draws: int = 5,  # Times they are drawn from the training images
+    layer: str | None = None,  # Name of a layer; None: what the net gives
+    max_dim: int = 4096,  # Numbers kept of a layer
+    seed: int = 42,  # Of the draws, the folds, and an untrained net
+) -> ShownFrame:  # Columns shots, score, std, draws, metric, n_test; one row a number of shots
+    """How well a linear SVM does after a few images of each class: the mean over draws, and their deviation.
+
+    The protocol of VOC07 (Goyal et al. 2019): features scaled to length 1, squared hinge, L2 penalty, accuracy, or mAP
+    where images have several labels. Costs are chosen by threefold cross-validation on the images drawn (two images a
+    class: twofold; one: the cost is 1). The draws for few shots are not parts of those for more.
+    """
+    net, loaders, kind = _asked(encoder, dls, seed)
+    if kind == "regression":
+        raise TaskError("The labels are numbers, and shots are images of a class. See linear_probe and knn_probe.")
+    asked = [shots] if isinstance(shots, int) else list(shots)
+    for number in asked:
+        check_number("shots", number, least=1, whole=True)
+    check_number("draws", draws, least=1, whole=True)
+    parts = loaders.train, loaders.valid
+    found = [embed(net, dl) if layer is None else _layers(net, dl, layer, max_dim)[layer] for dl in parts]
+    y, y_test = (_labels(part, kind) for part in found)
+    _check_labels(kind, y, y_test)
+    x, x_test = (F.normalize(finite(part.x).double(), dim=1).numpy() for part in found)
+    score = classes_score if kind == "category" else labels_score
+    rows = []
+    for k in tqdm(_possible(asked, most_shots(kind, y, y_test)), desc="shots", delay=1, disable=None, leave=False):
+        rng = np.random.default_rng([seed, k])
+        scores = [score(x, y, x_test, y_test, k, rng, seed) for _ in range(draws)]
+        deviation = float(np.std(scores, ddof=1)) if draws > 1 else np.nan
+        rows.append((k, float(np.mean(scores)), deviation, draws, METRICS[kind], len(y_test)))
+    return _shown(rows, ["shots", "score", "std", "draws", "metric", "n_test"], guessing(kind, y, y_test))
+
+
+def _possible(shots: list[int], most: int) -> list[int]:
+    possible = sorted({k for k in shots if k <= most})
+    if not possible:
+        raise TaskError(f"The smallest class has {most} training images, and {min(shots)} a class were asked for.")
+    if max(shots) > most:
+        say(f"svm probe: the smallest class has {most} training images, so more shots are left out.")
+    return possible
 
 
 def _asked(source: Any, dls: DataLoaders, seed: int) -> tuple[Encoder, DataLoaders, str]:

@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
 from selfsup_fastai.callbacks import precision
-from selfsup_fastai.callbacks.precision import Precision
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.pretext.learner import pretext_learner
@@ -38,7 +38,7 @@ class Types(Callback):
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_layers_compute_in_the_precision_that_was_asked_for(color_folder, kind, dtype):
     learn, types = make(color_folder), Types()
-    learn.fit(1, cbs=[Precision(kind), types])
+    learn.fit(1, cbs=[AutoPrecision(kind), types])
     assert types.seen == {dtype}
     assert types.answer == types.weight == torch.float32
     assert not torch.is_autocast_enabled("cpu")
@@ -49,7 +49,7 @@ def test_every_step_uses_the_weights_of_that_step(color_folder):
     losses = []
     for kind in ("fp32", "bf16"):
         learn = make(color_folder)
-        learn.fit(6, 3e-3, cbs=Precision(kind))
+        learn.fit(6, 3e-3, cbs=AutoPrecision(kind))
         losses.append([float(loss) for loss in learn.recorder.losses])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
     assert losses[0][-1] < losses[0][0] - 0.05  # it learns
@@ -61,7 +61,7 @@ def test_auto_takes_the_faster_and_changes_nothing(color_folder, monkeypatch, ca
     learn = make(color_folder)
     seconds = {None: times[0], torch.bfloat16: times[1]}
     monkeypatch.setattr(precision, "_step", lambda *args: seconds[args[-1]])
-    cb = Precision()
+    cb = AutoPrecision()
     learn.fit(1, cbs=cb)
     assert cb.chosen == chosen
     assert f"Precision: {chosen}; a step in bf16 is" in capsys.readouterr().err
@@ -83,6 +83,6 @@ def test_timing_leaves_weights_and_random_numbers_alone(color_folder, task):
 
 def test_what_cannot_be_had(color_folder):
     with pytest.raises(SelfsupError, match="fp16 needs a GPU"):
-        make(color_folder).fit(1, cbs=Precision("fp16"))
+        make(color_folder).fit(1, cbs=AutoPrecision("fp16"))
     with pytest.raises(SelfsupError, match="bf16"):
-        Precision("bf61")
+        AutoPrecision("bf61")
