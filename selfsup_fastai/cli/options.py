@@ -100,6 +100,14 @@ def parsed_window(text: str | None) -> str | list | None:
     return text if any(isinstance(part, str) for part in parts) else parts
 
 
+def parsed_amounts(text: str) -> list[int | float]:
+    """'5,0.2,1.0' -> [5, 0.2, 1.0]: whole numbers are labels a class, others shares."""
+    amounts = [_number(part.strip()) for part in text.split(",")]
+    if any(isinstance(amount, str) or not amount > 0 for amount in amounts):
+        raise typer.BadParameter(f"--labels takes numbers above 0, such as 5,20 or 0.1,1.0; got {text!r}.")
+    return amounts
+
+
 def _setting(text: str) -> tuple[str, object]:
     """'turns=one' -> ('turns', 'one'); numbers, true, false and none become values, '0.3,1' a pair of numbers."""
     name, eq, value = text.partition("=")

@@ -39,9 +39,9 @@ def embed(
     workers: WorkersOption = None,
     paths: PathsOption = False,
 ) -> None:
-    """Write down each image's features: the numbers that an encoder makes of it.
+    """Write each image's features to a file.
 
-    Images that look alike to the encoder have similar numbers: for a search, a map, groups, or a classifier of your
+    Features are the numbers that an encoder makes of an image. Images that look alike to the encoder have similar numbers: for a search, a map, groups, or a classifier of your
     own. Each row says which file it is of; of DICOM files a number and pseudonyms, unless you ask for names. Files
     that cannot be read are listed beside the result.
 
@@ -81,7 +81,7 @@ def neighbors(
     workers: WorkersOption = None,
     paths: PathsOption = False,
 ) -> None:
-    """Draw images and those that an encoder finds most like them.
+    """Draw images beside those that an encoder finds like them.
 
     Look for rows that show the same kind of thing. Rows that share brightness or background alone say that the encoder
     has learned little.

@@ -29,11 +29,12 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.plots import ShownFrame, wilson
 from selfsup_fastai.runs.folder import LEFT_OUT, check_out, write_left_out
-from selfsup_fastai.runs.inputs import saved, side_of
+from selfsup_fastai.runs.inputs import check_layer, saved, side_of
 from selfsup_fastai.seeding import preserved_rng
 from selfsup_fastai.writing import whole_file, write_csv
 
 UNTRAINED = "untrained"
+MAX_DIM = 1024  # Numbers kept of each layer: a fit takes seconds, not minutes
 
 
 class Probes(NamedTuple):
@@ -61,6 +62,7 @@ def probe_folder(
     """Probes an encoder on labeled images; nothing of it is trained."""
     _check_out(out, labeled)
     net, origin, _ = saved(encoder)
+    check_layer(net, layer)
     side = side_of(net, size)
     with listed_in(LEFT_OUT):
         table, report = labeled_files(labeled, valid_pct, seed, side, cache, max_gb, split_by)
@@ -90,7 +92,7 @@ def probed(
     seed: int = 42,
 ) -> Probes:
     """Both probes of each encoder, one below the other."""
-    layers = {name: linear_probe(net, dls, layer or "all", seed=seed) for name, net in starts.items()}
+    layers = {name: linear_probe(net, dls, layer or "all", max_dim=MAX_DIM, seed=seed) for name, net in starts.items()}
     neighbors = {name: knn_probe(net, dls, seed=seed) for name, net in starts.items()}
     return Probes(_stacked(layers), _stacked(neighbors))
 
