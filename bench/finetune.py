@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from cifar10 import cifar10
 from fastai.torch_core import set_seed
-from measure import machine, markdown, tell
+from measure import machine, markdown, mean_interval, tell
 from medical import pneumonia
 from sklearn.metrics import accuracy_score, roc_auc_score
 from tasks import into, write
@@ -29,7 +29,6 @@ from tasks import into, write
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.callbacks.precision import AutoPrecision
-from selfsup_fastai.compare import mean_interval
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner

@@ -16,6 +16,7 @@ from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.summary import summarize, whole_verdict
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
@@ -47,10 +48,11 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
-from selfsup_fastai.downstream.interpret import nearest_neighbors
+from selfsup_fastai.downstream.embedding import embedding_map
+from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
@@ -125,6 +127,7 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
+    "attention_map",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
@@ -133,6 +136,7 @@ OURS = [
     "effective_rank",
     "embed",
     "embed_layers",
+    "embedding_map",
     "feature_std",
     "get_task",
     "knn_accuracy",
@@ -143,7 +147,7 @@ OURS = [
     "linear_probe",
     "list_tasks",
     "load_encoder",
-    "load_model",
+    "load_trained",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",
@@ -165,5 +169,6 @@ OURS = [
     "volume_report",
     "volumes_of",
     "whole_verdict",
+    "write_report",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

@@ -80,7 +80,7 @@ class _Cases:
 
     def possible(self, ends: tuple[float, float], least: float) -> tuple[float, float]:
         """An interval within what the score can be: of shares 0 to 1, of their differences -1 to 1."""
-        return tuple(np.clip(ends, least, 1)) if self.is_share else ends
+        return tuple(np.clip(ends, least, 1)) if self.is_share and np.isfinite(ends).all() else ends
 
     def of(self, runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray | None]:
         """(S,) scores and (S, draws) those on redrawn images, in the order of the rows."""

@@ -201,7 +201,7 @@ class DownstreamLearner(Learner):
         self,
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
-        """Save encoder, head and the names of the classes; `load_model` reads it. Returns the file's path.
+        """Save encoder, head and the names of the classes; `load_trained` reads it. Returns the file's path.
 
         Unlike fastai's `export` it holds no code: whoever loads it runs nothing. What turned files into images other
         than a resize, and augmentation, is not in it.
@@ -209,7 +209,7 @@ class DownstreamLearner(Learner):
         return save_model(self.trained_model(), file, **self.this_round(), metrics=self._scores())
 
     def trained_model(self) -> TrainedModel:
-        """The model with what is known of its predictions, as `load_model` gives it; its weights are the learner's."""
+        """The model with what is known of its predictions, as `load_trained` gives it; with the learner's weights."""
         target, threshold = self.target, getattr(self.loss_func, "thresh", 0.5)
         dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
         kept = {
