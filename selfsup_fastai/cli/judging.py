@@ -48,9 +48,10 @@ def probe(
 ) -> None:
     """Ask what an encoder knows of your classes, untrained on them.
 
-    Is the class of an image told by its features alone? The encoder stays as it is. A linear classifier is fitted on each of its layers, and the nearest images vote; beside
-    it stands the same network with random weights. What is no better than that has not helped. Quick, and a first
-    look only: `selfsup compare` trains and repeats, and says which differences are more than chance.
+    Is the class of an image told by its features alone? The encoder stays as it is. A linear classifier is fitted on
+    each of its layers, and the nearest images vote; beside it stands the same network with random weights. What is no
+    better than that has not helped. Quick, and a first look only: `selfsup compare` trains and repeats, and says which
+    differences are more than chance.
 
     \b
     selfsup probe labeled --encoder runs/rotation/encoder.safetensors --out probe

@@ -41,9 +41,9 @@ def embed(
 ) -> None:
     """Write each image's features to a file.
 
-    Features are the numbers that an encoder makes of an image. Images that look alike to the encoder have similar numbers: for a search, a map, groups, or a classifier of your
-    own. Each row says which file it is of; of DICOM files a number and pseudonyms, unless you ask for names. Files
-    that cannot be read are listed beside the result.
+    Features are the numbers that an encoder makes of an image. Images that look alike to it have similar numbers: for a
+    search, a map, groups, or a classifier of your own. Each row says which file it is of; of DICOM files a number and
+    pseudonyms, unless you ask for names. Files that cannot be read are listed beside the result.
 
     \b
     selfsup embed photos --encoder runs/rotation/encoder.safetensors --out features.npz
