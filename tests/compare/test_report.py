@@ -173,7 +173,7 @@ def test_what_it_means_follows_from_the_verdicts(tmp_path, kind):
         ({"patients on both sides": 2}, "Yes: patients were among"),
         (
             {"patients on both sides": 2, "left out of pretraining": 9},
-            "No: 9 images that showed a test image, or whose",
+            "No: 9 images that showed a test image, or shared",
         ),
     ],
 )
