@@ -88,6 +88,7 @@ def page_of(comparison: Comparison, dls, labeled, out: Path, paths: bool) -> dic
     page |= _figures(comparison) | _pictures(comparison, reading, dls, labeled)
     scans = any(given is not None and are_scans(given) for given in (dls, labeled))
     page |= {"data": facts(comparison.data), "settings": facts(comparison.settings), "leaks": facts(comparison.leaks)}
+    page |= {"leak_words": notes.leak_words(comparison.leaks)}
     page |= {"versions": facts(comparison.versions), "evidence": notes.evidence(comparison)}
     page |= {"left_out": _left_out(dls, paths)} | _command(comparison.command, paths or not scans)
     page["contents"] = [(id, name) for id, (name, needed) in CONTENTS.items() if page[needed]]

@@ -134,8 +134,8 @@ def _helped(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list
     worse = rows[(rows["verdict"] == "worse") & (rows["start"] == best["start"])]
     but = f" With {list_text([labels_text(v) for v in worse['labels']])} it did harm, though." if len(worse) else ""
     return [
-        f"A network that had first looked at your unlabeled images by the pretext task “{best['start']}” and then "
-        f"learned from your labels did better on the test images than one that learned from the labels alone: "
+        f"A network that first practiced on your unlabeled images, by the pretext task “{best['start']}”, and then "
+        "learned from your labels did better on the test images than one that learned from the labels alone: "
         f"{gain_sentence(comparison, best)}.",
         f"The gain is {_gain(comparison, best)}: the interval does not hold zero{tried}, so luck is an unlikely "
         f"explanation.{but}",
@@ -175,7 +175,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
     possible = f": with {tested}, gains of up to {gain_text(most, metric)} may hide in the noise"
     harm = f" By {list_text([f'“{s}”' for s in worse['start'].unique()])} it even did harm." if len(worse) else ""
     return [
-        f"Whether a network had looked at your unlabeled images first made no difference that can be told from luck: "
+        "Whether a network had first practiced on your unlabeled images made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
         f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
@@ -186,7 +186,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
 
 def _worse(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     return [
-        f"Networks that had looked at your unlabeled images first did worse on the test images than one that learned "
+        "Networks that had first practiced on your unlabeled images did worse on the test images than one that learned "
         f"from the labels alone; even the best, “{best['start']}”: {gain_sentence(comparison, best)}.",
         f"The difference is {_gain(comparison, best)}, more than luck explains; the usual reasons are a question that "
         "does not suit the images, or pretraining that was too short.",
