@@ -48,6 +48,7 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
+from selfsup_fastai.downstream.detection import detection_backbone, detector_kwargs
 from selfsup_fastai.downstream.embedding import embedding_map
 from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
@@ -130,6 +131,8 @@ OURS = [
     "attention_map",
     "contact_sheet",
     "create_encoder",
+    "detection_backbone",
+    "detector_kwargs",
     "downstream_learner",
     "draw_views",
     "duplicates_across",

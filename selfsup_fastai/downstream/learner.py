@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam, Optimizer, OptimWrapper
+from fastai.vision.core import TensorPoint
 from fastcore.foundation import L
 from matplotlib.axes import Axes
 
@@ -23,6 +24,7 @@ from selfsup_fastai.callbacks.whole_run import whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
 from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
+from selfsup_fastai.downstream.points import in_original
 from selfsup_fastai.downstream.saving import save_model
 from selfsup_fastai.downstream.schedule import (
     HEAD_PCT,
@@ -193,6 +195,19 @@ class DownstreamLearner(Learner):
         self.train_bn = train_bn
         for state in self._bn_bias_state(False):
             state["force_train"] = train_bn
+
+    def predict(self, item: Any, rm_type_tfms: int | None = None, with_input: bool = False) -> tuple:
+        """fastai's (label, its number or values, probabilities), but points are in pixels of the image as it was opened.
+
+        With `with_input` they are in pixels of that input, which may have another size.
+        """
+        result = super().predict(item, rm_type_tfms, with_input)
+        if with_input or getattr(self.target, "kind", None) != "points":
+            return result
+        points, *others = result
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+        original = in_original(others[-1].view(-1, 2), dl)
+        return (points if original is None else TensorPoint(original), *others)
 
     def save_encoder(
         self,
