@@ -197,7 +197,7 @@ class DownstreamLearner(Learner):
             state["force_train"] = train_bn
 
     def predict(self, item: Any, rm_type_tfms: int | None = None, with_input: bool = False) -> tuple:
-        """fastai's (label, its number or values, probabilities), but points are in pixels of the image as it was opened.
+        """fastai's (label, its number or values, probabilities); points are in pixels of the image as it was opened.
 
         With `with_input` they are in pixels of that input, which may have another size.
         """

@@ -53,8 +53,9 @@ def stages(
 
     gradual: first the head alone; then the encoder's groups in even chunks from the top (where they cannot be even,
     the lower chunks are the larger), `stage_epochs` each and no more than half of `epochs` together; the last stage
-    trains everything for the rest. ULMFiT's stages are one epoch each; with few labels that is a handful of steps. lp_ft: the head for half of all epochs, at least `freeze_epochs`. Raises `TaskError` where
-    an argument makes no sense, `UnknownNameError` for another schedule.
+    trains everything for the rest. ULMFiT's stages are one epoch each; with few labels that is a handful of steps.
+    lp_ft: the head for half of all epochs, at least `freeze_epochs`. Raises `TaskError` where an argument makes no
+    sense, `UnknownNameError` for another schedule.
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule of fine-tuning", schedule, SCHEDULES)
