@@ -16,7 +16,10 @@ from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.curves import label_curve
-from selfsup_fastai.compare.summary import summarize, whole_verdict
+from selfsup_fastai.compare.leaks import check_unseen
+from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.compare.sentence import whole_verdict
+from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
@@ -125,6 +128,8 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
+    "check_unseen",
+    "compare_pretexts",
     "contact_sheet",
     "create_encoder",
     "downstream_learner",
