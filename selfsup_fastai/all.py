@@ -20,7 +20,7 @@ from selfsup_fastai.compare.leaks import check_unseen
 from selfsup_fastai.compare.race import compare_pretexts
 from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.sentence import whole_verdict
-from selfsup_fastai.compare.summary import summarize, whole_verdict
+from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache

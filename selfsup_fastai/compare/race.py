@@ -1,30 +1,13 @@
 """`compare_pretexts`: which pretext task helps on these images, if any does?"""
 
-<<<<<<< HEAD
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-=======
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
->>>>>>> w-evidence
 from fastai.data.core import DataLoaders
 
-<<<<<<< HEAD
-from selfsup_fastai.compare.keeping import key_of
-from selfsup_fastai.compare.planning import (
-    Rung,
-)
-from selfsup_fastai.compare.pretraining import Entrant, pretrained, reason_for
-from selfsup_fastai.data.files import result_folder
-from selfsup_fastai.messages import say
-=======
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.compare.comparison import Comparison
@@ -45,7 +28,6 @@ from selfsup_fastai.data.loader import check_dls, n_in_of
 from selfsup_fastai.downstream.probes import METRICS, linear_probe
 from selfsup_fastai.errors import SelfsupError, TaskError
 from selfsup_fastai.messages import quiet, say
->>>>>>> w-evidence
 
 TASKS = (
     "rotation",
@@ -203,18 +185,9 @@ def _signals(race: Race) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-<<<<<<< HEAD
-        settings = get_task(entrant.task, **entrant.settings).settings()
-        name = "".join(c if c.isalnum() or c in "+_-" else "_" for c in entrant.name)
-        key = key_of(
-            task=name, settings=settings, arch=_arch_name(self.arch), images=images, seed=seed, data=self.print
-        )
-        return result_folder(self.folder / ENCODERS) / f"{name}-{seed}-{key[:12]}.safetensors"
-=======
 def _without_labels(race: Race) -> str:
     n = len(race.files)
     return (
         f"Without labels nobody can say which task helps. {n} encoder{'s were' if n != 1 else ' was'} pretrained; "
         f"`signals` says what their embeddings look like. {RELIABILITY} A few labels, say 10 a class, would tell."
     )
->>>>>>> w-evidence
