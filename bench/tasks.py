@@ -29,9 +29,10 @@ from measure import machine, markdown, tell
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
+from selfsup_fastai.downstream.probes import linear_probe
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst
-from selfsup_fastai.features import embed, knn_accuracy, linear_probe
+from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.base import PretextTask
@@ -84,7 +85,7 @@ class Data:
     def probe(self, encoder: Encoder) -> dict:
         """Accuracies on the test images: a linear classifier a layer, and nearest neighbors."""
         dls = labeled_loaders(self.labeled, encoder.image_channels, self.size, 128)
-        layers = linear_probe(encoder, dls.train, dls.valid, max_dim=PROBED).set_index("layer")["accuracy"]
+        layers = linear_probe(encoder, dls, max_dim=PROBED).set_index("layer")["score"]
         neighbors = knn_accuracy(embed(encoder, dls.train), embed(encoder, dls.valid), NEIGHBORS)
         return {"layers": layers.round(4).to_dict(), "knn": round(neighbors, 4)}
 

@@ -11,9 +11,16 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import EpochLines, MetricsFile, SkipValidation
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.probe import OnlineKNN
 from selfsup_fastai.callbacks.resume import Resume
-from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.leaks import check_unseen
+from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.compare.report import write_report
+from selfsup_fastai.compare.sentence import whole_verdict
+from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
 from selfsup_fastai.data.blocks import OpenImage, UnlabeledBlock
 from selfsup_fastai.data.cache import PixelCache
@@ -45,9 +52,11 @@ from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
 from selfsup_fastai.downstream.detection import detection_backbone, detector_kwargs
-from selfsup_fastai.downstream.interpret import nearest_neighbors
+from selfsup_fastai.downstream.embedding import embedding_map
+from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
@@ -60,7 +69,6 @@ from selfsup_fastai.features import (
     feature_std,
     knn_accuracy,
     knn_predict,
-    linear_probe,
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
@@ -86,7 +94,9 @@ OURS = [
     "TASKS",
     "WINDOWS",
     "AlbumentationsTransform",
+    "AutoPrecision",
     "CollapseAlarm",
+    "Comparison",
     "Consistency",
     "ConsistencyLoss",
     "DicomBlock",
@@ -121,7 +131,9 @@ OURS = [
     "alignment",
     "apply_views",
     "assert_disjoint",
-    "compare_encoders",
+    "attention_map",
+    "check_unseen",
+    "compare_pretexts",
     "contact_sheet",
     "create_encoder",
     "detection_backbone",
@@ -132,15 +144,18 @@ OURS = [
     "effective_rank",
     "embed",
     "embed_layers",
+    "embedding_map",
     "feature_std",
     "get_task",
     "knn_accuracy",
     "knn_predict",
+    "knn_probe",
+    "label_curve",
     "labeled_files",
     "linear_probe",
     "list_tasks",
     "load_encoder",
-    "load_model",
+    "load_trained",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",
@@ -157,8 +172,11 @@ OURS = [
     "show_views",
     "simclr_recipe",
     "summarize",
+    "svm_probe",
     "uniformity",
     "volume_report",
     "volumes_of",
+    "whole_verdict",
+    "write_report",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

@@ -7,12 +7,15 @@ import pandas as pd
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from selfsup_fastai.compare import compare_encoders, label_draws, summarize
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.draws import draw_labels
+from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.learner import downstream_learner
-from selfsup_fastai.features import effective_rank, embed, linear_probe
+from selfsup_fastai.downstream.probes import linear_probe
+from selfsup_fastai.features import effective_rank, embed
 from selfsup_fastai.messages import quiet, say
-from selfsup_fastai.runs import pretrain
+from selfsup_fastai.runs.pretraining import pretrain
 
 SIZE, ARCH = 32, "resnet10t"
 EPOCHS = {"rotation": 8, "simclr": 30}
@@ -26,7 +29,8 @@ def lesson(table: pd.DataFrame) -> str:
         "not distinguishable": "not distinguishable from",
     }
     found = [
-        f"{task}: {verdicts[row['verdict']]} scratch ({row['gain']:+.1%} ± {row['gain ±']:.1%})"
+        f"{task}: {verdicts[row['verdict']]} scratch "
+        f"({row['gain']:+.1%}, {row['gain_low']:+.1%} to {row['gain_high']:+.1%})"
         for task, row in table.drop(index="scratch").iterrows()
     ]
     return f"""
@@ -36,7 +40,7 @@ Fifty labels are very little: a net that starts from random weights has to learn
 others have seen 1,297 digits without labels before. Which question they were asked matters: many digits look alike
 upside down (0, 1, 8; a turned 6 is a 9), so 'which way up?' (rotation) is a poor question for digits, though a good one
 for photographs. No task is best everywhere: that is why swapping it is one word.
-± is the 95 % interval over the draws of labels; there is one pretraining run behind each encoder."""
+The intervals (95 %) are over the draws of labels and test images; there is one pretraining run behind each encoder."""
 
 
 def write_digits(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -67,9 +71,9 @@ def probe_layers(starts: dict, train: pd.DataFrame, test: pd.DataFrame, seed: in
         set_seed(seed)
         with quiet():
             learn = downstream_learner(labeled_loaders(table, 1, SIZE, 128), start)
-        probe = linear_probe(learn.model.encoder, learn.dls.train, learn.dls.valid, max_dim=1024)
+        probe = linear_probe(learn.model.encoder, learn.dls, max_dim=1024, seed=seed)
         rank = effective_rank(embed(learn.model.encoder, learn.dls.valid).x)
-        rows[name] = {**dict(zip(probe["layer"], probe["accuracy"])), "effective rank": rank}
+        rows[name] = {**dict(zip(probe["layer"], probe["score"])), "effective rank": rank}
     return pd.DataFrame(rows).T.rename_axis("start")
 
 
@@ -93,12 +97,15 @@ def run_demo(
         pretrain(out / "digits/train", out / task, task, pretrain_epochs or EPOCHS[task], **args)
         starts[task] = out / task / "encoder.safetensors"
     say("\nA linear classifier on each layer of the frozen encoders ...")
-    few = train.iloc[label_draws(train["label"], per_class, 1, seed)[0]]
+    few = train.iloc[draw_labels(len(train), per_class, seed, train["label"].astype(int).to_numpy())]
     layers = probe_layers(starts, few, test, seed)
     layers.to_csv(out / "layers.csv")
     say(f"Fine-tuning on {per_class} labels a class, {draws} draws of labels, the same budget for each start ...")
-    runs = compare_encoders(starts, train, test, per_class, draws, epochs, size=SIZE, n_in=1, seed=seed)
+    everything = pd.concat([train.assign(is_valid=False), test.assign(is_valid=True)], ignore_index=True)
+    with quiet():
+        dls = labeled_loaders(everything, 1, SIZE, 16)
+    runs = label_curve(starts, dls, [per_class], draws, epochs=epochs)
     runs.to_csv(out / "runs.csv", index=False)
-    table = summarize(runs)
+    table = summarize(runs).set_index("start")
     table.to_csv(out / "table.csv")
     return table, layers

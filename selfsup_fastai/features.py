@@ -3,35 +3,26 @@
 train, test = embed(encoder, dls.train), embed(encoder, dls.valid)
 knn_accuracy(train, test)          # is the neighborhood in feature space the right one?
 effective_rank(train.x)            # how many directions are in use?
-linear_probe(encoder, dls.train, dls.valid)   # what each layer knows
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fasttransform import Pipeline
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from selfsup_fastai.errors import DataError, TaskError
-from selfsup_fastai.messages import say
 from selfsup_fastai.seeding import preserved_rng
 
 _KNN_CELLS = 2**24  # Similarities held at once: 64 MB
-_PROBE_STEPS = 1000
 
 
 class Embeddings(NamedTuple):
@@ -212,22 +203,31 @@ def knn_predict(
 
     Wu et al. 2018; DINO (Caron et al. 2021) uses the same rule with k = 10, 20, 100 or 200.
     """
-    y = _classes(train.y)
-    if k < 1 or not temperature > 0:
-        raise TaskError(f"Nearest neighbors need k >= 1 and a temperature above 0; got {k} and {temperature}.")
-    k, n_classes = min(k, len(y)), int(y.max()) + 1
-    bank = F.normalize(finite(train.x).float(), dim=1)
-    queries = F.normalize(finite(test_x).float(), dim=1)
-    chunks = queries.split(max(1, _KNN_CELLS // len(y)))
-    scores = torch.cat([_votes(q @ bank.T, y, k, temperature, n_classes) for q in chunks])
+    scores = knn_means(train.x, F.one_hot(_classes(train.y)).float(), test_x, k, temperature)
     return scores.argmax(dim=1), scores
 
 
-def _votes(similarity: Tensor, y: Tensor, k: int, temperature: float, n_classes: int) -> Tensor:
-    """(n, n_train) -> (n, n_classes)"""
+def knn_means(
+    train_x: Tensor,  # (N, C)
+    values: Tensor,  # (N, V) float, what is known of each training row
+    test_x: Tensor,  # (M, C)
+    k: int = 20,  # Neighbors; cut to the number of training rows
+    temperature: float = 0.07,  # τ
+) -> Tensor:  # (M, V)
+    """The mean over the k training rows of largest cosine similarity s, weighted by exp(s / τ)."""
+    if k < 1 or not temperature > 0:
+        raise TaskError(f"Nearest neighbors need k >= 1 and a temperature above 0; got {k} and {temperature}.")
+    bank = F.normalize(finite(train_x).float(), dim=1)
+    queries = F.normalize(finite(test_x).float(), dim=1)
+    chunks = queries.split(max(1, _KNN_CELLS // len(bank)))
+    return torch.cat([_weighted(q @ bank.T, values, min(k, len(bank)), temperature) for q in chunks])
+
+
+def _weighted(similarity: Tensor, values: Tensor, k: int, temperature: float) -> Tensor:
+    """(n, N) and (N, V) -> (n, V)"""
     nearest, rows = similarity.topk(k, dim=1)
     weights = (nearest / temperature).softmax(dim=1)  # exp(s / τ) over their sum, without overflow at a small τ
-    return torch.zeros(len(similarity), n_classes).scatter_add_(1, y[rows], weights)
+    return torch.zeros_like(similarity).scatter_(1, rows, weights) @ values
 
 
 def knn_accuracy(
@@ -255,47 +255,6 @@ def finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
         raise TaskError("The embeddings hold NaN or infinite numbers: the encoder has diverged. Train at a lower rate.")
     return x
-
-
-def linear_probe(
-    encoder: nn.Module,
-    train_dl: DataLoader,  # Labeled
-    test_dl: DataLoader,  # Labeled
-    layers: str | list[str] = "all",  # 'all', or names of layers
-    C: float = 1.0,  # Inverse strength of the L2 penalty, as in scikit-learn
-    max_dim: int = 4096,  # Numbers kept of each layer
-) -> pd.DataFrame:  # Columns layer, dim, accuracy, n_test; one row a layer
-    """The test accuracy of a logistic regression on the frozen features of each layer.
-
-    The protocol of the classic pretext papers (a linear classifier on every block), fitted to convergence on features
-    that are computed once and standardized on the training images.
-    """
-    names = None if layers == "all" else layers
-    train, test = (embed_layers(encoder, dl, names, max_dim) for dl in (train_dl, test_dl))
-    accuracy = {name: _probe(name, train[name], test[name], C) for name in train}
-    rows = [(name, train[name].x.shape[1], accuracy[name], len(test[name].x)) for name in train]
-    return pd.DataFrame(rows, columns=["layer", "dim", "accuracy", "n_test"])
-
-
-def _probe(name: str, train: Embeddings, test: Embeddings, C: float) -> float:
-    y_train, y_test = _classes(train.y).numpy(), _classes(test.y).numpy()
-    if len(set(y_train.tolist())) < 2:
-        raise TaskError("All training images of the probe have one label; a classifier needs at least two.")
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=_PROBE_STEPS))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(finite(train.x).numpy(), y_train)
-    _tell(name, caught)
-    return float((model.predict(finite(test.x).numpy()) == y_test).mean())
-
-
-def _tell(name: str, caught: Iterable[warnings.WarningMessage]) -> None:
-    """A fit that stopped early is still a fair lower bound: say so. Any other warning goes on its way."""
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            say(f"linear probe: the fit on {name} had not converged after {_PROBE_STEPS} steps; a smaller C helps.")
-        else:
-            warnings.warn(warning.message, stacklevel=3)
 
 
 def effective_rank(

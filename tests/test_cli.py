@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfsup_fastai.cli import _settings
+from selfsup_fastai.cli.options import parsed_settings
 from selfsup_fastai.encoders.checkpoint import read_card
 from tests.conftest import write_images
 
@@ -145,12 +145,12 @@ def test_wrong_setting_of_a_task(images, tmp_path):
 
 
 def test_settings_of_one_task_and_of_several():
-    assert _settings(["turns=one", "crop=0.25"]) == {"turns": "one", "crop": 0.25}
-    assert _settings(["views.flip=0", "views.scale=0.3,1"]) == {"views": {"flip": 0, "scale": [0.3, 1]}}
-    assert _settings(["simclr.views.kind=scan", "a=b,c"]) == {"simclr": {"views": {"kind": "scan"}}, "a": "b,c"}
+    assert parsed_settings(["turns=one", "crop=0.25"]) == {"turns": "one", "crop": 0.25}
+    assert parsed_settings(["views.flip=0", "views.scale=0.3,1"]) == {"views": {"flip": 0, "scale": [0.3, 1]}}
+    assert parsed_settings(["simclr.views.kind=scan", "a=b,c"]) == {"simclr": {"views": {"kind": "scan"}}, "a": "b,c"}
     several = ["weights=uncertainty", "rotation.turns=one", "rotation.flip=0", "jigsaw.gap=false"]
     own = {"rotation": {"turns": "one", "flip": 0}, "jigsaw": {"gap": False}}
-    assert _settings(several) == {"weights": "uncertainty", **own}
+    assert parsed_settings(several) == {"weights": "uncertainty", **own}
 
 
 def test_closed_pipe_is_quiet(tmp_path):

@@ -1,11 +1,9 @@
-"""Rows, neighbors, probes and ranks against independent computations, on small loaders of arrays."""
+"""Rows, neighbors and ranks against independent computations, on small loaders of arrays."""
 
 import math
 import random
-import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
@@ -24,7 +22,6 @@ from selfsup_fastai.features import (
     embed_layers,
     knn_accuracy,
     knn_predict,
-    linear_probe,
 )
 from selfsup_fastai.seeding import rng_state
 
@@ -303,49 +300,6 @@ def test_mistakes_with_neighbors():
         knn_predict(train, train.x * math.nan)
 
 
-# --- probes ---------------------------------------------------------------------------------------------------------
-
-
-class Planted(Transform):
-    """The label is written into the sign of a corner against the rest; the mean says nothing."""
-
-    def encodes(self, x: TensorImage):
-        i = int(x[0, 0, 0] * 100 + 0.5)
-        x = TensorImage(torch.rand(1, SIDE, SIDE, generator=torch.Generator().manual_seed(i)))
-        x[:, :2, :2] += i % 3
-        return x
-
-
-def test_a_probe_finds_the_planted_feature_where_it_is_and_chance_in_noise():
-    train, test = loader(n=150, bs=32, tfms=[Planted()]), loader(n=90, bs=32, shuffle=False, tfms=[Planted()])
-    table = linear_probe(Layers(), train, test)
-    assert isinstance(table, pd.DataFrame) and table.columns.tolist() == ["layer", "dim", "accuracy", "n_test"]
-    table = table.set_index("layer")
-    assert table.index.tolist() == ["image", "corner", "noise"] and (table.n_test == 90).all()
-    assert table.dim.tolist() == [72, 4, 48]
-    assert table.accuracy["corner"] > 0.95 and table.accuracy["image"] > 0.9
-    assert table.accuracy["noise"] == pytest.approx(1 / 3, abs=0.15)
-    assert linear_probe(Layers(), train, test, layers="corner").layer.tolist() == ["corner"]
-    coarse = linear_probe(Layers(), train, test, layers=["image"], max_dim=2)  # one number left: still related
-    assert coarse.dim.tolist() == [2] and coarse.accuracy[0] < table.accuracy["image"]
-
-
-def test_a_fit_that_does_not_converge_is_said_and_not_warned_about(monkeypatch, capsys):
-    monkeypatch.setattr("selfsup_fastai.features._PROBE_STEPS", 1)
-    train = loader(n=60, bs=32, tfms=[Planted()])
-    linear_probe(Layers(), train, train, layers=["corner"])
-    assert "the fit on corner had not converged after 1 steps" in capsys.readouterr().err
-
-
-def test_a_probe_needs_labels_of_two_classes():
-    one = loader(n=9, bs=3)
-    one.dataset.tls[1].tfms.fs[0] = Transform(lambda i: TensorCategory(1))
-    with pytest.raises(TaskError, match="one label"):
-        linear_probe(Layers(), one, one)
-    with pytest.raises(TaskError, match="no labels"):
-        linear_probe(Layers(), loader(labels=False), loader(labels=False))
-
-
 # --- rank -----------------------------------------------------------------------------------------------------------
 
 
@@ -375,20 +329,6 @@ def test_effective_rank_of_nothing():
         effective_rank(torch.full((5, 3), math.inf))
     with pytest.raises(TaskError, match=r"\(5,\)"):
         effective_rank(torch.zeros(5))
-
-
-def test_foreign_warnings_of_a_probe_are_not_swallowed(monkeypatch):
-    class Loud:
-        def fit(self, *_):
-            warnings.warn("something else", UserWarning, stacklevel=1)
-
-        def predict(self, x):
-            return np.zeros(len(x), dtype=int)
-
-    monkeypatch.setattr("selfsup_fastai.features.make_pipeline", lambda *_: Loud())
-    train = loader(n=9, bs=3)
-    with pytest.warns(UserWarning, match="something else"):
-        linear_probe(Layers(), train, train, layers=["corner"])
 
 
 def test_typed_targets_become_plain_tensors():

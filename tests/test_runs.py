@@ -1,4 +1,4 @@
-"""runs.py: what a folder of classes becomes, and what a run says of itself. Whole runs: test_cli.py, test_demo.py."""
+"""runs/: what a folder of classes becomes, and what a run says of itself. Whole runs: test_cli.py, test_demo.py."""
 
 import json
 
@@ -8,13 +8,15 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from selfsup_fastai import runs
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.errors import DataError, ResumeError, TaskError
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
-from selfsup_fastai.runs import check_out, finetune, pretrain, wilson
+from selfsup_fastai.runs import folder, pretraining
+from selfsup_fastai.runs.finetuning import finetune, wilson
+from selfsup_fastai.runs.folder import check_out
+from selfsup_fastai.runs.pretraining import pretrain
 from tests.conftest import write_images
 
 
@@ -62,7 +64,7 @@ def test_a_killed_run_goes_on_where_it_was_and_nowhere_else(images, tmp_path, mo
     pretrain(images, tmp_path / "whole", **args)
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "MetricsFile", Dying)
+        patched.setattr(pretraining, "MetricsFile", Dying)
         with pytest.raises(RuntimeError, match="killed"):
             pretrain(images, out, **args)
     with pytest.raises(DataError, match="holds a run that was stopped"):
@@ -134,7 +136,8 @@ def test_a_run_of_several_tasks_pictures_all_of_them(images, tmp_path, monkeypat
         figures[file.name] = plt.gcf()
         save_picture(file)
 
-    monkeypatch.setattr(runs, "save_picture", keep)
+    for module in (pretraining, folder):
+        monkeypatch.setattr(module, "save_picture", keep)
     short(tmp_path / "out", images, task=["rotation", "autoencoder"])
     for name in ("batch.png", "results.png"):
         assert [block.get_suptitle() for block in figures[name].subfigs] == ["rotation", "autoencoder"]

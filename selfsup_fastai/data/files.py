@@ -8,8 +8,9 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -31,6 +32,7 @@ REPORT_COLUMNS = ["file", "code", "message"]
 _COMMAND = [sys.executable or "", "-m", "selfsup_fastai.data.opening"]
 _START_SECONDS = 60.0  # a cold start from a network disk takes many seconds
 _FILES_PER_WORKER = 32  # starting a child costs about as much as trying this many files
+_listed_in = ContextVar("listed_in", default="dls.report")
 _IN_WORDS = {"no_permission": "without permission", "not_a_file": "not a regular file", "dicom": "DICOM"}
 
 
@@ -401,10 +403,23 @@ def _parted(answer: tuple[bytes, bytes]) -> tuple[Facts, np.ndarray | None]:
 def summary(
     report: pd.DataFrame,  # The second frame that `check_files` returns
 ) -> str | None:
-    """Such as "3 of 1,200 files left out: 2 truncated, 1 not an image (dls.report lists them)"; None where none was."""
+    """Such as "3 of 1,200 files left out: 2 truncated, 1 not an image (dls.report lists them)"; None where none was.
+
+    Inside of `listed_in` another place is named.
+    """
     if report.empty:
         return None
     counts = Counter(report["code"]).most_common()
     reasons = ", ".join(f"{n:,} {_IN_WORDS.get(code, code.replace('_', ' '))}" for code, n in counts)
     of = f" of {report.attrs['checked']:,}" if "checked" in report.attrs else ""
-    return f"{len(report):,}{of} files left out: {reasons} (dls.report lists them)"
+    return f"{len(report):,}{of} files left out: {reasons} ({_listed_in.get()} lists them)"
+
+
+@contextmanager
+def listed_in(name: str) -> Iterator[None]:
+    """Where files that are left out will be listed, for what is said of them inside; else that is `dls.report`."""
+    token = _listed_in.set(name)
+    try:
+        yield
+    finally:
+        _listed_in.reset(token)

@@ -111,7 +111,7 @@ def labeled_loaders(
     cache: bool | str = True,  # As in `UnlabeledDataLoaders`
     max_gb: float = 20.0,
 ) -> DataLoaders:
-    """Labeled loaders over the files of a table; classes in sorted order.
+    """Labeled loaders over the files of a table; classes in sorted order. Its other columns are the loaders' facts.
 
     Where pixels are kept, raises `DataError` for files that cannot be read.
     """
@@ -124,6 +124,7 @@ def labeled_loaders(
     images = TfmdLists(files, opener, splits=splits)
     labels = TfmdLists(list(table["label"]), Categorize(vocab=sorted(table["label"].unique())), splits=splits)
     store = _store(table, n_in, size, cache, max_gb)
+    known = table.drop(columns=["file", "source", "label", "is_valid", "channels", "pixels"], errors="ignore")
     return Datasets(tls=L(images, labels)).dataloaders(
         dl_type=IndexedDL,
         bs=bs,
@@ -131,7 +132,7 @@ def labeled_loaders(
         after_batch=[IntToFloatTensor()],
         num_workers=num_workers,
         device=default_device(),
-        dl_kwargs=[{"store": store, "rows": rows} for rows in splits],
+        dl_kwargs=[{"store": store, "rows": rows, "facts": known.iloc[rows]} for rows in splits],
     )
 
 

@@ -499,6 +499,12 @@ def _sources(images: TfmdLists, indices: Iterable[int]) -> Iterator:
         yield source() if callable(source) else source
 
 
+def image_sources(dataset) -> Iterator | None:
+    """What is opened for each image (a path, an array, ...), in order; None where the dataset does not tell."""
+    images = _images_of(dataset)
+    return None if images is None else _sources(images, range(len(images)))
+
+
 def _evaluating(dl: TfmdDL) -> TfmdDL:
     """`dl` as it would be for one pass over all images in order, in this process."""
     return _new_loader(dl, dl.dataset, None, shuffle=False, drop_last=False, num_workers=0)

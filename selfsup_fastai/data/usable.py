@@ -1,8 +1,10 @@
 """Files to the items that loaders are made of: photographs as they are, DICOM files frame by frame."""
 
+import ast
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,6 +227,19 @@ def seen_in(info: pd.DataFrame, window=None) -> str | None:
     wide = {source.n_in == 1 for source in cts}
     of_ct = "" if not cts else ", CT in one wide window" if wide == {True} else ", CT in three windows"
     return f"window {window}" if window is not None else f"by modality{of_ct}"
+
+
+def seen_again(
+    seen: str,  # As `seen_in` puts it
+) -> dict:  # Arguments of `usable_items`
+    """What to ask for so that scans are seen in these windows again. Other words than `seen_in`'s ask for nothing."""
+    if seen.startswith("window "):
+        text = seen.removeprefix("window ")
+        with suppress(ValueError, SyntaxError):  # a name is no literal
+            return {"window": ast.literal_eval(text)}
+        return {"window": text}
+    ways = {"CT in one wide window": 1, "CT in three windows": 3}
+    return {"n_in": next((n for words, n in ways.items() if words in seen), None)}
 
 
 def check_window(window, n_in: int | None = None) -> None:

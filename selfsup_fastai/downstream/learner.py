@@ -90,10 +90,11 @@ class DownstreamLearner(Learner):
         layer_decay: float | None = None,  # As in `fine_tune`
         pct_start: float = 0.3,  # As in `fine_tune`
         div: float = 5.0,  # As in `fine_tune`
+        stage_epochs: int | None = None,  # As in `fine_tune`
     ) -> ShownFrame:
         """What `fine_tune` with these arguments will do: one row a stage; `.show()` draws the rates over time."""
         groups, rates = layer_groups(self.model), Rates(base_lr, lr_mult, layer_decay)
-        run = stages(len(groups), epochs, freeze_epochs, schedule)
+        run = stages(len(groups), epochs, freeze_epochs, schedule, stage_epochs=stage_epochs)
         names = [*self.model.encoder.group_names(), "head"]
         table = plan(run, names, [sum(p.numel() for p in group) for group in groups], rates)
         shapes = [_shape(stage, pct_start, div) for stage in run]
@@ -113,6 +114,7 @@ class DownstreamLearner(Learner):
         holdout: float = 0.2,  # With `best`: share of the training images to judge by; 0: judge by `dls.valid`
         pct_start: float = 0.3,  # Part of each later stage in which rates rise
         div: float = 5.0,  # Each later stage starts at its peak rates divided by this
+        stage_epochs: int | None = None,  # gradual: of the stages between; None: a tenth of `epochs`, at least 1
         cbs: Callback | MutableSequence | None = None,  # Callbacks for every stage
         **kwargs,  # Passed to `fit_one_cycle`
     ) -> None:
@@ -131,12 +133,14 @@ class DownstreamLearner(Learner):
         if norms not in (None, *NORMS):
             raise unknown("norm policy", norms, NORMS)
         norms = norms or ("train" if schedule == "two_stage" else "eval")
-        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, schedule, lr_mult, layer_decay, pct_start, div)
+        shape = (pct_start, div, stage_epochs)
+        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, schedule, lr_mult, layer_decay, *shape)
         if patience is not None and best is None:
             raise TaskError("patience goes with best, such as best='valid_loss': without, no epoch is better.")
         keeper = [KeepBest(best, patience)] if best else []
         say(table.to_string(index=False, formatters=_FORMATS))
-        log, run = StageLog(), stages(len(layer_groups(self.model)), epochs, freeze_epochs, schedule)
+        n_groups, log = len(layer_groups(self.model)), StageLog()
+        run = stages(n_groups, epochs, freeze_epochs, schedule, stage_epochs=stage_epochs)
         with self._norm_policy(norms) as norm_cbs, self._judged_by(holdout if best else 0):
             cbs = [*L(cbs), *norm_cbs, *keeper, log]
             try:
@@ -195,7 +199,7 @@ class DownstreamLearner(Learner):
             state["force_train"] = train_bn
 
     def predict(self, item: Any, rm_type_tfms: int | None = None, with_input: bool = False) -> tuple:
-        """fastai's (label, its number or values, probabilities), but points are in pixels of the image as opened.
+        """fastai's (label, its number or values, probabilities); points are in pixels of the image as it was opened.
 
         With `with_input` they are in pixels of that input, which may have another size.
         """
@@ -240,7 +244,7 @@ class DownstreamLearner(Learner):
         self,
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
-        """Save encoder, head and the names of the classes; `load_model` reads it. Returns the file's path.
+        """Save encoder, head and the names of the classes; `load_trained` reads it. Returns the file's path.
 
         Unlike fastai's `export` it holds no code: whoever loads it runs nothing. What turned files into images other
         than a resize, and augmentation, is not in it.
@@ -248,7 +252,7 @@ class DownstreamLearner(Learner):
         return save_model(self.trained_model(), file, **self.this_round(), metrics=self._scores())
 
     def trained_model(self) -> TrainedModel:
-        """The model with what is known of its predictions, as `load_model` gives it; its weights are the learner's."""
+        """The model with what is known of its predictions, as `load_trained` gives it; with the learner's weights."""
         target, threshold = self.target, getattr(self.loss_func, "thresh", 0.5)
         dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
         kept = {
@@ -264,7 +268,9 @@ class DownstreamLearner(Learner):
 
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner, by `fine_tune` and every other fit."""
-        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen}
+        seen = seen_as(self.dls)
+        scans = {"data": {"scans": seen}} if seen else {}
+        return {"task": "fine_tune", "epochs": self.epochs_done, "images": self.images_seen, **scans}
 
 
 def _shape(stage: Stage, pct_start: float, div: float) -> dict:

@@ -1,0 +1,1 @@
+"""Whole runs, as the command makes them: one file for each kind."""
