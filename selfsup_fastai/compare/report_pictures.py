@@ -1,8 +1,9 @@
 """Pictures of the page: curves as SVG, images as JPEG, each with what it shows in words. All lie in the page itself."""
 
 import math
+import re
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_meaning import baseline_of, metric_of
 from selfsup_fastai.compare.report_words import SHARES, labels_text, score_text
 from selfsup_fastai.errors import SelfsupError
@@ -39,7 +41,7 @@ class Picture(NamedTuple):
     png: bytes | None = None  # The same as a file
 
 
-def drawn_starts(comparison) -> list[str]:
+def drawn_starts(comparison: Comparison) -> list[str]:
     """The baseline and the best others, as many as can be told from one another, in the order of the comparison."""
     table, base = comparison.summary, baseline_of(comparison)
     if table is None or not len(table):
@@ -49,7 +51,7 @@ def drawn_starts(comparison) -> list[str]:
     return [start for start in table["start"].unique() if start in chosen]
 
 
-def curve_picture(comparison) -> Picture | None:
+def curve_picture(comparison: Comparison) -> Picture | None:
     """The score over the number of labels, a curve a start."""
     runs = comparison.runs
     if runs is None or not len(runs):
@@ -60,7 +62,7 @@ def curve_picture(comparison) -> Picture | None:
     return _plotted(lambda ax: plot_label_curve(means, ax), metric_of(comparison), _curve_alt(comparison))
 
 
-def _curve_alt(comparison) -> str:
+def _curve_alt(comparison: Comparison) -> str:
     table, metric = comparison.summary, metric_of(comparison)
     said = []
     for start, rows in table.groupby("start", sort=False):
@@ -70,7 +72,7 @@ def _curve_alt(comparison) -> str:
     return f"Curves of {metric} over the number of labeled images. {'; '.join(said)}."
 
 
-def probe_picture(comparison) -> Picture | None:
+def probe_picture(comparison: Comparison) -> Picture | None:
     """What each layer knows, a curve a start."""
     probes = comparison.probes
     if probes is None or not len(probes):
@@ -144,23 +146,27 @@ class Question(NamedTuple):
     reason: str = ""  # Why there is no picture
 
 
-def questions(tasks: list, dls: DataLoaders, arch: str | None = None, seed: int = 42) -> list[Question]:
+def questions(
+    tasks: Iterable[str],  # As tables call them: of two of one name the second is 'rotation (2)'
+    dls: DataLoaders,  # Unlabeled images
+    arch: Any = None,
+    seed: int = 42,
+) -> list[Question]:
     """Of each task what it asks about some of the images."""
-    return [_question(task, dls, arch, seed) for task in tasks]
+    return [_question(name, dls, arch, seed) for name in tasks]
 
 
-def _question(name: Any, dls: DataLoaders, arch: str | None, seed: int) -> Question:
-    task = get_task(name)
+def _question(name: str, dls: DataLoaders, arch: Any, seed: int) -> Question:
+    task = get_task(re.sub(r" \(\d+\)$", "", name))
     asks, paper = _sentence(type(task).asks()), getattr(task, "paper", "")
     try:
         with quiet(), preserved_rng():
             set_seed(seed)
             figure = pretext_learner(dls, task, arch).show_batch(max_n=ASKED)[0].figure
     except SelfsupError as error:
-        return Question(task.name, asks, paper, None, reason=str(error))
-    alt = f"Some of your images as {task.name} shows them to the network."
+        return Question(name, asks, paper, None, reason=str(error))
     wide = figure.get_figwidth() > WIDTH
-    return Question(task.name, asks, paper, _kept(figure, alt), wide)
+    return Question(name, asks, paper, _kept(figure, f"Some of your images as {name} shows them to the network."), wide)
 
 
 def _sentence(text: str) -> str:
