@@ -35,7 +35,7 @@ GLOSSARY = {
 BADGES = {  # kind -> mark and word beside the verdict
     "helped": ("▲", "It helped"),
     "hint": ("≈", "A hint, no more"),
-    "other": ("≈", "Not by your own images"),
+    "other": ("≈", "Not by pretraining"),
     "unclear": ("≈", "Not distinguishable"),
     "worse": ("▼", "It made things worse"),
     "unlabeled": ("?", "Not known yet"),
@@ -155,13 +155,12 @@ def _hint(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[s
 
 
 def _other(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
-    own = own_starts(comparison)
+    own = list_text(own_starts(comparison), "or") or "any pretext task"
     return [
-        f"Not your unlabeled images helped, but “{best['start']}”: {gain_sentence(comparison, best)}.",
-        f"That gain is {_gain(comparison, best)}; of {list_text(own) or 'the pretext tasks'} none did better than "
-        "training from scratch by more than luck can explain.",
-        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or "
-        "more time for it.",
+        f"Something else than pretraining on your images helped, “{best['start']}”: {gain_sentence(comparison, best)}.",
+        f"That gain is {_gain(comparison, best)}; pretraining by {own} did not do better than training from scratch by "
+        "more than luck explains.",
+        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or more time.",
     ]
 
 

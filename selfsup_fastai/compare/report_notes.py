@@ -104,7 +104,7 @@ def _labeled_evidence(comparison: Comparison) -> list[str]:
     )
     return [
         f"Equal labels: every start was trained on the very same labeled images, drawn anew for each of {seeds}, for "
-        "as many passes and with the same kind of schedule.",
+        "as many steps, by the schedule that suits it: pretrained nets are fine-tuned, new ones trained as a whole.",
         "Test labels chose nothing: neither a task, nor a setting, nor the moment to stop. Each network was tested "
         "once, after its last pass.",
         f"Intervals of scores are {level} intervals. They cover {luck}; they do not cover another hospital, camera or "

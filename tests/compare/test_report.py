@@ -120,6 +120,7 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert page.row("labeled images to test with")[1] == "144"
     assert page.row("classes")[1] == "dress: 30, hat: 30, pants: 30, shoes: 30"
     assert page.row("budget of each task")[1] == "20,000 images"
+    assert page.row("numbers of labels")[1] == "2 labels a class, 5 labels a class, 20 labels a class"
     assert page.row("torch")[1] == "2.15"
     assert page.row("test images seen in pretraining")[1] == "0"
     assert all(f"{word[0].upper()}{word[1:]}" in page.text for word in GLOSSARY)
@@ -133,7 +134,7 @@ CASES = {
     "other": (
         {"resnet18 from timm": 0.2, "simclr": 0.0},
         {"tasks": ["simclr"], "spread": 0.03},
-        ["Not by your own images", "Not your unlabeled images helped, but “resnet18 from timm”"],
+        ["Not by pretraining", "helped, “resnet18 from timm”"],
     ),
     "unlabeled": (None, {}, ["Not known yet", "There were no labels", "Label about twenty"]),
 }
