@@ -61,7 +61,7 @@ def speeds_of(
 
 
 def pretraining_seconds(rungs: list[Rung], speeds: dict[str, float]) -> float:
-    """For each image of the whole budget: what the rungs take together. Of those that will be left, the slowest count."""
+    """What the rungs take together for each image of the whole budget, if the slowest tasks are those that are left."""
     slow = sorted((1 / speed for speed in speeds.values()), reverse=True)
     return sum(rung.share * rung.seeds * sum(slow[: rung.tasks]) for rung in rungs)
 

@@ -33,6 +33,11 @@ class Entrant:
     task: Any  # What `get_task` takes
     settings: dict = field(default_factory=dict)
 
+    def about(self) -> dict:
+        """What tells it from other tasks."""
+        task = get_task(self.task, **dict(self.settings))
+        return {"name": task.name, "settings": task.settings()}
+
     def learner(self, dls: DataLoaders, arch: Any, seed: int) -> PretextLearner:
         """A new one. Raises what `pretext_learner` does."""
         set_seed(seed, reproducible=True)

@@ -26,7 +26,7 @@ from selfsup_fastai.compare.report_tables import (
     signals_table,
     summary_groups,
 )
-from selfsup_fastai.compare.report_words import facts, start_text
+from selfsup_fastai.compare.report_words import facts, labels_text, start_text
 from selfsup_fastai.data.files import result_folder
 from selfsup_fastai.data.loader import are_scans
 from selfsup_fastai.data.reasons import REASONS
@@ -87,11 +87,18 @@ def page_of(comparison: Comparison, dls, labeled, out: Path, paths: bool) -> dic
     page |= {"use_command": _use_command(comparison, reading, out), "day": datetime.date.today().isoformat()}
     page |= _figures(comparison) | _pictures(comparison, reading, dls, labeled)
     scans = any(given is not None and are_scans(given) for given in (dls, labeled))
-    page |= {"data": facts(comparison.data), "settings": facts(comparison.settings), "leaks": facts(comparison.leaks)}
+    page |= {"data": facts(comparison.data), "settings": facts(_settings(comparison)), "leaks": facts(comparison.leaks)}
+    page |= {"leak_words": notes.leak_words(comparison.leaks)}
     page |= {"versions": facts(comparison.versions), "evidence": notes.evidence(comparison)}
     page |= {"left_out": _left_out(dls, paths)} | _command(comparison.command, paths or not scans)
     page["contents"] = [(id, name) for id, (name, needed) in CONTENTS.items() if page[needed]]
     return page
+
+
+def _settings(comparison: Comparison) -> dict:
+    """With numbers of labels as everywhere on the page: 1.0 is all of them."""
+    labels = comparison.settings.get("labels")
+    return comparison.settings | ({"labels": [labels_text(amount) for amount in labels]} if labels else {})
 
 
 def _figures(comparison: Comparison) -> dict:

@@ -35,7 +35,7 @@ GLOSSARY = {
 BADGES = {  # kind -> mark and word beside the verdict
     "helped": ("▲", "It helped"),
     "hint": ("≈", "A hint, no more"),
-    "other": ("≈", "Not by your own images"),
+    "other": ("≈", "Not by pretraining"),
     "unclear": ("≈", "Not distinguishable"),
     "worse": ("▼", "It made things worse"),
     "unlabeled": ("?", "Not known yet"),
@@ -134,8 +134,8 @@ def _helped(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list
     worse = rows[(rows["verdict"] == "worse") & (rows["start"] == best["start"])]
     but = f" With {list_text([labels_text(v) for v in worse['labels']])} it did harm, though." if len(worse) else ""
     return [
-        f"A network that had first looked at your unlabeled images by the pretext task “{best['start']}” and then "
-        f"learned from your labels did better on the test images than one that learned from the labels alone: "
+        f"A network that first practiced on your unlabeled images, by the pretext task “{best['start']}”, and then "
+        "learned from your labels did better on the test images than one that learned from the labels alone: "
         f"{gain_sentence(comparison, best)}.",
         f"The gain is {_gain(comparison, best)}: the interval does not hold zero{tried}, so luck is an unlikely "
         f"explanation.{but}",
@@ -155,13 +155,12 @@ def _hint(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[s
 
 
 def _other(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
-    own = own_starts(comparison)
+    own = list_text(own_starts(comparison), "or") or "any pretext task"
     return [
-        f"Not your unlabeled images helped, but “{best['start']}”: {gain_sentence(comparison, best)}.",
-        f"That gain is {_gain(comparison, best)}; of {list_text(own) or 'the pretext tasks'} none did better than "
-        "training from scratch by more than luck can explain.",
-        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or "
-        "more time for it.",
+        f"Something else than pretraining on your images helped, “{best['start']}”: {gain_sentence(comparison, best)}.",
+        f"That gain is {_gain(comparison, best)}; pretraining by {own} did not do better than training from scratch by "
+        "more than luck explains.",
+        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or more time.",
     ]
 
 
@@ -175,7 +174,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
     possible = f": with {tested}, gains of up to {gain_text(most, metric)} may hide in the noise"
     harm = f" By {list_text([f'“{s}”' for s in worse['start'].unique()])} it even did harm." if len(worse) else ""
     return [
-        f"Whether a network had looked at your unlabeled images first made no difference that can be told from luck: "
+        "Whether a network had first practiced on your unlabeled images made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
         f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
@@ -186,7 +185,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
 
 def _worse(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     return [
-        f"Networks that had looked at your unlabeled images first did worse on the test images than one that learned "
+        "Networks that had first practiced on your unlabeled images did worse on the test images than one that learned "
         f"from the labels alone; even the best, “{best['start']}”: {gain_sentence(comparison, best)}.",
         f"The difference is {_gain(comparison, best)}, more than luck explains; the usual reasons are a question that "
         "does not suit the images, or pretraining that was too short.",

@@ -21,6 +21,7 @@ SIGNALS = (
     "compare runs of one task; across tasks they hardly agree with how useful a network is, so nothing was chosen by "
     "them."
 )
+SEEN, BOTH = "test images seen in pretraining", " on both sides"  # Keys of `Comparison.leaks`
 PROBES = (
     "How to read it: a simple classifier was put on each layer of networks that were not trained any further, so a "
     "curve above the one from scratch says that this layer has learned something about your classes without having "
@@ -103,7 +104,7 @@ def _labeled_evidence(comparison: Comparison) -> list[str]:
     )
     return [
         f"Equal labels: every start was trained on the very same labeled images, drawn anew for each of {seeds}, for "
-        "as many passes and with the same kind of schedule.",
+        "as many steps, by the schedule that suits it: pretrained nets are fine-tuned, new ones trained as a whole.",
         "Test labels chose nothing: neither a task, nor a setting, nor the moment to stop. Each network was tested "
         "once, after its last pass.",
         f"Intervals of scores are {level} intervals. They cover {luck}; they do not cover another hospital, camera or "
@@ -119,6 +120,22 @@ def _labeled_evidence(comparison: Comparison) -> list[str]:
 
 def _level(comparison: Comparison) -> str:
     return f"{100 * confidence_of(comparison):.3g} %"
+
+
+def leak_words(leaks: dict) -> str:
+    """What the check of the test images means."""
+    seen, n, left_out = (leaks.get(name) for name in (SEEN, "test images", "left out of pretraining"))
+    if seen is None:
+        return "That was not checked." if not leaks else ""
+    both = [name.removesuffix(BOTH) for name, count in leaks.items() if name.endswith(BOTH) and count]
+    of = f" of the {n:,}" if isinstance(n, int) else ""
+    if left_out:
+        shared = f", or shared {list_text(both)} with one," if both else ""
+        return f"No: {count_text(left_out, 'image')} that showed a test image{shared} had been left out of pretraining."
+    if seen or both:
+        what = list_text([*([f"{seen:,}{of} test images"] if seen else []), *both])
+        return f"Yes: {what} were among the images to pretrain on, so the results are better than they should be."
+    return f"No: none{of} test images was among the images to pretrain on."
 
 
 def masked(command: str) -> str:

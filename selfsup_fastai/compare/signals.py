@@ -14,8 +14,8 @@ from selfsup_fastai.features import alignment, effective_rank, embed, feature_st
 from selfsup_fastai.messages import quiet
 
 RELIABILITY = (
-    "They compare runs of one task; across tasks they hardly agree with how useful the encoders are (bench/signals.py), "
-    "so nothing is chosen by them."
+    "They compare runs of one task; across tasks they hardly agree with how useful encoders are (bench/signals.py), so "
+    "nothing is chosen by them."
 )
 
 
@@ -24,7 +24,7 @@ def signals_of(
     dls: DataLoaders,  # Unlabeled images
     n: int = 1024,  # Of the training images, evenly spread
 ) -> dict[str, float]:
-    """effective rank, deviation of directions, alignment and uniformity (`callbacks.collapse.Signals` explains them)."""
+    """Effective rank, deviation of directions, alignment and uniformity: see `callbacks.collapse.Signals`."""
     net = get_encoder(encoder)
     with quiet():
         plain = derive_loaders(dls, dl_type=IndexedDL, inputs_only=True, n_in=net.image_channels)

@@ -16,6 +16,7 @@ from sklearn.manifold import TSNE
 from torch.nn import functional as F
 
 from selfsup_fastai.checks import check_choice, check_number
+from selfsup_fastai.downstream.suited import embedder
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.features import embed, embedded_images, finite
 from selfsup_fastai.plots import line_styles
@@ -28,7 +29,7 @@ GREY = "#8C8C8C"
 
 
 def embedding_map(
-    encoder: Any,  # An Encoder, or anything with `.encoder`, such as a learner
+    encoder: Any,  # An encoder, a learner, a saved file: whatever stands for an encoder
     dl: DataLoader,  # Images, labeled or not: `dls.train`, `dls.valid`
     kind: str = "pca",  # 'pca', 'tsne'; 'umap' where umap-learn is installed
     color_by: str | Sequence | None = None,  # A value for each image, or a column of the loader's facts; None: classes
@@ -43,7 +44,7 @@ def embedding_map(
     """
     check_choice("kind", kind, KINDS)
     check_number("thumbnails", thumbnails, least=0, whole=True)
-    found = embed(getattr(encoder, "encoder", encoder), dl)
+    found = embed(embedder(encoder, getattr(dl, "device", None)), dl)
     if len(found.x) < 3:
         raise DataError(f"A map of {len(found.x)} image(s) says nothing; at least three are needed.")
     x = F.normalize(finite(found.x).double(), dim=1).numpy()

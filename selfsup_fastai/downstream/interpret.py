@@ -13,7 +13,7 @@ from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.loader import spread
 from selfsup_fastai.downstream.attention import attention_weights, grad_cam, looked_at, rollout, strengths
 from selfsup_fastai.downstream.models import DownstreamModel
-from selfsup_fastai.encoders.checkpoint import get_encoder
+from selfsup_fastai.downstream.suited import embedder, network
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.features import embed, embedded_images
@@ -24,7 +24,7 @@ MOST_LAYERS = 4  # That are drawn where none is named
 
 
 def nearest_neighbors(
-    encoder: Any,  # An Encoder, or anything with `.encoder`, such as a learner
+    encoder: Any,  # An encoder, a learner, a saved file: whatever stands for an encoder
     dl: DataLoader,  # Images, labeled or not: `dls.train`, `dls.valid`
     queries: int = 6,  # How many images to find neighbors of, spread evenly over the data
     k: int = 6,  # Neighbors of each
@@ -36,7 +36,7 @@ def nearest_neighbors(
     has learned little. With classes as labels, neighbors are marked: of the query's class, or of another. The images
     are those that were embedded: cut as validation cuts them.
     """
-    found = embed(getattr(encoder, "encoder", encoder), dl)
+    found = embed(embedder(encoder, getattr(dl, "device", None)), dl)
     rows = torch.linspace(0, len(found.x) - 1, min(queries, len(found.x))).long().tolist()
     nearest = nearest_rows(found.x, rows, min(k, len(found.x) - 1))
     groups = [[row, *others] for row, others in zip(rows, nearest.tolist())]
@@ -81,7 +81,7 @@ def attention_map(
     check_choice("kind", kind, KINDS)
     model = getattr(encoder, "model", None) if not isinstance(encoder, nn.Module) else encoder
     model = model if isinstance(model, DownstreamModel) else None
-    net = model.encoder if model else get_encoder(encoder)
+    net = model.encoder if model else network(encoder)
     pictures = _pictures(images, n)
     rows = [_seen(encoder, model, net, picture, kind, layer, target) for picture in pictures]
     columns = len(rows[0][1]) + 1

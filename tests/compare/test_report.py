@@ -21,11 +21,12 @@ from selfsup_fastai.compare import report
 from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.report_meaning import GLOSSARY
 from selfsup_fastai.compare.report_neighbors import find_neighbors, query_rows, untrained
+from selfsup_fastai.compare.report_notes import leak_words
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.encoders.checkpoint import save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
-from tests.compare.made_up import GAINS, made_up
+from tests.compare.made_up import GAINS, LEAKS, made_up
 from tests.compare.pages import Page
 from tests.conftest import write_images
 
@@ -119,8 +120,9 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert page.row("labeled images to test with")[1] == "144"
     assert page.row("classes")[1] == "dress: 30, hat: 30, pants: 30, shoes: 30"
     assert page.row("budget of each task")[1] == "20,000 images"
+    assert page.row("numbers of labels")[1] == "2 labels a class, 5 labels a class, 20 labels a class"
     assert page.row("torch")[1] == "2.15"
-    assert page.row("test images seen")[1] == "0"
+    assert page.row("test images seen in pretraining")[1] == "0"
     assert all(f"{word[0].upper()}{word[1:]}" in page.text for word in GLOSSARY)
     assert "".join(page.parts["h1"]) == comparison.verdict
 
@@ -132,7 +134,7 @@ CASES = {
     "other": (
         {"resnet18 from timm": 0.2, "simclr": 0.0},
         {"tasks": ["simclr"], "spread": 0.03},
-        ["Not by your own images", "Not your unlabeled images helped, but “resnet18 from timm”"],
+        ["Not by pretraining", "helped, “resnet18 from timm”"],
     ),
     "unlabeled": (None, {}, ["Not known yet", "There were no labels", "Label about twenty"]),
 }
@@ -162,6 +164,23 @@ def test_what_it_means_follows_from_the_verdicts(tmp_path, kind):
     if kind == "unlabeled":
         assert not any(table[0][0] == "Start" for table in page.tables)
         assert next(table for table in page.tables if table[0][0] == "Task" and "Alignment" in table[0])[1][1] == "61.2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "No: none of the 144 test images was among the images to pretrain on."),
+        ({"test images seen in pretraining": 3}, "Yes: 3 of the 144 test images were among"),
+        ({"patients on both sides": 2}, "Yes: patients were among"),
+        (
+            {"patients on both sides": 2, "left out of pretraining": 9},
+            "No: 9 images that showed a test image, or shared",
+        ),
+    ],
+)
+def test_leaks_are_told_in_words(changes, said):
+    assert leak_words({**LEAKS, **changes}).startswith(said)
+    assert leak_words({}) == "That was not checked."
 
 
 def test_harm_with_other_numbers_of_labels_is_said():

@@ -14,6 +14,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from selfsup_fastai.downstream.embedding import apart, embedding_map, flattened
+from selfsup_fastai.encoders.checkpoint import save_encoder
+from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.plots import line_styles
 from selfsup_fastai.seeding import rng_state
@@ -105,6 +107,14 @@ def test_unlabeled_numbers_and_columns():
         embedding_map(Colors(), dl, color_by=[1, 2, 3])
     with pytest.raises(DataError, match="at least three"):
         embedding_map(Colors(), loader(n=2))
+
+
+def test_a_saved_encoder_is_read(tmp_path):
+    torch.manual_seed(0)
+    encoder = create_encoder("resnet10t")
+    file = save_encoder(encoder, tmp_path / "a")
+    one, other = (points(embedding_map(source, loader(), thumbnails=0)) for source in (encoder, file))
+    assert one == pytest.approx(other)
 
 
 def test_many_classes_keep_their_looks_and_the_rare_ones_are_grey():
