@@ -96,6 +96,9 @@ def compare(
     ] = False,
     size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels.")] = 128,
     arch: Annotated[str | None, typer.Option(help="Any timm architecture.", show_default="resnet10t")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Compare with timm's weights, too, if need be by downloading them.")
+    ] = False,
     bs: BatchOption = 64,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's comparison that was stopped.")
@@ -123,7 +126,7 @@ def compare(
     amounts = parsed_amounts(labels)
     from selfsup_fastai.runs.comparing import compare_folders, summary
 
-    asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch)
+    asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch, pretrained=pretrained or None)
     asked |= dict(leaks="exclude" if exclude_tested else "raise", command=shlex.join(["selfsup", *sys.argv[1:]]))
     data = dict(num_workers=workers, cache=cache.argument, max_gb=max_gb, paths=paths, seed=seed, resume=resume)
     found, page = compare_folders(folder, labeled, out, size, bs, valid_pct, split_by, **data, **asked)
