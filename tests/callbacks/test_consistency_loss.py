@@ -355,7 +355,7 @@ def test_masks_count_pixel_by_pixel_and_nothing_moves_between_the_views(unlabele
     consistency = ConsistencyLoss(unlabeled, "fixmatch", ratio=1, threshold=0, views=still)
     watch.after_loss = lambda: None
     learn.fit(1, 1e-3, cbs=[consistency, watch])
-    labeled, weak, strong = watch.x[0].as_subclass(torch.Tensor).split(4)
+    labeled, weak, strong = watch.x[0].as_subclass(torch.Tensor).chunk(3)
     assert torch.allclose(weak, strong, atol=1e-4)  # with all changes of color off nothing is left of "strong"
     assert not torch.allclose(labeled, weak, atol=1e-2)
     assert consistency.history["confident"].tolist() == [1.0]
