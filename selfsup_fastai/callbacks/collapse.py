@@ -69,7 +69,7 @@ class Signals(Columns):
 
     def look(self, encoder: nn.Module) -> dict[str, float]:
         """The four numbers of an encoder as it is now; once a run has begun."""
-        pairs = _Pairs(encoder, for_scans(self.views) if self.of_scans else self.views)
+        pairs = Pairs(encoder, for_scans(self.views) if self.of_scans else self.views)
         both = torch.cat([embed(pairs, part).x for part in self.parts])
         x, y = both.chunk(2, 1)
         return {
@@ -172,7 +172,7 @@ def has_collapsed(
     return any(fallen) or (falls[0] and now.deviation < low)
 
 
-class _Pairs(nn.Module):
+class Pairs(nn.Module):
     """An encoder on images as they are and on a view of each: (B, C, H, W) in [0, 1] -> (B, 2 D)."""
 
     def __init__(self, encoder: nn.Module, views: object):

@@ -41,7 +41,7 @@ class Author(NamedTuple):
 KINDS = {
     "uda": Author(7, 1, 0.8, 0.4, 0, 0.9999),
     "fixmatch": Author(7, 1, 0.95, 1, 0, 0.999),
-    "mean_teacher": Author(3, 100, 0, 1, 5 / 180, 0.999),
+    "mean_teacher": Author(3, None, 0, 1, 5 / 180, 0.999),
     "pi": Author(3, None, 0, 1, 80 / 300, None),
 }
 
@@ -58,9 +58,9 @@ class ConsistencyLoss(WholeRun):
       where it is at least 0.95 sure.
     - `'mean_teacher'` (Tarvainen & Valpola 2017, arXiv 1703.01780): squared difference between the probabilities of the
       network and of a running average of it, each with a weak view of its own, labeled images included; the weight
-      rises to 100 as exp(-5 (1 - t)²).
-    - `'pi'` (Laine & Aila 2017, arXiv 1610.02242): the same between two passes of one network; the weight rises to 100
-      times the share of labeled images.
+      rises as exp(-5 (1 - t)²) to 100 times the share of labeled images, as in the authors' TensorFlow code; their
+      PyTorch code takes 100, which with few labels drowns them.
+    - `'pi'` (Laine & Aila 2017, arXiv 1610.02242): the same between two passes of one network.
 
     Labeled, weak and strong images pass through the network together, so that norm layers see them as one batch.
     Weak views are shifted by up to an eighth and mirrored; labeled images are changed likewise where their label is a

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.compare.draws import check_amounts, classes_in, draw_labels, groups_in, say_cut
 from selfsup_fastai.compare.keeping import Runs, data_print, key_of
-from selfsup_fastai.compare.kinds import kind_of
 from selfsup_fastai.compare.linear import frozen_features, linear_predictions
 from selfsup_fastai.compare.scores import Score, score_for
 from selfsup_fastai.compare.starts import SCRATCH, Start, content_of, starts_of
 from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.compare.tables import Predictions, as_label_curve
 from selfsup_fastai.compare.trial import budget_for, fine_tuned, labeled_with, predicted, truth_of
+from selfsup_fastai.downstream.targets import kind_of
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.plots import ShownFrame
 

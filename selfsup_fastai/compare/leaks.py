@@ -77,9 +77,7 @@ def _without(dls: DataLoaders, bad: np.ndarray) -> DataLoaders:
     kept = np.flatnonzero(~bad)
     if not len(kept):
         raise DataError("All images to pretrain on are in the test set, or of its patients: none is left.")
-    say(
-        f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining: they, or their patients, are tested on."
-    )
+    say(f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining: they or their patients are tested on.")
     return DataLoaders(subset(dls.train, kept), *dls.loaders[1:], path=dls.path, device=dls.device)
 
 

@@ -4,10 +4,12 @@ A score would have come out otherwise with other seeds (pretraining, the draw of
 on other test images. Seeds alone do not tell the second: where all seeds share a small test set, their scores agree
 with each other and may all be off. So test images are drawn anew, too.
 
-The mean score over S seeds on n images has the variance s²/S + i²/n + r²/(Sn): of seeds, of images, and of what is
-particular to a seed and an image. Redrawing images finds the last two. What the seeds differ by beyond r²/n, which is
-known from redrawing each seed's images by themselves, is the first. Degrees of freedom are Satterthwaite's (1946), the
-seeds' part taken with its whole variance, so that a small estimate from few seeds does not pass for a sure one.
+The mean score over S seeds on n images has the variance (s² + r²/n)/S + i²/n: of seeds, of what is particular to a seed
+and an image, and of images. The scatter of the seeds estimates the first term, redrawing images i²/n + r²/(Sn); what is
+counted twice is known from redrawing each seed's images by themselves, and taken out once. The two estimates have very
+different degrees of freedom, S - 1 and n - 1. They are joined as Banerjee did (1960), t² times variance summed: such an
+interval covers the truth at least as often as it says, whatever the share of each. (Satterthwaite's approximation,
+tried first, gives up to 12 % false alarms instead of 5 % with two seeds, 7 % with three.)
 
 Not covered: other training images than those that labels are drawn from. With all labels in use they are the same in
 all seeds.
@@ -16,7 +18,8 @@ all seeds.
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 DRAWS = 400
 """Times the test images are drawn anew: the deviation found is off by some 4 %."""
@@ -24,29 +27,41 @@ DRAWS = 400
 LEAST_GROUPS = 6
 """Test images (or patients) below which nothing is said: even all of one mind they leave a chance of 1 in 16."""
 
+_LEAST_P = 1e-12
+
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and how sure it is."""
+    """A mean over seeds, and what it is made of."""
 
     mean: float
-    variance: float  # Of the mean; infinite where it cannot be known
-    df: float  # Degrees of freedom of that
+    of_seeds: float  # Variance of the mean as the seeds scatter; infinite where it cannot be known
+    of_images: float = 0.0  # As redrawn images have it
+    in_both: float = 0.0  # Of the latter what the former has already
+    seeds: int = 2
+    groups: int = 2  # Of test images
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Student's interval."""
-        if not np.isfinite(self.variance):
-            return -np.inf, np.inf
-        half = stats.t.ppf((1 + confidence) / 2, self.df) * self.variance**0.5
+        """Around the mean, infinite where nothing is known."""
+        half = self._half(1 - confidence)
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float:
         """How often a mean at least as far from 0 comes about by chance where the truth is 0."""
-        if not np.isfinite(self.variance) or self.mean == 0:
+        if self.mean == 0 or not np.isfinite(self.of_seeds):
             return 1.0
-        if self.variance == 0:
-            return 0.0
-        return float(2 * stats.t.sf(abs(self.mean) / self.variance**0.5, self.df))
+        if self._half(_LEAST_P) < abs(self.mean):
+            return _LEAST_P if self.of_seeds + self.of_images else 0.0
+        return float(brentq(lambda alpha: self._half(alpha) - abs(self.mean), _LEAST_P, 1.0, xtol=1e-16, rtol=1e-10))
+
+    def _half(self, alpha: float) -> float:
+        """Half the width of the interval of confidence 1 - alpha."""
+        if not np.isfinite(self.of_seeds):
+            return np.inf
+        seeds = stdtrit(self.seeds - 1, alpha / 2) ** 2 * self.of_seeds  # Student's quantiles
+        images = stdtrit(self.groups - 1, alpha / 2) ** 2
+        both = seeds + images * max(0.0, self.of_images - self.in_both)
+        return float(max(both, images * self.of_images) ** 0.5)
 
 
 def redrawn_images(
@@ -72,16 +87,14 @@ def estimate(
     scores = np.asarray(scores, float)
     n, mean = len(scores), float(np.mean(scores))
     if n < 2 or (redrawn is not None and n_groups < LEAST_GROUPS):
-        return Estimate(mean, np.inf, 1.0)
-    of_seeds = scores.var(ddof=1) / n
+        return Estimate(mean, np.inf)
+    of_seeds = float(scores.var(ddof=1)) / n
     if redrawn is None:
-        return Estimate(mean, of_seeds, n - 1)
+        return Estimate(mean, of_seeds, seeds=n)
     fair = (n_groups + 1) / (n_groups - 1)  # the exponential weights vary less than new images would
-    of_images = redrawn.mean(0).var(ddof=1) * fair
-    particular = max(0.0, redrawn.var(axis=1, ddof=1).mean() * fair - of_images) / (n - 1)
-    variance = of_images + max(0.0, of_seeds - particular)
-    spread = of_seeds**2 / (n - 1) + of_images**2 / (n_groups - 1)
-    return Estimate(mean, float(variance), max(1.0, float(variance**2 / spread)) if spread else 1.0)
+    of_images = float(redrawn.mean(0).var(ddof=1)) * fair
+    in_both = max(0.0, float(redrawn.var(axis=1, ddof=1).mean()) * fair - of_images) / (n - 1)
+    return Estimate(mean, of_seeds, of_images, in_both, n, n_groups)
 
 
 class Corrected(NamedTuple):

@@ -1,4 +1,4 @@
-"""From runs to what may be said of them: a row for each start and number of labels, and one sentence."""
+"""From runs to what may be said of them: a row for each start and number of labels."""
 
 import numpy as np
 import pandas as pd
@@ -24,23 +24,22 @@ def summarize(
     are known, the choice of the test images (whole patients, where known); see `compare.statistics`.
 
     `p_corrected` and `gain_low` to `gain_high` are corrected by Holm's procedure for the comparisons made with one
-    number of labels: that is the family, each number of labels is one of its own. `p_all` is corrected for all
-    comparisons of the table; the sentence of `whole_verdict` goes by it. `verdict` is 'better' or 'worse' only where
-    the corrected interval excludes 0. One seed says nothing: the intervals are infinite.
+    number of labels: that is the family, each number of labels is one of its own. `verdict` is 'better' or 'worse' only
+    where this interval excludes 0. `p_all` and `all_low` to `all_high` are corrected for all comparisons of the table;
+    the sentence of `whole_verdict` goes by them. One seed says nothing: the intervals are infinite.
 
     Where several seeds share a pretraining run, and there are others, they count as one.
     """
     _check(runs, baseline)
     cases = _Cases(runs)
-    rows = []
+    rows, gains = [], []
     for labels in _amounts(runs):
-        family = _family(cases, runs[runs["labels"].map(repr) == repr(labels)], baseline, confidence)
+        family, found = _family(cases, runs[runs["labels"].map(repr) == repr(labels)], baseline, confidence)
         rows += [{"labels": labels, **row} for row in family]
+        gains += [None, *found]
+    _correct_all(cases, rows, gains, confidence)
     table = pd.DataFrame(rows)
     table["labels"] = pd.Series([row["labels"] for row in rows], dtype=object)
-    compared = table["p"].notna()
-    table["p_all"] = np.nan
-    table.loc[compared, "p_all"] = holm(table.loc[compared, "p"].to_numpy()).p
     table.attrs |= {"metric": runs["metric"].iloc[0], "baseline": baseline, "confidence": confidence}
     table.attrs |= {"n_test": cases.n_test, "images": cases.known is not None}
     return table
@@ -80,7 +79,7 @@ class _Cases:
 
     def possible(self, ends: tuple[float, float], least: float) -> tuple[float, float]:
         """An interval within what the score can be: of shares 0 to 1, of their differences -1 to 1."""
-        return tuple(np.clip(ends, least, 1)) if self.is_share else ends
+        return tuple(np.clip(ends, least, 1)) if self.is_share and np.isfinite(ends).all() else ends
 
     def of(self, runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray | None]:
         """(S,) scores and (S, draws) those on redrawn images, in the order of the rows."""
@@ -90,8 +89,19 @@ class _Cases:
         return scores, np.stack([self.score(self.known[key], self.known.truth, self.weights) for key in runs["run"]])
 
 
-def _family(cases: _Cases, runs: pd.DataFrame, baseline: str, confidence: float) -> list[dict]:
-    """The rows for one number of labels, the baseline's first."""
+def _correct_all(cases: _Cases, rows: list[dict], gains: list[Estimate | None], confidence: float) -> None:
+    """Adds what is left of each gain after all comparisons of the table: p_all, all_low, all_high."""
+    compared = [(row, gain) for row, gain in zip(rows, gains) if gain is not None]
+    corrected = holm([gain.p for _, gain in compared], confidence)
+    for row in rows:
+        row |= dict.fromkeys(("p_all", "all_low", "all_high"), np.nan)
+    for (row, gain), p, level in zip(compared, *corrected):
+        low, high = cases.possible(gain.interval(level), -1)
+        row |= {"p_all": p, "all_low": low, "all_high": high}
+
+
+def _family(cases: _Cases, runs: pd.DataFrame, baseline: str, confidence: float) -> tuple[list[dict], list[Estimate]]:
+    """The rows for one number of labels, the baseline's first; and the gains of the others."""
     starts = [baseline, *(start for start in runs["start"].unique() if start != baseline)]
     parts = {start: runs[runs["start"] == start].sort_values("seed") for start in starts}
     found = {start: cases.of(part) for start, part in parts.items()}
@@ -109,7 +119,7 @@ def _family(cases: _Cases, runs: pd.DataFrame, baseline: str, confidence: float)
         low, high = cases.possible(gain.interval(level), -1)
         row |= {"gain": gain.mean, "gain_low": low, "gain_high": high, "p": gain.p, "p_corrected": p}
         row["verdict"] = verdict(low, high)
-    return rows
+    return rows, list(gains.values())
 
 
 def _gain(cases: _Cases, ours: pd.DataFrame, found, theirs: pd.DataFrame, base) -> Estimate:
@@ -130,77 +140,3 @@ def _estimate(cases: _Cases, runs: pd.DataFrame, scores: np.ndarray, redrawn: np
         scores = np.array([scores[origins == one].mean() for one in different])
         redrawn = None if redrawn is None else np.stack([redrawn[origins == one].mean(0) for one in different])
     return estimate(scores, redrawn, cases.n_groups)
-
-
-def whole_verdict(
-    summary: pd.DataFrame,  # What `summarize` returned
-    about: dict[str, str] | None = None,  # Words for starts that are no tasks: {'timm': 'published weights'}
-) -> str:
-    """One sentence, or a few, for a person who has never heard of pretraining.
-
-    A start is said to help only where its gain stands after correction for every comparison of the table; where it
-    stands only for the comparisons with one number of labels, it is called a hint.
-    """
-    about, base = about or {}, summary.attrs["baseline"]
-    compared = summary[summary["p"].notna()].copy()
-    compared["name"] = [about.get(start, start) for start in compared["start"]]
-    if not len(compared):
-        return f"There is nothing to compare: all runs start from {base}."
-    if summary["seeds"].min() < 2:
-        unknown = "On your data nothing can be said yet: from a single seed nobody knows what is chance"
-        return f"{unknown}; {_best(compared, summary)}"
-    alpha = 1 - summary.attrs["confidence"]
-    sure = compared[(compared["p_all"] < alpha) & (compared["verdict"] != "not distinguishable")]
-    better, worse = (sure[sure["verdict"] == word] for word in ("better", "worse"))
-    sentences = []
-    if len(better):
-        sentences.append(f"On your data pretraining helped: {_gains(better, summary)}.")
-    elif (hints := compared[compared["verdict"] == "better"]) is not None and len(hints):
-        sentences.append(
-            f"On your data there is a hint, no more: {_gains(hints, summary)}; but {len(compared)} comparisons were "
-            "made, and among so many one may look like this by chance. More seeds or test images would tell."
-        )
-    else:
-        sentences.append(f"On your data nothing is distinguishable from {_scratch(base)}: {_best(compared, summary)}")
-    if len(worse):
-        sentences.append(f"Worse than {_scratch(base)}: {_gains(worse, summary)}.")
-    return " ".join(sentences)
-
-
-def _scratch(base: str) -> str:
-    return "training from scratch" if base == "scratch" else base
-
-
-def _gains(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """Start by start, at each number of labels."""
-    return "; ".join(_gain_words(row, summary) for _, row in rows.iterrows())
-
-
-def _best(compared: pd.DataFrame, summary: pd.DataFrame) -> str:
-    row = compared.loc[compared["gain"].idxmax()]
-    return f"the largest gain is that of {_gain_words(row, summary)}."
-
-
-def _gain_words(row: pd.Series, summary: pd.DataFrame) -> str:
-    change, unit = _amount_words(row["gain"], summary.attrs["metric"])
-    text = f"{row['name']} with {_labels_words(row)}, {change} {unit}"
-    if not np.isfinite(row["gain_low"]):
-        return text
-    ends = " to ".join(_amount_words(row[end], summary.attrs["metric"])[0] for end in ("gain_low", "gain_high"))
-    return f"{text} (interval {ends})"
-
-
-def _amount_words(value: float, metric: str) -> tuple[str, str]:
-    """A gain in the metric's own terms."""
-    if metric == "accuracy":
-        return f"{100 * value:+.1f}", "points (of 100 test images named rightly)"
-    if metric in ("negative MAE", "R2"):
-        return f"{value:+.3g}", f"in {metric}"
-    return f"{100 * value:+.1f}", f"points of {metric}"
-
-
-def _labels_words(row: pd.Series) -> str:
-    n = f"{row['n_labels']:,} labeled images"
-    if isinstance(row["labels"], float):
-        return f"{n} (all)" if row["labels"] == 1 else n
-    return f"{n} ({row['labels']} a class)"

@@ -1,0 +1,110 @@
+"""How long a race takes, and what is granted so that it fits: from a few timed steps, before anything long is begun."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+from fastai.data.core import DataLoaders
+
+from selfsup_fastai.compare.pretraining import Entrant, reason_for, speed_of
+from selfsup_fastai.compare.starts import Start
+from selfsup_fastai.compare.trial import Budget, budget_for, fine_tuned, labeled_with, predicted
+from selfsup_fastai.messages import say
+
+LUNCH = 45 * 60
+"""Seconds that a race may take where nothing is said."""
+
+FOR_PRETRAINING, SHOWN = 0.6, 40
+"""Its share for pretraining; and times that all images are shown to the encoder, at most."""
+
+
+class Rung(NamedTuple):
+    """A part of the race: each task that is left is pretrained with a budget."""
+
+    tasks: int  # How many are left
+    share: float  # Of the whole budget
+    seeds: int
+
+
+def rungs_for(
+    n_tasks: int,
+    seeds: int,  # Of the last rung
+    finalists: int,  # At most so many tasks are compared by label curves
+    choose: bool = True,  # False: nothing is known that could choose
+) -> list[Rung]:
+    """Half of the tasks fall out at each rung, while the budget doubles; a rung is a run of its own, with new weights
+    and a one-cycle of its own: a schedule that has come to its end cannot be gone on with.
+    """
+    rungs = [Rung(n_tasks if not choose else min(n_tasks, finalists), 1.0, seeds)]
+    left = rungs[0].tasks
+    while left < n_tasks:
+        left = min(n_tasks, 2 * left)
+        rungs.insert(0, Rung(left, rungs[0].share / 2, 1))
+    rungs[0] = rungs[0]._replace(tasks=n_tasks)
+    return rungs
+
+
+def speeds_of(
+    dls: DataLoaders,
+    entrants: list[Entrant],
+    arch: Any,
+) -> tuple[dict[str, float], dict[str, str]]:  # Images a second by task; of tasks that cannot take part, why
+    """A few steps of each task. One that fails is found here, before hours are spent."""
+    speeds, failed = {}, {}
+    for entrant in entrants:
+        try:
+            speeds[entrant.name] = speed_of(dls, entrant, arch)
+        except Exception as error:  # whatever a task or network raises, the others go on
+            failed[entrant.name] = reason_for(error)
+            say(f"{entrant.name} does not take part: {failed[entrant.name]}")
+    return speeds, failed
+
+
+def pretraining_seconds(rungs: list[Rung], speeds: dict[str, float]) -> float:
+    """What the rungs take together for each image of the whole budget, if the slowest tasks are those that are left."""
+    slow = sorted((1 / speed for speed in speeds.values()), reverse=True)
+    return sum(rung.share * rung.seeds * sum(slow[: rung.tasks]) for rung in rungs)
+
+
+def trial_seconds(
+    dls: DataLoaders,  # Labeled
+    start: Start,
+    kind: str,
+    amounts: list[int],  # Numbers of labeled images
+    steps: int | None,
+    epochs: int | None,
+) -> float:
+    """What one start takes for all numbers of labels, with one seed: by a run of a few steps."""
+    n = len(dls.train_ds)
+    budgets = [(count, budget_for(count, dls.train.bs, steps, epochs)) for count in amounts]
+    count = min(n, 4 * dls.train.bs)
+    few = Budget(max(1, min(dls.train.bs, count // 2)), 2, 1)
+    some = labeled_with(dls, np.random.default_rng(0).permutation(n)[:count], few)
+    began = time.perf_counter()
+    learn = fine_tuned(some, start, 0, few)
+    trained = time.perf_counter()
+    predicted(learn, kind)
+    tested = time.perf_counter()
+    an_image = (trained - began) / (2 * len(learn.dls.train) * learn.dls.train.bs)
+    images = sum(budget.epochs * budget.repeats * count for count, budget in budgets)
+    return images * an_image + len(amounts) * (tested - trained)
+
+
+def lunch_budget(
+    n: int,  # Images to pretrain on
+    a_second: float,  # Seconds that the race takes for each image of the budget
+    other: float,  # Seconds that go to label curves
+) -> int:
+    """Images through the encoder for each task, such that the whole takes no longer than a lunch break."""
+    left = max(FOR_PRETRAINING * LUNCH, LUNCH - other)
+    images = min(left / a_second, SHOWN * n)
+    digits = 10 ** max(0, len(str(int(images))) - 2)
+    return max(n, int(images // digits * digits))
+
+
+def in_words(seconds: float) -> str:
+    """'about 40 minutes'."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds)):,} seconds"
+    minutes = seconds / 60
+    return f"about {round(minutes):,} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"

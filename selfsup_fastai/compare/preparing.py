@@ -1,0 +1,120 @@
+"""A race before it starts: what is granted, and how long it will take; said, and kept for the case of a stop."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastai.data.core import DataLoaders
+
+from selfsup_fastai.compare.choosing import training_score
+from selfsup_fastai.compare.draws import draw_labels
+from selfsup_fastai.compare.facts import Labeled
+from selfsup_fastai.compare.halving import Race
+from selfsup_fastai.compare.keeping import data_print, key_of
+from selfsup_fastai.compare.planning import (
+    Rung,
+    in_words,
+    lunch_budget,
+    pretraining_seconds,
+    rungs_for,
+    speeds_of,
+    trial_seconds,
+)
+from selfsup_fastai.compare.pretraining import Entrant
+from selfsup_fastai.compare.scores import score_for
+from selfsup_fastai.compare.starts import Start, content_of
+from selfsup_fastai.messages import say
+from selfsup_fastai.writing import write_whole
+
+PLAN = "plan.json"
+
+
+class Asked(NamedTuple):
+    """What `compare_pretexts` was asked for."""
+
+    arch: Any
+    seeds: int
+    finalists: int
+    budget: int | None  # Images
+    seconds: float | None  # Instead
+
+
+def planned(
+    dls: DataLoaders,
+    racing: list[Entrant],
+    asked: Asked,
+    known: Labeled | None,
+    starts: list[Start],  # The baselines
+    folder: Path,
+    print_: str,  # Of the images
+) -> Race:
+    """Speeds and grants are measured now or, after a stop, were measured then: so that the same comes out."""
+    plan = _plan(dls, racing, asked, known, starts, folder / PLAN, print_)
+    chooses = known is not None and known.kind != "mask"
+    rungs = rungs_for(max(1, len(plan["speeds"])), asked.seeds, asked.finalists, chooses)
+    if "grants" not in plan:
+        plan["grants"] = _grants(plan, rungs, asked, len(dls.train_ds))
+        write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
+    _say_plan(plan, rungs, asked.seconds)
+    race = Race(dls, asked.arch, folder / "encoders", rungs, plan["grants"], print_)
+    if chooses:
+        score = score_for(known.kind, known.metric)
+        race.judge = lambda file: training_score(file, known.dls, known.kind, score, known.groups)
+        race.judged_by = key_of(metric=score.name, data=data_print(known.dls, *_known_numbers(known)))
+    for name, reason in plan["failed"].items():
+        race.drop(name, reason)
+    return race
+
+
+def _known_numbers(known: Labeled) -> list:
+    return [values for values in (known.classes, known.groups) if values is not None]
+
+
+def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> dict:
+    """The plan of a race that was stopped, or the beginning of a new one."""
+    about = {"tasks": [e.about() for e in racing], "arch": content_of(asked.arch), "data": print_}
+    about |= {"seeds": asked.seeds, "finalists": asked.finalists, "budget": asked.budget, "seconds": asked.seconds}
+    key = key_of(**about)
+    try:
+        plan = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        plan = None
+    if isinstance(plan, dict) and plan.get("about") == key and {"speeds", "failed", "grants", "curves"} <= set(plan):
+        return plan
+    speeds, failed = speeds_of(dls, racing, asked.arch)
+    curves = _curve_seconds(known, starts, asked.seeds, min(asked.finalists, len(speeds)))
+    return {"about": key, "speeds": speeds, "failed": failed, "curves": curves}
+
+
+def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, int]:
+    """Images through the encoder, by task."""
+    if asked.seconds is not None:
+        return {name: max(1, round(asked.seconds * speed)) for name, speed in plan["speeds"].items()}
+    if not plan["speeds"]:
+        return {}
+    images = asked.budget or lunch_budget(n, pretraining_seconds(rungs, plan["speeds"]), plan["curves"])
+    return dict.fromkeys(plan["speeds"], images)
+
+
+def _curve_seconds(known: Labeled | None, starts: list[Start], seeds: int, finalists: int) -> float:
+    """Of the label curves of all starts; tasks take as long as scratch."""
+    if known is None:
+        return 0.0
+    n = len(known.dls.train_ds)
+    counts = [len(draw_labels(n, amount, 0, known.classes, known.groups)) for amount in known.amounts]
+    own = [trial_seconds(known.dls, s, known.kind, counts, known.curve["steps"], known.curve["epochs"]) for s in starts]
+    return seeds * (sum(own) + finalists * own[0])
+
+
+def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None) -> None:
+    if not plan["speeds"]:
+        return
+    slow = sorted((plan["grants"][name] / speed for name, speed in plan["speeds"].items()), reverse=True)
+    pretraining = sum(rung.share * rung.seeds * sum(slow[: rung.tasks]) for rung in rungs)
+    most = max(plan["grants"].values())
+    granted = f"{most:,} images through the encoder" if seconds is None else f"{seconds:,.0f} seconds"
+    whole = in_words(pretraining + plan["curves"])
+    say(
+        f"{len(plan['speeds'])} tasks, {len(rungs)} rung{'s' * (len(rungs) > 1)}, up to {granted} a run. It will take "
+        f"{whole}: {in_words(pretraining)} to pretrain, {in_words(plan['curves'])} to fine-tune and test."
+    )
