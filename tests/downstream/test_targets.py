@@ -194,7 +194,7 @@ def near(points, place, pixels):
 @pytest.fixture(scope="module")
 def found(squares):
     """A learner that has seen 22 squares often enough to find them, on images that are squeezed to 64 x 64."""
-    _, places = squares
+    folder, places = squares
     set_seed(0)
     tfm = Resize(64, ResizeMethod.Squish)
     dls = loaders(folder, PointBlock, lambda f: torch.tensor([places[f.stem]]), item_tfms=tfm, valid_pct=0.1)
@@ -218,10 +218,10 @@ def test_points_are_found_in_pixels_of_the_original(squares, found):
 
 
 def test_the_saved_model_finds_them_too(squares, found, tmp_path):
-    from selfsup_fastai.downstream.saving import load_model
+    from selfsup_fastai.downstream.saving import load_trained
 
     file = found.dls.train_ds.items[0]
-    model = load_model(found.save_model(tmp_path / "points"))
+    model = load_trained(found.save_model(tmp_path / "points"))
     points = model.predict_batch(model.open(file)[None])[0, 0]
     x, y = squares[1][file.stem]
     assert near(points, (x * 64 / 48, y * 64 / 40), 3.5)
@@ -253,7 +253,7 @@ def seen_bright(dls):
 
 @pytest.mark.parametrize("tfm", [None, Cover((64, 64)), Cover((80, 90)), Resize(64, ResizeMethod.Squish)])
 def test_points_move_with_the_pixels(squares, tfm):
-    _, places = squares
+    folder, places = squares
     inner = {name: place for name, place in places.items() if 14 < place[0] < 34}
     dls = loaders(folder, PointBlock, lambda f: torch.tensor([places[f.stem]]), item_tfms=tfm, bs=4)
     wanted = [f for f in dls.train_ds.items if f.stem in inner][:4]
