@@ -6,6 +6,7 @@ import pandas as pd
 
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_words import (
+    SHARES,
     count_text,
     gain_text,
     interval_text,
@@ -168,6 +169,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
     metric, own = metric_of(comparison), rows[rows["start"].isin(own_starts(comparison))]
     own = own if len(own) else rows
     most, worse = own["gain_high"].max(), own[own["verdict"] == "worse"]
+    told = is_known(most) and most < (0.5 if metric in SHARES else 1.0)  # else an interval that says nothing
     seeds = count_text(comparison.runs["seed"].nunique(), "repeat")
     n_test = comparison.data.get("n_test") or comparison.summary.attrs.get("n_test")
     tested = f"{seeds} and {count_text(int(n_test), 'test image')}" if n_test else seeds
@@ -177,7 +179,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
         "Whether a network had first practiced on your unlabeled images made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
-        f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
+        f"This does not prove that there is no gain{possible if told else '; so few runs tell little'}.",
         "Train from scratch, which is the least work; to know it more surely, repeat this with more seeds, "
         "more unlabeled images or a greater budget.",
     ]

@@ -112,7 +112,15 @@ def made_up(
         "epochs": 20,
     }
     settings |= {"size": 64, "arch": "resnet10t", "confidence": 0.95}
-    data = {"n_unlabeled": 720, "n_labeled": 120, "n_test": 144, "channels": 3, "size": 64, "groups": None}
+    data = {
+        "n_unlabeled": 720,
+        "n_labeled": 120,
+        "n_test": 144,
+        "channels": 3,
+        "size": 64,
+        "groups": None,
+        "labels": "category",
+    }
     data |= {"classes": {"dress": 30, "hat": 30, "pants": 30, "shoes": 30}}
     parts = dict(runs=runs, summary=summary, verdict=verdict, race=race(), probes=probes(starts), signals=SIGNALS)
     parts |= dict(settings=settings, data=data, leaks=dict(LEAKS))
