@@ -2,7 +2,7 @@
 
 For those who build on it:
 
-    model = load_trained("cells.safetensors")         # a TrainedModel in evaluation mode; nothing is unpickled
+    model = load_trained("cells.safetensors")       # a TrainedModel in evaluation mode; nothing is unpickled
     model.kind, model.vocab, model.size             # 'mask', ('background', 'nucleus'), (128, 128)
     x = torch.stack([model.open(file) for file in files])      # (B, C, h, w) in [0, 1], cut as validation cut them
     preds = model.predict_batch(x)                  # see below; a GPU is used where the model is on one

@@ -1,6 +1,5 @@
 """Encoders under torchvision's detectors: the maps they ask for, pixels as the encoder wants them, and training."""
 
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -162,7 +161,6 @@ def test_it_learns_to_find_nuclei(shared_data):
             opt.step()
             history.append(loss.item())
     after = recall(detector, images[test], targets[test])
-    sys.stderr.write(f"{before} {after} {np.mean(history[:7])} {np.mean(history[-7:])}\n")
     assert np.mean(history[-7:]) < 0.7 * np.mean(history[:7])
     assert before < 0.1
     assert after > before + 0.3
