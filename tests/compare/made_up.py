@@ -52,7 +52,7 @@ def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
                 row |= {"p_corrected": min(1.0, p * n), "verdict": verdict}
             rows.append(row | {"seeds": len(wide)})
     table = pd.DataFrame(rows)
-    table["p_all"] = table["p_corrected"]
+    table["p_all"], table["all_low"], table["all_high"] = table["p_corrected"], table["gain_low"], table["gain_high"]
     table.attrs |= {"metric": runs["metric"].iloc[0], "baseline": "scratch", "confidence": 0.95, "images": True}
     return table
 

@@ -194,13 +194,16 @@ def test_harm_with_other_numbers_of_labels_is_said():
 
 def test_what_does_not_stand_among_all_comparisons_is_a_hint(tmp_path):
     comparison = made_up()
-    comparison.summary["p_all"] = 0.06
+    comparison.summary["all_low"] -= 0.5
     page = page_of(tmp_path, comparison)
     assert "A hint, no more" in page.text and "9 comparisons were made" in page.text
     assert "--encoder" not in page.text
+    comparison.summary["all_low"] = comparison.summary["gain_low"] / 2
     comparison.summary.attrs["confidence"] = 0.9
     page = page_of(tmp_path, comparison)
+    best = comparison.summary.loc[comparison.summary["gain"].idxmax()]
     assert "It helped" in page.text and "90 % interval" in page.text
+    assert f"(interval +{100 * best['all_low']:.1f} to +{100 * best['all_high']:.1f})" in page.text
 
 
 def test_a_verdict_of_several_sentences_has_one_headline(tmp_path):
@@ -212,9 +215,9 @@ def test_a_verdict_of_several_sentences_has_one_headline(tmp_path):
 
 def test_one_run_has_no_interval_and_says_so(tmp_path):
     comparison = made_up(seeds=2)
-    for name in ("low", "gain_low", "p", "p_corrected"):
+    for name in ("low", "gain_low", "all_low", "p", "p_corrected"):
         comparison.summary[name] = np.where(comparison.summary["verdict"] == "", np.nan, -np.inf)
-    for name in ("high", "gain_high"):
+    for name in ("high", "gain_high", "all_high"):
         comparison.summary[name] = np.inf
     comparison.summary.loc[comparison.summary["verdict"] != "", "verdict"] = "not distinguishable"
     page = page_of(tmp_path, replace(comparison, runs=comparison.runs[comparison.runs["seed"] == 0]))
