@@ -19,7 +19,8 @@ import timm
 import torch
 from fastai.torch_core import set_seed
 
-from selfsup_fastai.compare import compare_encoders, summarize
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.files import find_files
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import class_table, labeled_loaders
@@ -97,10 +98,11 @@ def main() -> None:
     say("20-NN")
     neighbors = {name: knn(start, train, test, args.seed) for name, start in starts.items()}
     say("fine-tuning")
-    settings = dict(per_class=args.per_class, draws=args.draws, epochs=args.epochs, size=SIZE, bs=20, seed=args.seed)
-    runs = compare_encoders(starts, train, test, **settings)
+    both = pd.concat([train.assign(is_valid=False), test.assign(is_valid=True)], ignore_index=True)
+    dls = labeled_loaders(both, 3, SIZE, 20)
+    runs = label_curve(starts, dls, [args.per_class], args.draws, epochs=args.epochs)
     runs.to_csv(args.out / "cifar10_runs.csv", index=False)
-    table = summarize(runs).drop(columns="kNN, frozen")
+    table = summarize(runs).set_index("start")
     table["20-NN, all labels"] = pd.Series(neighbors)
     versions = f"torch {torch.__version__}, fastai {fastai.__version__}, timm {timm.__version__}"
     print(f"{os.cpu_count()} CPU cores, {platform.machine()}, {versions}\n")

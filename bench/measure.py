@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
+from scipy import stats
 
 PACKAGES = "torch", "torchvision", "fastai", "timm", "lightly", "kornia", "pillow", "numpy"
 _MODULES = {"pillow": "PIL"}  # where the name of the module is another
@@ -69,6 +70,14 @@ def _seconds_a_unit(case: Callable[[], int]) -> float:
     units = case()
     finish()
     return (time.perf_counter() - start) / units
+
+
+def mean_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, float]:
+    """Mean of independent runs and half the width of Student's interval for it (infinite for a single run)."""
+    if len(values) < 2:
+        return float(values.mean()), float("inf")
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
 
 
 class Laps:

@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastai.torch_core import set_seed
-from measure import machine, markdown, tell
+from measure import machine, markdown, mean_interval, tell
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from tasks import into, write
 
 from selfsup_fastai.callbacks.log import SkipValidation
-from selfsup_fastai.compare import mean_interval
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.data.splitters import GroupSplitter

@@ -18,6 +18,7 @@ from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.curves import label_curve
 from selfsup_fastai.compare.leaks import check_unseen
 from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.sentence import whole_verdict
 from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.data.albumentations import AlbumentationsTransform
@@ -50,10 +51,12 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
 from selfsup_fastai.data.volumes import volume_report, volumes_of
 from selfsup_fastai.data.windows import WINDOWS
-from selfsup_fastai.downstream.interpret import nearest_neighbors
+from selfsup_fastai.downstream.detection import detection_backbone, detector_kwargs
+from selfsup_fastai.downstream.embedding import embedding_map
+from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.downstream.probes import knn_probe, linear_probe, svm_probe
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder, create_encoder
@@ -77,17 +80,25 @@ from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
-    "AlbumentationsTransform",
-    "AutoPrecision",
     "BYOL_1",
     "BYOL_2",
+    "DINO_GLOBAL_1",
+    "DINO_GLOBAL_2",
+    "DINO_LOCAL",
+    "GREY_SCAN",
+    "MOCO",
+    "SIMCLR",
+    "STRONG",
+    "SWAV_GLOBAL",
+    "SWAV_LOCAL",
+    "TASKS",
+    "WINDOWS",
+    "AlbumentationsTransform",
+    "AutoPrecision",
     "CollapseAlarm",
     "Comparison",
     "Consistency",
     "ConsistencyLoss",
-    "DINO_GLOBAL_1",
-    "DINO_GLOBAL_2",
-    "DINO_LOCAL",
     "DicomBlock",
     "DicomDataLoaders",
     "DicomImage",
@@ -95,10 +106,8 @@ OURS = [
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
-    "GREY_SCAN",
     "GroupSplitter",
     "KeepBest",
-    "MOCO",
     "MetricsFile",
     "OnlineKNN",
     "OpenImage",
@@ -110,34 +119,32 @@ OURS = [
     "PretextTransform",
     "Recipe",
     "Resume",
-    "SIMCLR",
-    "STRONG",
-    "SWAV_GLOBAL",
-    "SWAV_LOCAL",
     "SelfsupError",
     "ShownFrame",
     "Signals",
     "SkipValidation",
-    "TASKS",
     "TrainedModel",
     "UnlabeledBlock",
     "UnlabeledDataLoaders",
     "Views",
-    "WINDOWS",
     "__version__",
     "alignment",
     "apply_views",
     "assert_disjoint",
+    "attention_map",
     "check_unseen",
     "compare_pretexts",
     "contact_sheet",
     "create_encoder",
+    "detection_backbone",
+    "detector_kwargs",
     "downstream_learner",
     "draw_views",
     "duplicates_across",
     "effective_rank",
     "embed",
     "embed_layers",
+    "embedding_map",
     "feature_std",
     "get_task",
     "knn_accuracy",
@@ -148,7 +155,7 @@ OURS = [
     "linear_probe",
     "list_tasks",
     "load_encoder",
-    "load_model",
+    "load_trained",
     "multi_crop",
     "nearest_neighbors",
     "nt_xent",
@@ -170,5 +177,6 @@ OURS = [
     "volume_report",
     "volumes_of",
     "whole_verdict",
+    "write_report",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

@@ -77,6 +77,24 @@ def draw(
     return ax
 
 
+def overlay(
+    ax: Axes,
+    image: torch.Tensor,  # (C, H, W), values in [0, 1]
+    heat: torch.Tensor,  # (h, w), of any size and range
+    title: str = "",
+) -> Axes:
+    """An image in grey under a map that is stretched over it: dark purple where it is least, pale yellow at most."""
+    pixels = image.detach().cpu().float().clamp(0, 1).mean(0).numpy()
+    values = heat.detach().cpu().float()
+    values = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+    whole = torch.nn.functional.interpolate(values[None, None], image.shape[-2:], mode="bilinear")[0, 0]
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(whole.numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.6, interpolation="nearest")
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+    return ax
+
+
 def side_by_side(images: torch.Tensor, gap: int = 2) -> torch.Tensor:
     """(V, C, H, W) -> (C, H, V*W + gaps), white between the images."""
     v, c, h, w = images.shape

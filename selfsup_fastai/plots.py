@@ -21,7 +21,7 @@ from selfsup_fastai.errors import TaskError
 # Okabe & Ito 2008, without their yellow; orange and sky blue darkened to a contrast of 3:1 with white paper
 BLACK = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#CC79A7", "#009E73", "#C58700", "#499BCA")
-MARKERS = "osD^vPph"
+MARKERS = "osD^vP*<"
 LINES = ("-", "--", "-.", (0, (5, 1.5, 1, 1.5, 1, 1.5)), (0, (2.5, 1.2)))
 BASELINE = "scratch"  # Its curve is dotted, black, with crosses
 

@@ -64,6 +64,14 @@ WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that open images where no pixels are kept.", show_default="by the work")
 ]
 
+EncoderOption = Annotated[
+    Path, typer.Option(help="A saved encoder: encoder.safetensors of a run's folder.", show_default=False)
+]
+SizeOption = Annotated[
+    int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch: fewer take less memory.")]
+
 
 def first_free(folder: Path) -> Path:
     """`folder`, or folder-2, folder-3 and so on: the first that is not there yet."""
@@ -90,6 +98,14 @@ def parsed_window(text: str | None) -> str | list | None:
     """A name, or width and center: '1500,-600' -> [1500, -600]."""
     parts = [_number(part) for part in (text or "").split(",")]
     return text if any(isinstance(part, str) for part in parts) else parts
+
+
+def parsed_amounts(text: str) -> list[int | float]:
+    """'5,0.2,1.0' -> [5, 0.2, 1.0]: whole numbers are labels a class, others shares."""
+    amounts = [_number(part.strip()) for part in text.split(",")]
+    if any(isinstance(amount, str) or not amount > 0 for amount in amounts):
+        raise typer.BadParameter(f"--labels takes numbers above 0, such as 5,20 or 0.1,1.0; got {text!r}.")
+    return amounts
 
 
 def _setting(text: str) -> tuple[str, object]:

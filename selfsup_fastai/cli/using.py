@@ -5,18 +5,20 @@ from typing import Annotated
 
 import typer
 
-from selfsup_fastai.cli.options import Cache, CacheOption, MaxGbOption, PathsOption, Target, WorkersOption
+from selfsup_fastai.cli.options import (
+    BatchOption,
+    Cache,
+    CacheOption,
+    EncoderOption,
+    MaxGbOption,
+    PathsOption,
+    SizeOption,
+    Target,
+    WorkersOption,
+)
 
 UNREADABLE = 3
 """Exit code of a command that did what it could, and could not read some of its inputs."""
-
-EncoderOption = Annotated[
-    Path, typer.Option(help="A saved encoder: encoder.safetensors of a run's folder.", show_default=False)
-]
-SizeOption = Annotated[
-    int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
-]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch: fewer take less memory.")]
 
 
 def embed(
@@ -37,11 +39,11 @@ def embed(
     workers: WorkersOption = None,
     paths: PathsOption = False,
 ) -> None:
-    """Write down each image's features: the numbers that an encoder makes of it.
+    """Write each image's features to a file.
 
-    Images that look alike to the encoder have similar numbers: for a search, a map, groups, or a classifier of your
-    own. Each row says which file it is of; of DICOM files a number and pseudonyms, unless you ask for names. Files
-    that cannot be read are listed beside the result.
+    Features are the numbers that an encoder makes of an image. Images that look alike to it have similar numbers: for a
+    search, a map, groups, or a classifier of your own. Each row says which file it is of; of DICOM files a number and
+    pseudonyms, unless you ask for names. Files that cannot be read are listed beside the result.
 
     \b
     selfsup embed photos --encoder runs/rotation/encoder.safetensors --out features.npz
@@ -79,7 +81,7 @@ def neighbors(
     workers: WorkersOption = None,
     paths: PathsOption = False,
 ) -> None:
-    """Draw images and those that an encoder finds most like them.
+    """Draw images beside those that an encoder finds like them.
 
     Look for rows that show the same kind of thing. Rows that share brightness or background alone say that the encoder
     has learned little.

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from selfsup_fastai.compare import report_notes as notes
+from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_meaning import BADGES, GLOSSARY, Reading, baseline_of, metric_of, read
 from selfsup_fastai.compare.report_neighbors import Neighbors, find_neighbors
 from selfsup_fastai.compare.report_pictures import MOST_CURVES, Picture, curve_picture, probe_picture, questions
@@ -25,7 +26,7 @@ from selfsup_fastai.compare.report_tables import (
     signals_table,
     summary_groups,
 )
-from selfsup_fastai.compare.report_words import facts, start_text
+from selfsup_fastai.compare.report_words import facts, labels_text, start_text
 from selfsup_fastai.data.files import result_folder
 from selfsup_fastai.data.loader import are_scans
 from selfsup_fastai.data.reasons import REASONS
@@ -51,7 +52,7 @@ CONTENTS = {  # id -> name, and what of the page must be there for it
 
 
 def write_report(
-    comparison: Any,  # What `compare_pretexts` returned
+    comparison: Comparison,  # What `compare_pretexts` returned
     dls: DataLoaders | None,  # The unlabeled images; None: the page does not show what was asked
     labeled: DataLoaders | None,  # The labeled images, tested on the validation part; None: there are none
     out: str | Path,  # Folder to write to; made if missing
@@ -76,7 +77,7 @@ def rendered(page: dict) -> str:
     return web.get_template("report.html").render(page, style=Markup(style), style_hash=Markup(f"sha256-{checksum}"))
 
 
-def page_of(comparison, dls, labeled, out: Path, paths: bool) -> dict:
+def page_of(comparison: Comparison, dls, labeled, out: Path, paths: bool) -> dict:
     """Everything that the page shows, by the names it has in page/report.html."""
     reading = read(comparison)
     first, _, more = SENTENCE_END.sub("\n", comparison.verdict, count=1).partition("\n")
@@ -86,25 +87,41 @@ def page_of(comparison, dls, labeled, out: Path, paths: bool) -> dict:
     page |= {"use_command": _use_command(comparison, reading, out), "day": datetime.date.today().isoformat()}
     page |= _figures(comparison) | _pictures(comparison, reading, dls, labeled)
     scans = any(given is not None and are_scans(given) for given in (dls, labeled))
-    page |= {"data": facts(comparison.data), "settings": facts(comparison.settings), "leaks": facts(comparison.leaks)}
+    page |= {
+        "data": facts(_data(comparison)),
+        "settings": facts(_settings(comparison)),
+        "leaks": facts(comparison.leaks),
+    }
+    page |= {"leak_words": notes.leak_words(comparison.leaks)}
     page |= {"versions": facts(comparison.versions), "evidence": notes.evidence(comparison)}
     page |= {"left_out": _left_out(dls, paths)} | _command(comparison.command, paths or not scans)
     page["contents"] = [(id, name) for id, (name, needed) in CONTENTS.items() if page[needed]]
     return page
 
 
-def _figures(comparison) -> dict:
+def _settings(comparison: Comparison) -> dict:
+    """With numbers of labels as everywhere on the page: 1.0 is all of them."""
+    labels = comparison.settings.get("labels")
+    return comparison.settings | ({"labels": [labels_text(amount) for amount in labels]} if labels else {})
+
+
+def _data(comparison: Comparison) -> dict:
+    """Its `labels` is their kind, not how many."""
+    return {"label_kind" if name == "labels" else name: value for name, value in comparison.data.items()}
+
+
+def _figures(comparison: Comparison) -> dict:
     groups, metric, base = summary_groups(comparison), metric_of(comparison), baseline_of(comparison)
     page = {"groups": groups, "runs": runs_table(comparison), "metric": metric[0].upper() + metric[1:]}
     page |= {"baseline": "scratch" if base == "scratch" else start_text(base, base)}
     page |= {"table_words": notes.table_words(comparison) if groups else ""}
     page |= {"table_legend": notes.table_legend(comparison) if groups else ""}
-    page |= {"race": race_table(comparison), "race_words": notes.RACE}
+    page |= {"race": race_table(comparison), "race_words": notes.RACE if groups else notes.RACE_WITHOUT_LABELS}
     page |= {"signals": signals_table(comparison), "signal_words": notes.SIGNALS}
     return page | {"probes": probe_table(comparison), "probe_words": notes.PROBES}
 
 
-def _pictures(comparison, reading: Reading, dls: DataLoaders | None, labeled: DataLoaders | None) -> dict:
+def _pictures(comparison: Comparison, reading: Reading, dls: DataLoaders | None, labeled: DataLoaders | None) -> dict:
     page = {"curve": curve_picture(comparison), "probe": probe_picture(comparison)}
     page |= {"curve_words": notes.curve_words(comparison, MOST_CURVES)}
     tasks = list(comparison.settings.get("tasks") or [])
@@ -115,7 +132,7 @@ def _pictures(comparison, reading: Reading, dls: DataLoaders | None, labeled: Da
     return page | {"neighbor_words": notes.neighbor_words(found.before, found.after) if found else ""}
 
 
-def _shown_start(comparison, reading: Reading) -> str | None:
+def _shown_start(comparison: Comparison, reading: Reading) -> str | None:
     """The pretrained encoder that neighbors are shown of: the one to use, else the best, else any."""
     best = None if reading.best is None else reading.best["start"]
     known = [start for start, files in (comparison.encoders or {}).items() if files]
@@ -133,7 +150,7 @@ def _neighbors(encoder: Any, dls: DataLoaders | None, labeled: DataLoaders | Non
         return None
 
 
-def _use_command(comparison, reading: Reading, out: Path) -> str | None:
+def _use_command(comparison: Comparison, reading: Reading, out: Path) -> str | None:
     """How to fine-tune the encoder that helped, from within the report's folder, if it lies there."""
     files = (comparison.encoders or {}).get(reading.use) if reading.use else None
     if not files:
@@ -162,5 +179,7 @@ def _command(command: str | None, named: bool) -> dict:
 def _files(page: dict) -> dict[str, bytes]:
     """Pictures that are written as files, too."""
     pictures: dict[str, Picture | None] = {"label_curve": page["curve"], "probes": page["probe"]}
-    pictures |= {f"asked_{question.task}": question.picture for question in page["questions"]}
+    for question in page["questions"]:
+        name = re.sub(r"[^A-Za-z0-9_+]+", "-", question.task).strip("-")
+        pictures[f"asked_{name}"] = question.picture
     return {name: picture.png for name, picture in pictures.items() if picture and picture.png}

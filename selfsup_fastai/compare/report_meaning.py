@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_words import (
+    SHARES,
     count_text,
     gain_text,
     interval_text,
@@ -34,7 +36,7 @@ GLOSSARY = {
 BADGES = {  # kind -> mark and word beside the verdict
     "helped": ("▲", "It helped"),
     "hint": ("≈", "A hint, no more"),
-    "other": ("≈", "Not by your own images"),
+    "other": ("≈", "Not by pretraining"),
     "unclear": ("≈", "Not distinguishable"),
     "worse": ("▼", "It made things worse"),
     "unlabeled": ("?", "Not known yet"),
@@ -50,7 +52,7 @@ class Reading(NamedTuple):
     use: str | None  # The start to go on with, if it has an encoder
 
 
-def read(comparison) -> Reading:
+def read(comparison: Comparison) -> Reading:
     """What to tell somebody who has a minute."""
     rows = compared(comparison)
     if rows.empty:
@@ -70,7 +72,7 @@ def read(comparison) -> Reading:
     return Reading(kind, best, say(comparison, best, rows), None)
 
 
-def compared(comparison) -> pd.DataFrame:
+def compared(comparison: Comparison) -> pd.DataFrame:
     """The rows of the summary that have a verdict: all but the baseline's. Empty without labels."""
     table = comparison.summary
     if table is None or not len(table):
@@ -78,30 +80,30 @@ def compared(comparison) -> pd.DataFrame:
     return table[table["verdict"].fillna("") != ""]
 
 
-def stands(comparison, rows: pd.DataFrame) -> pd.Series:
+def stands(comparison: Comparison, rows: pd.DataFrame) -> pd.Series:
     """Whether a difference is more than chance even among all comparisons of the table."""
     if "p_all" not in rows:
         return pd.Series(True, rows.index)
     return rows["p_all"] < 1 - confidence_of(comparison)
 
 
-def confidence_of(comparison) -> float:
+def confidence_of(comparison: Comparison) -> float:
     """Of the intervals."""
     return float(getattr(comparison.summary, "attrs", {}).get("confidence", 0.95))
 
 
-def own_starts(comparison) -> list[str]:
+def own_starts(comparison: Comparison) -> list[str]:
     """Starts that were pretrained on the user's images, not published weights or scratch with a help."""
     starts, tasks = compared(comparison)["start"].unique(), comparison.settings.get("tasks")
     return [start for start in starts if tasks is None or start in list(tasks)]
 
 
-def metric_of(comparison) -> str:
+def metric_of(comparison: Comparison) -> str:
     runs = comparison.runs
     return str(runs["metric"].iloc[0]) if runs is not None and len(runs) else "accuracy"
 
 
-def baseline_of(comparison) -> str:
+def baseline_of(comparison: Comparison) -> str:
     """The start that the others are compared with."""
     table = comparison.summary
     if table is None or not len(table):
@@ -109,32 +111,32 @@ def baseline_of(comparison) -> str:
     return table.attrs.get("baseline") or table["start"][table["verdict"].fillna("") == ""].iloc[0]
 
 
-def baseline_row(comparison, row: pd.Series) -> pd.Series:
+def baseline_row(comparison: Comparison, row: pd.Series) -> pd.Series:
     """The baseline with as many labels."""
     table = comparison.summary
     return table[(table["start"] == baseline_of(comparison)) & (table["labels"] == row["labels"])].iloc[0]
 
 
-def gain_sentence(comparison, row: pd.Series) -> str:
+def gain_sentence(comparison: Comparison, row: pd.Series) -> str:
     """'accuracy 68.2 % against 57.3 % with 5 labels a class'"""
     metric, base = metric_of(comparison), baseline_row(comparison, row)
     scores = f"{score_text(row['score'], metric)} against {score_text(base['score'], metric)}"
     return f"{metric} {scores} with {labels_text(row['labels'])}"
 
 
-def _gain(comparison, row: pd.Series) -> str:
+def _gain(comparison: Comparison, row: pd.Series) -> str:
     metric = metric_of(comparison)
     interval = interval_text(row["gain_low"], row["gain_high"], metric, gain=True)
     return gain_text(row["gain"], metric) + (f" (interval {interval})" if interval else "")
 
 
-def _helped(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+def _helped(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     tried = f", even after allowing for the {len(rows)} comparisons that were made" if len(rows) > 1 else ""
     worse = rows[(rows["verdict"] == "worse") & (rows["start"] == best["start"])]
     but = f" With {list_text([labels_text(v) for v in worse['labels']])} it did harm, though." if len(worse) else ""
     return [
-        f"A network that had first looked at your unlabeled images by the pretext task “{best['start']}” and then "
-        f"learned from your labels did better on the test images than one that learned from the labels alone: "
+        f"A network that first practiced on your unlabeled images, by the pretext task “{best['start']}”, and then "
+        "learned from your labels did better on the test images than one that learned from the labels alone: "
         f"{gain_sentence(comparison, best)}.",
         f"The gain is {_gain(comparison, best)}: the interval does not hold zero{tried}, so luck is an unlikely "
         f"explanation.{but}",
@@ -143,7 +145,7 @@ def _helped(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _hint(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+def _hint(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     return [
         f"One start looks better than training from the labels alone, “{best['start']}”: "
         f"{gain_sentence(comparison, best)}.",
@@ -153,39 +155,39 @@ def _hint(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _other(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
-    own = own_starts(comparison)
+def _other(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+    own = list_text(own_starts(comparison), "or") or "any pretext task"
     return [
-        f"Not your unlabeled images helped, but “{best['start']}”: {gain_sentence(comparison, best)}.",
-        f"That gain is {_gain(comparison, best)}; of {list_text(own) or 'the pretext tasks'} none did better than "
-        "training from scratch by more than luck can explain.",
-        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or "
-        "more time for it.",
+        f"Something else than pretraining on your images helped, “{best['start']}”: {gain_sentence(comparison, best)}.",
+        f"That gain is {_gain(comparison, best)}; pretraining by {own} did not do better than training from scratch by "
+        "more than luck explains.",
+        f"Go on with “{best['start']}”, and come back to pretraining when you have more unlabeled images or more time.",
     ]
 
 
-def _unclear(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     metric, own = metric_of(comparison), rows[rows["start"].isin(own_starts(comparison))]
     own = own if len(own) else rows
     most, worse = own["gain_high"].max(), own[own["verdict"] == "worse"]
+    told = is_known(most) and most < (0.5 if metric in SHARES else 1.0)  # else an interval that says nothing
     seeds = count_text(comparison.runs["seed"].nunique(), "repeat")
     n_test = comparison.data.get("n_test") or comparison.summary.attrs.get("n_test")
     tested = f"{seeds} and {count_text(int(n_test), 'test image')}" if n_test else seeds
     possible = f": with {tested}, gains of up to {gain_text(most, metric)} may hide in the noise"
     harm = f" By {list_text([f'“{s}”' for s in worse['start'].unique()])} it even did harm." if len(worse) else ""
     return [
-        f"Whether a network had looked at your unlabeled images first made no difference that can be told from luck: "
+        "Whether a network had first practiced on your unlabeled images made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
-        f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
+        f"This does not prove that there is no gain{possible if told else '; so few runs tell little'}.",
         "Train from scratch, which is the least work; to know it more surely, repeat this with more seeds, "
         "more unlabeled images or a greater budget.",
     ]
 
 
-def _worse(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
+def _worse(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     return [
-        f"Networks that had looked at your unlabeled images first did worse on the test images than one that learned "
+        "Networks that had first practiced on your unlabeled images did worse on the test images than one that learned "
         f"from the labels alone; even the best, “{best['start']}”: {gain_sentence(comparison, best)}.",
         f"The difference is {_gain(comparison, best)}, more than luck explains; the usual reasons are a question that "
         "does not suit the images, or pretraining that was too short.",
@@ -193,10 +195,10 @@ def _worse(comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _unlabeled(comparison) -> list[str]:
+def _unlabeled(comparison: Comparison) -> list[str]:
     return [
         "There were no labels, so whether pretraining helps with what you want to know cannot be said yet.",
-        "The signals below tell only whether a network has learned to keep your images apart: often a good sign, "
-        "sometimes a misleading one, and no proof.",
+        "The signals below tell only whether a network has learned to keep your images apart; across tasks they hardly "
+        "agree with how useful a network is, so do not choose a task by them.",
         "Label about twenty images of each class, half of them to test with, and repeat this with --labeled.",
     ]

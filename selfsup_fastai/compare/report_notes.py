@@ -2,19 +2,26 @@
 
 import shlex
 
+from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_meaning import baseline_of, confidence_of, metric_of, own_starts
 from selfsup_fastai.compare.report_words import count_text, list_text, start_text, value_text
 
 PLACES = {"--labeled": "LABELED", "--out": "REPORT"}  # What stands for a folder of the user's
 RACE = (
-    "Each task got the same number of images through its network, then all were compared by the score below (more is "
-    "better), and the weaker ones were dropped, so that the others could train longer. Test images had no part in it."
+    "In each round every task that was left was pretrained anew with the same budget, then the weaker half fell out, "
+    "so that the others could be given more. The score (more is better) is that of a simple classifier on the "
+    "pretrained network, tried within the labeled training images: test images had no part in it."
+)
+RACE_WITHOUT_LABELS = (
+    "Every task was pretrained with the same budget; without labels nothing could choose between them."
 )
 SIGNALS = (
     "They say whether the network keeps images apart (effective rank: high is good), whether two views of one image "
-    "stay together (alignment: low is good) and whether images spread evenly (uniformity: low is good). Bad values are "
-    "a warning; good ones are no promise."
+    "stay together (alignment: low is good) and whether images spread evenly (uniformity: low is good). They help to "
+    "compare runs of one task; across tasks they hardly agree with how useful a network is, so nothing was chosen by "
+    "them."
 )
+SEEN, BOTH = "test images seen in pretraining", " on both sides"  # Keys of `Comparison.leaks`
 PROBES = (
     "How to read it: a simple classifier was put on each layer of networks that were not trained any further, so a "
     "curve above the one from scratch says that this layer has learned something about your classes without having "
@@ -22,7 +29,7 @@ PROBES = (
 )
 
 
-def table_words(comparison) -> str:
+def table_words(comparison: Comparison) -> str:
     """What stands in the table."""
     metric, base = metric_of(comparison), start_text(baseline_of(comparison), baseline_of(comparison))
     unit = "in percent of the test images" if metric == "accuracy" else "on the test images"
@@ -35,7 +42,7 @@ def table_words(comparison) -> str:
     )
 
 
-def table_legend(comparison) -> str:
+def table_legend(comparison: Comparison) -> str:
     """What the marks and the little pictures mean."""
     points = " One point is one test image in a hundred." if metric_of(comparison) == "accuracy" else ""
     p = " p: how often luck alone would make a difference at least this large. Intervals of gains and p allow for the"
@@ -46,7 +53,7 @@ def table_legend(comparison) -> str:
     )
 
 
-def curve_words(comparison, drawn: int) -> str:
+def curve_words(comparison: Comparison, drawn: int) -> str:
     """How to read the curves, of which `drawn` are shown."""
     base = start_text(baseline_of(comparison), baseline_of(comparison))
     many = comparison.summary is not None and comparison.summary["start"].nunique() > drawn
@@ -73,7 +80,7 @@ def neighbor_words(share_before: float | None, share_after: float | None) -> str
     )
 
 
-def evidence(comparison) -> list[str]:
+def evidence(comparison: Comparison) -> list[str]:
     """How the figures came about, as far as the comparison says."""
     settings, runs = comparison.settings, comparison.runs
     budget, tasks = settings.get("budget"), own_starts(comparison) or list(settings.get("tasks") or [])
@@ -89,7 +96,7 @@ def evidence(comparison) -> list[str]:
     return lines
 
 
-def _labeled_evidence(comparison) -> list[str]:
+def _labeled_evidence(comparison: Comparison) -> list[str]:
     base, attrs = start_text(baseline_of(comparison), baseline_of(comparison)), comparison.summary.attrs
     seeds, level = count_text(comparison.runs["seed"].nunique(), "seed"), _level(comparison)
     luck = "the luck of the draw of labels and of training" + ", and of the choice of test images" * bool(
@@ -97,7 +104,7 @@ def _labeled_evidence(comparison) -> list[str]:
     )
     return [
         f"Equal labels: every start was trained on the very same labeled images, drawn anew for each of {seeds}, for "
-        "as many passes and with the same kind of schedule.",
+        "as many steps, by the schedule that suits it: pretrained nets are fine-tuned, new ones trained as a whole.",
         "Test labels chose nothing: neither a task, nor a setting, nor the moment to stop. Each network was tested "
         "once, after its last pass.",
         f"Intervals of scores are {level} intervals. They cover {luck}; they do not cover another hospital, camera or "
@@ -111,8 +118,24 @@ def _labeled_evidence(comparison) -> list[str]:
     ]
 
 
-def _level(comparison) -> str:
+def _level(comparison: Comparison) -> str:
     return f"{100 * confidence_of(comparison):.3g} %"
+
+
+def leak_words(leaks: dict) -> str:
+    """What the check of the test images means."""
+    seen, n, left_out = (leaks.get(name) for name in (SEEN, "test images", "left out of pretraining"))
+    if seen is None:
+        return "That was not checked." if not leaks else ""
+    both = [name.removesuffix(BOTH) for name, count in leaks.items() if name.endswith(BOTH) and count]
+    of = f" of the {n:,}" if isinstance(n, int) else ""
+    if left_out:
+        shared = f", or shared {list_text(both)} with one," if both else ""
+        return f"No: {count_text(left_out, 'image')} that showed a test image{shared} had been left out of pretraining."
+    if seen or both:
+        what = list_text([*([f"{seen:,}{of} test images"] if seen else []), *both])
+        return f"Yes: {what} were among the images to pretrain on, so the results are better than they should be."
+    return f"No: none{of} test images was among the images to pretrain on."
 
 
 def masked(command: str) -> str:

@@ -1,13 +1,15 @@
 """Pictures of the page: curves as SVG, images as JPEG, each with what it shows in words. All lie in the page itself."""
 
 import math
+import re
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from matplotlib import pyplot as plt
@@ -16,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from selfsup_fastai.compare.report_meaning import baseline_of, metric_of
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.report_meaning import baseline_of, metric_of, own_starts
 from selfsup_fastai.compare.report_words import SHARES, labels_text, score_text
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.messages import quiet
@@ -39,28 +42,36 @@ class Picture(NamedTuple):
     png: bytes | None = None  # The same as a file
 
 
-def drawn_starts(comparison) -> list[str]:
-    """The baseline and the best others, as many as can be told from one another, in the order of the comparison."""
+def drawn_starts(comparison: Comparison) -> list[str]:
+    """The baseline and the best others, as many as can be told from one another; tasks before others, so that curves of
+    one start look alike in all pictures."""
     table, base = comparison.summary, baseline_of(comparison)
     if table is None or not len(table):
         return list(comparison.probes["start"].unique())[:MOST_CURVES]
     means = table[table["start"] != base].groupby("start")["score"].mean().sort_values(ascending=False)
-    chosen = {base, *means.index[: MOST_CURVES - 1]}
-    return [start for start in table["start"].unique() if start in chosen]
+    chosen, own = means.index[: MOST_CURVES - 1], own_starts(comparison)
+    return [base, *(s for s in own if s in chosen), *(s for s in table["start"].unique() if s in {*chosen} - {*own})]
 
 
-def curve_picture(comparison) -> Picture | None:
+def _in_order(table: pd.DataFrame, starts: Iterable[str]) -> pd.DataFrame:
+    """The rows of these starts, one start after the other; the table's `attrs` stay."""
+    places = {start: place for place, start in enumerate(starts)}
+    kept = table[table["start"].isin(list(places))]
+    return kept.iloc[np.argsort(kept["start"].map(places).to_numpy(), kind="stable")]
+
+
+def curve_picture(comparison: Comparison) -> Picture | None:
     """The score over the number of labels, a curve a start."""
     runs = comparison.runs
     if runs is None or not len(runs):
         return None
-    means = comparison.summary[comparison.summary["start"].isin(drawn_starts(comparison))]
+    means = _in_order(comparison.summary, drawn_starts(comparison))
     means = means[["start", "labels", "n_labels", "score", "low", "high"]].replace([np.inf, -np.inf], np.nan)
     means.attrs = {"metric": metric_of(comparison), "baseline": baseline_of(comparison)}
     return _plotted(lambda ax: plot_label_curve(means, ax), metric_of(comparison), _curve_alt(comparison))
 
 
-def _curve_alt(comparison) -> str:
+def _curve_alt(comparison: Comparison) -> str:
     table, metric = comparison.summary, metric_of(comparison)
     said = []
     for start, rows in table.groupby("start", sort=False):
@@ -70,13 +81,13 @@ def _curve_alt(comparison) -> str:
     return f"Curves of {metric} over the number of labeled images. {'; '.join(said)}."
 
 
-def probe_picture(comparison) -> Picture | None:
+def probe_picture(comparison: Comparison) -> Picture | None:
     """What each layer knows, a curve a start."""
     probes = comparison.probes
     if probes is None or not len(probes):
         return None
     if "start" in probes:
-        probes = probes[probes["start"].isin([*drawn_starts(comparison), "scratch"])]
+        probes = _in_order(probes, dict.fromkeys([*drawn_starts(comparison), "scratch"]))
     metric, best = str(probes["metric"].iloc[0]), probes.loc[probes["score"].idxmax()]
     of = f" of {best['start']}" if "start" in probes else ""
     most = f"Most is known in {best['layer']}{of}: {score_text(best['score'], metric)}."
@@ -144,23 +155,27 @@ class Question(NamedTuple):
     reason: str = ""  # Why there is no picture
 
 
-def questions(tasks: list, dls: DataLoaders, arch: str | None = None, seed: int = 42) -> list[Question]:
+def questions(
+    tasks: Iterable[str],  # As tables call them: of two of one name the second is 'rotation (2)'
+    dls: DataLoaders,  # Unlabeled images
+    arch: Any = None,
+    seed: int = 42,
+) -> list[Question]:
     """Of each task what it asks about some of the images."""
-    return [_question(task, dls, arch, seed) for task in tasks]
+    return [_question(name, dls, arch, seed) for name in tasks]
 
 
-def _question(name: Any, dls: DataLoaders, arch: str | None, seed: int) -> Question:
-    task = get_task(name)
+def _question(name: str, dls: DataLoaders, arch: Any, seed: int) -> Question:
+    task = get_task(re.sub(r" \(\d+\)$", "", name))
     asks, paper = _sentence(type(task).asks()), getattr(task, "paper", "")
     try:
         with quiet(), preserved_rng():
             set_seed(seed)
             figure = pretext_learner(dls, task, arch).show_batch(max_n=ASKED)[0].figure
     except SelfsupError as error:
-        return Question(task.name, asks, paper, None, reason=str(error))
-    alt = f"Some of your images as {task.name} shows them to the network."
+        return Question(name, asks, paper, None, reason=str(error))
     wide = figure.get_figwidth() > WIDTH
-    return Question(task.name, asks, paper, _kept(figure, alt), wide)
+    return Question(name, asks, paper, _kept(figure, f"Some of your images as {name} shows them to the network."), wide)
 
 
 def _sentence(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_meaning import baseline_of, metric_of
 from selfsup_fastai.compare.report_words import (
     MARKS,
@@ -40,7 +41,7 @@ class GainPlot(NamedTuple):
     zero: float
 
 
-def summary_groups(comparison) -> list[dict]:
+def summary_groups(comparison: Comparison) -> list[dict]:
     """Of each number of labels its title and rows, few labels first; the best start first, the baseline last."""
     table = comparison.summary
     if table is None or not len(table):
@@ -91,36 +92,41 @@ def _places(table: pd.DataFrame) -> Callable[[float], float]:
     return lambda value: round(PLOT_EDGE + (value - low) * scale, 2) if is_known(value) else PLOT_EDGE
 
 
-def race_table(comparison) -> Table | None:
-    """A row a task: its score after each round, and whether it went on. The last to be dropped first."""
+def race_table(comparison: Comparison) -> Table | None:
+    """A row a task: what became of it and its score after each round; those who stayed longest first."""
     race = comparison.race
     if race is None or not len(race):
         return None
     rungs = sorted(race["rung"].unique())
-    images = race.groupby("rung")["images"].max()
-    heads = [f"Round {i + 1}: {int(images[rung]):,} images" for i, rung in enumerate(rungs)]
-    rows = [(*_race_order(part), _race_row(task, part, rungs)) for task, part in race.groupby("task", sort=False)]
-    return Table(
-        ["Task", "What became of it", *heads, "Seconds"], [row[-1] for row in sorted(rows, key=lambda r: r[:2])]
-    )
+    heads = [f"Round {i + 1}: {_granted(race[race['rung'] == rung])}" for i, rung in enumerate(rungs)]
+    parts = sorted((part.sort_values("rung") for _, part in race.groupby("task", sort=False)), key=_race_order)
+    return Table(["Task", "What became of it", *heads, "Seconds"], [_race_row(part, rungs) for part in parts])
+
+
+def _granted(rows: pd.DataFrame) -> str:
+    """'5,000 images', the same for all tasks but for the last batch; where seconds were granted, the range."""
+    images = rows["images"][rows["images"] > 0]
+    if not len(images) or images.max() <= 1.1 * images.min():
+        return f"{int(images.max() if len(images) else 0):,} images"
+    return f"{int(images.min()):,} to {int(images.max()):,} images"
 
 
 def _race_order(part: pd.DataFrame) -> tuple[float, float]:
-    last = part.sort_values("rung").iloc[-1]
-    return -last["rung"] - bool(last["kept"]), -last["score"] if is_known(last["score"]) else 0.0
-
-
-def _race_row(task: str, part: pd.DataFrame, rungs: list) -> list[str]:
-    part = part.sort_values("rung").set_index("rung")
-    scores = [score_text(part["score"][r], "") if r in part.index else "–" for r in rungs]
     last = part.iloc[-1]
-    ending = "✓ kept to the end" if last["kept"] else f"✗ dropped after round {rungs.index(part.index[-1]) + 1}"
-    reason = last.get("reason", "")
-    ending += f": {reason}" if isinstance(reason, str) and reason and not last["kept"] else ""
-    return [task, ending, *scores, f"{part['seconds'].sum():,.0f}"]
+    return -last["rung"] - bool(last["kept"]), -last["score"] if is_known(last["score"]) else 1.0
 
 
-def signals_table(comparison) -> Table | None:
+def _race_row(part: pd.DataFrame, rungs: list) -> list[str]:
+    known = {row["rung"]: row["score"] for _, row in part.iterrows() if is_known(row["score"])}
+    scores = [score_text(known[rung], "") if rung in known else "–" for rung in rungs]
+    last, round_ = part.iloc[-1], rungs.index(part.iloc[-1]["rung"]) + 1
+    reason = f": {last['reason']}" if isinstance(last.get("reason"), str) and last["reason"] else ""
+    dropped = f"✗ fell out in round {round_}" if part["images"].any() else "✗ took no part"
+    ending = "✓ stayed to the end" if last["kept"] else dropped + reason
+    return [str(last["task"]), ending, *scores, f"{part['seconds'].sum():,.0f}"]
+
+
+def signals_table(comparison: Comparison) -> Table | None:
     """Signals that need no labels, a row a task."""
     return plain_table(comparison.signals)
 
@@ -131,11 +137,12 @@ def plain_table(table: pd.DataFrame | None, columns: Iterable[str] | None = None
         return None
     kept = [name for name in (columns or table.columns) if name in table.columns]
     return Table(
-        [name_text(c) for c in kept], [[value_text(v) for v in row] for row in table[kept].itertuples(index=False)]
+        [_capital(name_text(c)) for c in kept],
+        [[value_text(v) for v in row] for row in table[kept].itertuples(index=False)],
     )
 
 
-def probe_table(comparison) -> Table | None:
+def probe_table(comparison: Comparison) -> Table | None:
     """A row a layer, a column a start."""
     probes = comparison.probes
     if probes is None or not len(probes):
@@ -147,7 +154,7 @@ def probe_table(comparison) -> Table | None:
     return Table(["Layer", *(start_text(s, "scratch") for s in wide.columns)], rows)
 
 
-def runs_table(comparison) -> Table | None:
+def runs_table(comparison: Comparison) -> Table | None:
     """Every run behind the figures."""
     runs, metric = comparison.runs, metric_of(comparison)
     if runs is None or not len(runs):

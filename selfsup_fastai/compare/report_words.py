@@ -9,20 +9,27 @@ import pandas as pd
 SHARES = {"accuracy", "balanced accuracy", "balanced_accuracy"}  # Said in percent, their differences in points
 NAMES = {  # Keys of settings and data, as a person says them
     "arch": "network",
+    "baselines": "what the tasks are compared with",
     "bs": "images in a batch",
     "budget": "budget of each task",
     "channels": "channels",
+    "choice": "what chose between tasks",
     "classes": "classes",
     "epochs": "passes over the labeled images",
-    "groups": "patients (or other groups) known",
+    "finalists": "tasks that come to the end, at most",
+    "groups": "patients, or other groups",
     "kind": "what is predicted",
+    "label_kind": "kind of labels",
+    "labels": "numbers of labels",
     "metric": "what is measured",
     "n_labeled": "labeled images to train with",
     "n_test": "labeled images to test with",
     "n_unlabeled": "unlabeled images",
+    "rungs": "rounds of the race",
     "seed": "first seed",
     "seeds": "repeats (seeds)",
     "size": "side of the images, pixels",
+    "steps": "steps of training with labels",
     "tasks": "pretext tasks",
 }
 MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈"}  # Words beside them say the same

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from fastai.data.block import TransformBlock
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform
-from fastai.vision.core import PILBase, PILImage, image2tensor
+from fastai.vision.core import PILBase, PILImage, PILMask, TensorPoint, image2tensor
 from fasttransform import Transform
 from PIL import Image
 
-from selfsup_fastai.data.covering import cover, from_stored
+from selfsup_fastai.data.covering import cover, covered_part, covering_size, from_stored
 from selfsup_fastai.data.opening import decode, open_image
 from selfsup_fastai.data.reasons import BadImage
+
+BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 
 class TensorGrey(TensorImage):
@@ -120,7 +123,8 @@ class OpenCovered(OpenChecked):
 
 class Cover(RandTransform):
     """The largest part of an image that has the shape of `size`, resized to it: at a random place in training, else the
-    center. Of an image more than four times as long (or as high) as that shape it is from the middle.
+    center. Of an image more than four times as long (or as high) as that shape it is from the middle. Masks and points
+    come along.
     """
 
     split_idx, order = None, 1
@@ -134,15 +138,31 @@ class Cover(RandTransform):
         self.size, self.still = size, still
 
     def before_call(self, b, split_idx):
-        self.random = not (split_idx or self.still)
+        """One window for an image and what is labeled on it."""
+        first = b[0] if isinstance(b, tuple) else b
+        if isinstance(first, Image.Image):
+            width, height = covering_size(*first.size, self.size)
+            left_over = height - self.size[0], width - self.size[1]
+            drawn = any(left_over) and not (split_idx or self.still)
+            self.corner = draw_corner(left_over) if drawn else center_corner(left_over)
 
     def encodes(self, image: PILBase):
-        image = type(image)(cover(image, self.size))
-        left_over = image.height - self.size[0], image.width - self.size[1]
-        if not any(left_over):
+        nearest = isinstance(image, PILMask)
+        image = type(image)(cover(image, self.size, NEAREST if nearest else BILINEAR))
+        if image.size == self.size[::-1]:
             return image
-        top, left = draw_corner(left_over) if self.random else center_corner(left_over)
+        top, left = self.corner
         return type(image)(image.crop((left, top, left + self.size[1], top + self.size[0])))
+
+    def encodes(self, points: TensorPoint):  # noqa: F811  (fastai chooses by type)
+        """Points in [-1, 1], as fastai's blocks scale them before; boxes are pairs of them."""
+        width, height = points.img_size
+        left, top, wide, high = covered_part(width, height, self.size)
+        now = torch.tensor(covering_size(width, height, self.size)) / torch.tensor([wide, high])
+        xy = (points.as_subclass(torch.Tensor).view(-1, 2) + 1) / 2 * torch.tensor([width, height])
+        xy = (xy - torch.tensor([left, top])) * now - torch.tensor(self.corner[::-1])
+        xy = xy / torch.tensor(self.size[::-1]) * 2 - 1
+        return type(points)(xy.view(points.shape), img_size=self.size[::-1])
 
     def __repr__(self) -> str:
         return f"Cover(size={self.size})"

@@ -6,7 +6,7 @@ Light on purpose, as `opening` is: NumPy and PIL, no torch, no fastai.
 import numpy as np
 from PIL import Image
 
-__all__ = ["MAX_ASPECT", "cover", "covering_size", "from_stored", "to_channels", "to_stored"]
+__all__ = ["MAX_ASPECT", "cover", "covered_part", "covering_size", "from_stored", "to_channels", "to_stored"]
 
 MAX_ASPECT = 4
 """How much longer than the window an image is kept, at most: of a longer strip it is the middle."""
@@ -34,14 +34,24 @@ def _middle(width: int, height: int, size: Size) -> tuple[int, int]:
 def cover(
     image: Image.Image,  # Of mode L, RGB or F
     size: Size,  # Height and width of the windows
+    resample: Image.Resampling = Image.Resampling.BILINEAR,  # Of masks: NEAREST, as there is nothing between classes
 ) -> Image.Image:
     """The image resized (bilinear, antialiased) to `covering_size`; itself where it has that size."""
     wanted = covering_size(*image.size, size)
     if image.size == wanted:
         return image
-    wide, high = _middle(*image.size, size)
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
-    return image.resize(wanted, Image.Resampling.BILINEAR, box=(left, top, left + wide, top + high))
+    left, top, wide, high = covered_part(*image.size, size)
+    return image.resize(wanted, resample, box=(left, top, left + wide, top + high))
+
+
+def covered_part(
+    width: int,
+    height: int,
+    size: Size,  # Height and width of the windows
+) -> tuple[int, int, int, int]:  # Left, top, width, height
+    """The part of an image that `cover` keeps."""
+    wide, high = _middle(width, height, size)
+    return (width - wide) // 2, (height - high) // 2, wide, high
 
 
 def to_stored(

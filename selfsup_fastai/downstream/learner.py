@@ -1,5 +1,6 @@
 """A pretrained encoder on labeled images: `downstream_learner` and its gradual `fine_tune`."""
 
+import warnings
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,8 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam, Optimizer, OptimWrapper
+from fastai.vision.core import TensorPoint
+from fastai.vision.data import get_grid
 from fastcore.foundation import L
 from matplotlib.axes import Axes
 
@@ -23,6 +26,7 @@ from selfsup_fastai.callbacks.whole_run import whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
 from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
+from selfsup_fastai.downstream.points import in_original
 from selfsup_fastai.downstream.saving import save_model
 from selfsup_fastai.downstream.schedule import (
     HEAD_PCT,
@@ -37,7 +41,7 @@ from selfsup_fastai.downstream.schedule import (
     stages,
 )
 from selfsup_fastai.downstream.segmentation import KnownCodes
-from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, target_of
+from selfsup_fastai.downstream.targets import KINDS, Target, ignored_value, in_words, target_of
 from selfsup_fastai.downstream.trained import Facts, TrainedModel, activation_of, resize_of
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
@@ -86,10 +90,11 @@ class DownstreamLearner(Learner):
         layer_decay: float | None = None,  # As in `fine_tune`
         pct_start: float = 0.3,  # As in `fine_tune`
         div: float = 5.0,  # As in `fine_tune`
+        stage_epochs: int | None = None,  # As in `fine_tune`
     ) -> ShownFrame:
         """What `fine_tune` with these arguments will do: one row a stage; `.show()` draws the rates over time."""
         groups, rates = layer_groups(self.model), Rates(base_lr, lr_mult, layer_decay)
-        run = stages(len(groups), epochs, freeze_epochs, schedule)
+        run = stages(len(groups), epochs, freeze_epochs, schedule, stage_epochs=stage_epochs)
         names = [*self.model.encoder.group_names(), "head"]
         table = plan(run, names, [sum(p.numel() for p in group) for group in groups], rates)
         shapes = [_shape(stage, pct_start, div) for stage in run]
@@ -109,6 +114,7 @@ class DownstreamLearner(Learner):
         holdout: float = 0.2,  # With `best`: share of the training images to judge by; 0: judge by `dls.valid`
         pct_start: float = 0.3,  # Part of each later stage in which rates rise
         div: float = 5.0,  # Each later stage starts at its peak rates divided by this
+        stage_epochs: int | None = None,  # gradual: of the stages between; None: a tenth of `epochs`, at least 1
         cbs: Callback | MutableSequence | None = None,  # Callbacks for every stage
         **kwargs,  # Passed to `fit_one_cycle`
     ) -> None:
@@ -127,12 +133,14 @@ class DownstreamLearner(Learner):
         if norms not in (None, *NORMS):
             raise unknown("norm policy", norms, NORMS)
         norms = norms or ("train" if schedule == "two_stage" else "eval")
-        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, schedule, lr_mult, layer_decay, pct_start, div)
+        shape = (pct_start, div, stage_epochs)
+        table = self.fine_tune_plan(epochs, base_lr, freeze_epochs, schedule, lr_mult, layer_decay, *shape)
         if patience is not None and best is None:
             raise TaskError("patience goes with best, such as best='valid_loss': without, no epoch is better.")
         keeper = [KeepBest(best, patience)] if best else []
         say(table.to_string(index=False, formatters=_FORMATS))
-        log, run = StageLog(), stages(len(layer_groups(self.model)), epochs, freeze_epochs, schedule)
+        n_groups, log = len(layer_groups(self.model)), StageLog()
+        run = stages(n_groups, epochs, freeze_epochs, schedule, stage_epochs=stage_epochs)
         with self._norm_policy(norms) as norm_cbs, self._judged_by(holdout if best else 0):
             cbs = [*L(cbs), *norm_cbs, *keeper, log]
             try:
@@ -190,6 +198,41 @@ class DownstreamLearner(Learner):
         for state in self._bn_bias_state(False):
             state["force_train"] = train_bn
 
+    def predict(self, item: Any, rm_type_tfms: int | None = None, with_input: bool = False) -> tuple:
+        """fastai's (label, its number or values, probabilities); points are in pixels of the image as it was opened.
+
+        With `with_input` they are in pixels of that input, which may have another size.
+        """
+        with warnings.catch_warnings():  # fastai's DiceMulti takes the mean over the labels, of which there are none
+            warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+            result = super().predict(item, rm_type_tfms, with_input)
+        if with_input or getattr(self.target, "kind", None) != "points":
+            return result
+        points, *others = result
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+        original = in_original(others[-1].view(-1, 2), dl)
+        return (points if original is None else TensorPoint(original), *others)
+
+    def show_results(
+        self,
+        ds_idx: int = 1,  # 0: training, 1: validation images
+        dl: TfmdDL | None = None,  # In place of these
+        max_n: int = 9,
+        shuffle: bool = True,
+        **kwargs,  # For fastai's `show_results`
+    ) -> None:
+        """fastai's; of several labels and of numbers, which fastai cannot show, the true ones above those predicted."""
+        dl = self.dls[ds_idx].new(shuffle=shuffle) if dl is None else dl
+        if getattr(self.target, "kind", None) not in ("multicategory", "regression"):
+            super().show_results(ds_idx, dl, max_n, shuffle, **kwargs)
+            return
+        b = dl.one_batch()
+        _, _, preds = self.get_preds(dl=[b], with_decoded=True)
+        true, predicted = (dl.decode_batch((b[0], y), max_n=max_n) for y in (b[1], preds))
+        axes = get_grid(len(true), title="Target/Prediction", **kwargs)
+        for ax, (image, label), (_, said) in zip(axes, true, predicted):
+            image.show(ctx=ax, title=f"{in_words(label)}\n{in_words(said)}")
+
     def save_encoder(
         self,
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
@@ -201,7 +244,7 @@ class DownstreamLearner(Learner):
         self,
         file: str | PathLike,  # Where to; `.safetensors` is added if missing
     ) -> Path:
-        """Save encoder, head and the names of the classes; `load_model` reads it. Returns the file's path.
+        """Save encoder, head and the names of the classes; `load_trained` reads it. Returns the file's path.
 
         Unlike fastai's `export` it holds no code: whoever loads it runs nothing. What turned files into images other
         than a resize, and augmentation, is not in it.
@@ -209,7 +252,7 @@ class DownstreamLearner(Learner):
         return save_model(self.trained_model(), file, **self.this_round(), metrics=self._scores())
 
     def trained_model(self) -> TrainedModel:
-        """The model with what is known of its predictions, as `load_model` gives it; its weights are the learner's."""
+        """The model with what is known of its predictions, as `load_trained` gives it; with the learner's weights."""
         target, threshold = self.target, getattr(self.loss_func, "thresh", 0.5)
         dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
         kept = {

@@ -1,6 +1,8 @@
-"""Points: every place of an encoder's last map votes for where they are."""
+"""Points: every place of an encoder's last map votes for where they are; and where that is in the original image."""
 
 import torch
+from fastai.data.core import TfmdDL
+from fastai.vision.core import PILBase, PointScaler, TensorPoint
 from torch import Tensor, nn
 
 from selfsup_fastai.encoders.decoders import group_norm
@@ -36,3 +38,23 @@ def centers(h: int, w: int) -> Tensor:
     """x and y of the centers of h x w places, (2, h, w), in [-1, 1]."""
     y, x = ((2 * torch.arange(n) + 1) / n - 1 for n in (h, w))
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
+
+
+def in_original(
+    points: Tensor,  # (n, 2), -1..1 in the image as the network saw it
+    dl: TfmdDL,  # A loader whose first item that image is
+) -> Tensor | None:  # (n, 2) in pixels of the image as it was opened; None where it was no PIL image
+    """Points taken back through whatever resized, cut or padded the image: three corners are sent the same way."""
+    item = dl.dataset[0]
+    image = item[0] if isinstance(item, tuple) else item
+    if not isinstance(image, PILBase):
+        return None
+    width, height = image.size
+    corners = torch.tensor([[0.0, 0.0], [width, 0.0], [0.0, height]])
+    if any(isinstance(t, PointScaler) and t.y_first for t in dl.after_item.fs):
+        corners = corners.flip(1)
+    image, sent = dl.after_item((image, TensorPoint(corners)))
+    sent = dl.after_batch((image[None], sent[None]))[1][0].as_subclass(Tensor).cpu()
+    right, down = sent[1] - sent[0], sent[2] - sent[0]
+    share = torch.linalg.solve(torch.stack([right, down], 1), (points.cpu() - sent[0]).T).T
+    return share * torch.tensor([width, height])

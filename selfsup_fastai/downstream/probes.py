@@ -54,7 +54,7 @@ def linear_probe(
     train, test = (_layers(net, dl, layers, max_dim) for dl in (loaders.train, loaders.valid))
     y, y_test = (_labels(next(iter(part.values())), kind) for part in (train, test))
     _check_labels(kind, y, y_test)
-    folds = folds_of(kind, y, _groups(loaders.train), seed) if C is None else []
+    folds = folds_of(kind, y, _groups(dls.train), seed) if C is None else []
     rows = []
     for name in tqdm(train, desc="linear probes", delay=1, disable=None, leave=False):
         x, x_test = _standardized(train[name], test[name])

@@ -1,8 +1,8 @@
-"""A trained model in one file: `learn.save_model(file)` writes it, `load_model(file)` gives a `TrainedModel`.
+"""A trained model in one file: `learn.save_model(file)` writes it, `load_trained(file)` gives a `TrainedModel`.
 
 For those who build on it:
 
-    model = load_model("cells.safetensors")         # a TrainedModel in evaluation mode; nothing is unpickled
+    model = load_trained("cells.safetensors")       # a TrainedModel in evaluation mode; nothing is unpickled
     model.kind, model.vocab, model.size             # 'mask', ('background', 'nucleus'), (128, 128)
     x = torch.stack([model.open(file) for file in files])      # (B, C, h, w) in [0, 1], cut as validation cut them
     preds = model.predict_batch(x)                  # see below; a GPU is used where the model is on one
@@ -48,7 +48,7 @@ from selfsup_fastai.encoders.tensor_files import (
 )
 from selfsup_fastai.errors import EncoderFileError, SelfsupError
 
-FORMAT = 1  # Raised when an older `load_model` could no longer read what is written
+FORMAT = 1  # Raised when an older `load_trained` could no longer read what is written
 PARTS = ("encoder", "head")
 
 
@@ -71,7 +71,7 @@ def save_model(
     return write_tensors(file, named, card, MODEL_KEY, "model")
 
 
-def load_model(
+def load_trained(
     file: str | os.PathLike,  # A file that `learn.save_model` wrote; '.safetensors' may be left out
     module: nn.Module | None = None,  # The network, for encoders made from a module of your own (it is copied)
 ) -> TrainedModel:

@@ -47,13 +47,15 @@ def stages(
     freeze_epochs: int = 1,  # Epochs of the head alone; 0 leaves that stage out
     schedule: str = "gradual",  # One of `SCHEDULES`
     max_stages: int = 5,  # gradual: at most so many stages, the head's included
+    stage_epochs: int | None = None,  # gradual: of each stage between the head's and the last; None: a tenth
 ) -> list[Stage]:
     """The stages of a run; their epochs sum to `epochs + freeze_epochs`.
 
     gradual: first the head alone; then the encoder's groups in even chunks from the top (where they cannot be even,
-    the lower chunks are the larger), one epoch each and no more than half of `epochs` together; the last stage trains
-    everything for the rest. lp_ft: the head for half of all epochs, at least `freeze_epochs`. Raises `TaskError` where
-    an argument makes no sense, `UnknownNameError` for another schedule.
+    the lower chunks are the larger), `stage_epochs` each and no more than half of `epochs` together; the last stage
+    trains everything for the rest. ULMFiT's stages are one epoch each; with few labels that is a handful of steps.
+    lp_ft: the head for half of all epochs, at least `freeze_epochs`. Raises `TaskError` where an argument makes no
+    sense, `UnknownNameError` for another schedule.
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule of fine-tuning", schedule, SCHEDULES)
@@ -67,10 +69,12 @@ def stages(
     if schedule == "lp_ft":
         alone = min(total - 1, max(freeze_epochs, total // 2))
         return [*_head(alone, n_groups), Stage(total - alone, 0)]
-    n_chunks = min(max_stages - 1, epochs // 2 + 1, n_groups - 1) if schedule == "gradual" else 1
+    each = max(1, epochs // 10) if stage_epochs is None else stage_epochs
+    check_count("stage_epochs", each, 1)
+    n_chunks = min(max_stages - 1, epochs // (2 * each) + 1, n_groups - 1) if schedule == "gradual" else 1
     firsts = _chunk_starts(n_groups - 1, n_chunks)
-    gradual = [Stage(1, first) for first in firsts[:-1]]
-    return [*_head(freeze_epochs, n_groups), *gradual, Stage(epochs - len(gradual), 0)]
+    gradual = [Stage(each, first) for first in firsts[:-1]]
+    return [*_head(freeze_epochs, n_groups), *gradual, Stage(epochs - each * len(gradual), 0)]
 
 
 def _head(epochs: int, n_groups: int) -> list[Stage]:

@@ -1,10 +1,12 @@
 """An encoder to look into, and images that suit it: neither is what was given, so neither can change."""
 
 from copy import copy
+from os import PathLike
 from typing import Any
 
 import torch
 from fastai.data.core import DataLoaders
+from torch import nn
 
 from selfsup_fastai.data.loader import check_dls, derive_loaders, measure_stats, n_in_of, needs_resize
 from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh
@@ -35,10 +37,27 @@ def suited(
             encoder = get_encoder(source, n_in=shape[1], size=shape[2] if shape[2] == shape[3] else None)
             encoder.to(dls.device)
         else:
-            encoder = get_encoder(source)
+            encoder = network(source, dls.device)
             side = (encoder.size or 128) if needs_resize(dls) else None
             loaders = derive_loaders(dls, n_in=encoder.image_channels, resize=side)
         if encoder.mean is None:
             encoder = copy(encoder)
             encoder.mean, encoder.std = measure_stats(loaders)
     return encoder, loaders
+
+
+def network(
+    source: Any,  # Whatever stands for an encoder
+    device: torch.device | None = None,  # Where one from a file goes; the others stay where they are
+) -> Encoder:
+    """The encoder itself. A file is read, a bare network is wrapped (a copy of it)."""
+    encoder = get_encoder(source)
+    if isinstance(source, str | PathLike) and device is not None:
+        encoder.to(device)
+    return encoder
+
+
+def embedder(source: Any, device: torch.device | None = None) -> nn.Module:
+    """What turns images into features: as `network`, and any module that gives (B, D) as it stands."""
+    own = getattr(source, "encoder", source)
+    return own if isinstance(own, nn.Module) else network(source, device)

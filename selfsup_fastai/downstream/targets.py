@@ -12,6 +12,7 @@ from fastai.data.transforms import get_c
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorCategory, TensorMask, TensorMultiCategory
 from fastai.vision.core import AddMaskCodes, PILMask, PointScaler, TensorBBox, TensorPoint
+from fastcore.foundation import L
 from torch import Tensor
 
 from selfsup_fastai.data.loader import image_sizes, nothing_resizes, spread
@@ -96,6 +97,14 @@ def target_of(
     if not n_out:
         raise TaskError("The number of outputs cannot be told from the labels: pass n_out, such as n_out=10.")
     return Target(kind, int(n_out), vocab)
+
+
+def in_words(
+    label: Any,  # A decoded label: several names, a number, or several
+) -> str:
+    """A label as a title above a picture."""
+    parts = list(label) if isinstance(label, list | tuple | L) else [label]
+    return "; ".join(f"{part:.3g}" if isinstance(part, float) else str(part) for part in parts) or "-"
 
 
 def ignored_value(loss_func: object) -> int | None:

@@ -62,8 +62,8 @@ def read_card(file: str | os.PathLike) -> dict:
         metadata = saved.metadata() or {}
     if MODEL_KEY in metadata:
         raise EncoderFileError(
-            f"{path.name} holds a whole model, an encoder with a head. load_model(file) loads it; its `.encoder` goes "
-            "wherever an encoder is wanted."
+            f"{path.name} holds a whole model, an encoder with a head. load_trained(file) loads it; its `.encoder` goes"
+            " wherever an encoder is wanted."
         )
     if KEY not in metadata:
         raise EncoderFileError(

@@ -62,7 +62,7 @@ def to_timm(
         loaded = timm.create_model(f"local-dir:{part}", pretrained=True).eval()
         _compare(lambda x: pooled(loaded(x)), encoder, _normalized(encoder))
     name = f"local-dir:{folder}"
-    return f"import timm\n\nnet = timm.create_model({name!r}, pretrained=True)\n{_about_images(encoder)}"
+    return f"import timm\n\nnet = timm.create_model({name!r}, pretrained=True).eval()\n{_about_images(encoder)}"
 
 
 def to_torchvision(
@@ -81,7 +81,7 @@ def to_torchvision(
     net.load_state_dict(tensors)
     _compare(lambda x: pooled(net(x)), encoder, _normalized(encoder))
     write_whole(file, to_bytes(tensors))
-    return "\n".join([*lines, f"net.load_state_dict(load_file({str(file)!r}))", _about_images(encoder)])
+    return "\n".join([*lines, f"net.load_state_dict(load_file({str(file)!r}))", "net.eval()", _about_images(encoder)])
 
 
 def to_onnx(

@@ -83,7 +83,7 @@ def run_folder(
     packages = {"fastai": fastai, "timm": timm, "torch": torch}
     settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
     (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    write_table(_with_places(report, folders), out / LEFT_OUT, paths)
+    write_left_out(report, folders, out, paths)
     return out
 
 
@@ -94,14 +94,14 @@ def joined(*reports: pd.DataFrame) -> pd.DataFrame:
     return whole
 
 
-def _with_places(report: pd.DataFrame, folders: Sequence[str | Path]) -> pd.DataFrame:
-    """With the place of each file among all, sorted by path, as `selfsup scan` counts them; a second folder's come
-    after the first one's."""
+def write_left_out(report: pd.DataFrame, folders: Sequence[str | Path], out: Path, paths: bool) -> None:
+    """left_out.csv, with the place of each file among all, sorted by path, as `selfsup scan` counts them; a second
+    folder's come after the first one's."""
     files = [file for folder in folders for file in find_files(folder)] if len(report) else []
     places = {file: i for i, file in enumerate(files)}
     numbered = report.copy()
     numbered.insert(0, "place", report["file"].map(places).astype("Int64"))
-    return numbered
+    write_table(numbered, out / LEFT_OUT, paths)
 
 
 def write_table(table: pd.DataFrame, file: Path, paths: bool) -> None:

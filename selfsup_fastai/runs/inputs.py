@@ -10,7 +10,7 @@ import pandas as pd
 
 from selfsup_fastai.data.files import listed_in, result_folder
 from selfsup_fastai.data.unsplit import WHOSE, Unsplit, named_files, unsplit_images
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.encoders.checkpoint import MODEL_KEY, load_encoder, read_card
 from selfsup_fastai.encoders.encoder import Encoder
@@ -34,7 +34,7 @@ def saved(file: str | os.PathLike) -> Saved:
     path = found(file)
     with opened(path) as tensors:
         text = (tensors.metadata() or {}).get(MODEL_KEY)
-    model = load_model(path) if text else None
+    model = load_trained(path) if text else None
     encoder = load_encoder(path) if model is None else model.encoder
     digest = (json.loads(text) if text else read_card(path))["digest"]
     rounds = [entry.get("task") for entry in encoder.lineage]

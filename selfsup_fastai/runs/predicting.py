@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.data.unsplit import Unsplit
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.downstream.trained import TrainedModel
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
@@ -46,9 +46,9 @@ def predict_images(
     Columns: which image it is; `predicted`, and `p_` with the name of each class: its probability. Several labels an
     image: all those that are more probable than not, joined by ';'. Numbers: `value`, or `value_1`, `value_2`, ...
     """
-    out, trained = check_file_out(out, inputs, (".csv",)), load_model(model)
+    out, trained = check_file_out(out, inputs, (".csv",)), load_trained(model)
     if trained.kind in ("mask", "points"):
-        raise TaskError(f"This model finds {trained.kind}s, which make no table. In Python: load_model(file).")
+        raise TaskError(f"This model finds {trained.kind}s, which make no table. In Python: load_trained(file).")
     size = trained.size or side_of(trained.encoder, None)
     data |= {"seen": seen_by(trained.encoder), "resizer": trained.facts.resizer() if trained.size else None}
     found = find_images(inputs, out, trained.encoder.image_channels, size, paths, **data)

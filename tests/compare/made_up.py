@@ -1,10 +1,10 @@
 """Comparisons whose figures are made up, so that a page about them can be checked in seconds."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from selfsup_fastai.compare.comparison import Comparison
 
 GAINS = {"simclr": 0.11, "rotation": 0.03, "jigsaw": -0.01}
 LABELS = {2: 12, 5: 30, 20: 120}
@@ -58,11 +58,14 @@ def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def race() -> pd.DataFrame:
-    rows = [("rotation", 0, 5000, 31.0, 0.52, True), ("simclr", 0, 5000, 55.0, 0.55, True)]
-    rows += [("jigsaw", 0, 5000, 48.0, 0.50, True), ("mae", 0, 5000, 61.0, 0.41, False)]
-    rows += [("byol", 0, 5000, 77.0, 0.38, False), ("rotation", 1, 15000, 62.0, 0.56, True)]
-    rows += [("simclr", 1, 15000, 111.0, 0.63, True), ("jigsaw", 1, 15000, 97.0, 0.53, True)]
-    return pd.DataFrame(rows, columns=["task", "rung", "images", "seconds", "score", "kept"])
+    """Two rounds; columns as `compare_pretexts` gives them."""
+    rows = [("rotation", 0, 5000, 31.0, 0.52, True, ""), ("simclr", 0, 5000, 55.0, 0.55, True, "")]
+    rows += [("jigsaw", 0, 5000, 48.0, 0.50, True, "")]
+    rows += [("mae", 0, 5000, 61.0, 0.41, False, "number 4 of 5; 3 went on")]
+    rows += [("byol", 0, 5000, 77.0, 0.38, False, "number 5 of 5; 3 went on")]
+    rows += [("rotation", 1, 15000, 62.0, 0.56, True, ""), ("simclr", 1, 15000, 111.0, 0.63, True, "")]
+    rows += [("jigsaw", 1, 15000, 97.0, 0.53, True, "")]
+    return pd.DataFrame(rows, columns=["task", "rung", "images", "seconds", "score", "kept", "reason"])
 
 
 def probes(starts: list[str]) -> pd.DataFrame:
@@ -85,12 +88,16 @@ def probes(starts: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+LEAKS = {"checked": "the pixels of all images", "pretraining images": 720, "test images": 144}
+LEAKS |= {"test images seen in pretraining": 0, "patients on both sides": 0, "left out of pretraining": 0}
 SIGNALS = pd.DataFrame(
     {"task": ["simclr", "rotation", "jigsaw"], "effective rank": [61.2, 18.4, 22.9], "alignment": [0.31, 0.55, 0.61]}
 ).assign(uniformity=[-3.1, -1.4, -1.2])
 
 
-def made_up(gains: dict[str, float] | None = GAINS, verdict: str = "Pretraining helped: simclr is better.", **changes):
+def made_up(
+    gains: dict[str, float] | None = GAINS, verdict: str = "Pretraining helped: simclr is better.", **changes
+) -> Comparison:
     """A comparison; `gains` None: without labels."""
     runs = summary = None
     starts = ["scratch", *(gains or {})]
@@ -105,9 +112,17 @@ def made_up(gains: dict[str, float] | None = GAINS, verdict: str = "Pretraining 
         "epochs": 20,
     }
     settings |= {"size": 64, "arch": "resnet10t", "confidence": 0.95}
-    data = {"n_unlabeled": 720, "n_labeled": 120, "n_test": 144, "channels": 3, "size": 64, "groups": None}
+    data = {
+        "n_unlabeled": 720,
+        "n_labeled": 120,
+        "n_test": 144,
+        "channels": 3,
+        "size": 64,
+        "groups": None,
+        "labels": "category",
+    }
     data |= {"classes": {"dress": 30, "hat": 30, "pants": 30, "shoes": 30}}
     parts = dict(runs=runs, summary=summary, verdict=verdict, race=race(), probes=probes(starts), signals=SIGNALS)
-    parts |= dict(settings=settings, data=data, leaks={"checked": "contents of all files", "test images seen": 0})
+    parts |= dict(settings=settings, data=data, leaks=dict(LEAKS))
     parts |= dict(versions={"selfsup_fastai": "0.1", "torch": "2.15"}, encoders={}, command=None)
-    return SimpleNamespace(**(parts | changes))
+    return Comparison(**(parts | changes))

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import re
 from base64 import b64decode, b64encode
+from dataclasses import replace
 from importlib.resources import files
 from io import BytesIO
 from itertools import pairwise
@@ -17,14 +18,16 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 
 from selfsup_fastai.compare import report
+from selfsup_fastai.compare import report_notes as notes
 from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.report_meaning import GLOSSARY
 from selfsup_fastai.compare.report_neighbors import find_neighbors, query_rows, untrained
+from selfsup_fastai.compare.report_pictures import MOST_CURVES, drawn_starts
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.encoders.checkpoint import save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
-from tests.compare.made_up import GAINS, made_up
+from tests.compare.made_up import GAINS, LEAKS, made_up
 from tests.compare.pages import Page
 from tests.conftest import write_images
 
@@ -104,14 +107,13 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     runs = next(table for table in page.tables if table[0][:2] == ["Start", "Labels"])
     assert len(runs) == 1 + len(comparison.runs)
     assert runs[1][4] == f"{100 * comparison.runs['score'][0]:.1f} %"
-    race = next(table for table in page.tables if table[0][0] == "Task")
+    comparison.race.loc[len(comparison.race)] = ["colorization", 0, 0, 0.0, np.nan, False, "needs color"]
+    race = next(table for table in page_of(tmp_path, comparison).tables if table[0][0] == "Task")
+    assert race[-1] == ["colorization", "✗ took no part: needs color", "–", "–", "0"]
     assert race[0][2:] == ["Round 1: 5,000 images", "Round 2: 15,000 images", "Seconds"]
-    assert [row[0] for row in race[1:]] == ["simclr", "rotation", "jigsaw", "mae", "byol"]
-    assert race[1] == ["simclr", "✓ kept to the end", "0.550", "0.630", "166"]
-    comparison.race["reason"] = ["" if kept else "among the weakest" for kept in comparison.race["kept"]]
-    again = page_of(tmp_path, comparison).row("mae", "")
-    assert again[1] == "✗ dropped after round 1: among the weakest"
-    assert race[4] == ["mae", "✗ dropped after round 1", "0.410", "–", "61"]
+    assert [row[0] for row in race[1:]] == ["simclr", "rotation", "jigsaw", "mae", "byol", "colorization"]
+    assert race[1] == ["simclr", "✓ stayed to the end", "0.550", "0.630", "166"]
+    assert race[4] == ["mae", "✗ fell out in round 1: number 4 of 5; 3 went on", "0.410", "–", "61"]
     probes = next(table for table in page.tables if table[0][0] == "Layer")
     assert probes[0] == ["Layer", "from scratch", *GAINS]
     best = comparison.probes.set_index(["layer", "start"])["score"]
@@ -119,8 +121,10 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert page.row("labeled images to test with")[1] == "144"
     assert page.row("classes")[1] == "dress: 30, hat: 30, pants: 30, shoes: 30"
     assert page.row("budget of each task")[1] == "20,000 images"
+    assert page.row("numbers of labels")[1] == "2 labels a class, 5 labels a class, 20 labels a class"
+    assert page.row("kind of labels")[1] == "category"
     assert page.row("torch")[1] == "2.15"
-    assert page.row("test images seen")[1] == "0"
+    assert page.row("test images seen in pretraining")[1] == "0"
     assert all(f"{word[0].upper()}{word[1:]}" in page.text for word in GLOSSARY)
     assert "".join(page.parts["h1"]) == comparison.verdict
 
@@ -132,7 +136,7 @@ CASES = {
     "other": (
         {"resnet18 from timm": 0.2, "simclr": 0.0},
         {"tasks": ["simclr"], "spread": 0.03},
-        ["Not by your own images", "Not your unlabeled images helped, but “resnet18 from timm”"],
+        ["Not by pretraining", "helped, “resnet18 from timm”"],
     ),
     "unlabeled": (None, {}, ["Not known yet", "There were no labels", "Label about twenty"]),
 }
@@ -162,6 +166,23 @@ def test_what_it_means_follows_from_the_verdicts(tmp_path, kind):
     if kind == "unlabeled":
         assert not any(table[0][0] == "Start" for table in page.tables)
         assert next(table for table in page.tables if table[0][0] == "Task" and "Alignment" in table[0])[1][1] == "61.2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "No: none of the 144 test images was among the images to pretrain on."),
+        ({"test images seen in pretraining": 3}, "Yes: 3 of the 144 test images were among"),
+        ({"patients on both sides": 2}, "Yes: patients were among"),
+        (
+            {"patients on both sides": 2, "left out of pretraining": 9},
+            "No: 9 images that showed a test image, or shared",
+        ),
+    ],
+)
+def test_leaks_are_told_in_words(changes, said):
+    assert notes.leak_words({**LEAKS, **changes}).startswith(said)
+    assert notes.leak_words({}) == "That was not checked."
 
 
 def test_harm_with_other_numbers_of_labels_is_said():
@@ -196,8 +217,7 @@ def test_one_run_has_no_interval_and_says_so(tmp_path):
     for name in ("high", "gain_high"):
         comparison.summary[name] = np.inf
     comparison.summary.loc[comparison.summary["verdict"] != "", "verdict"] = "not distinguishable"
-    comparison.runs = comparison.runs[comparison.runs["seed"] == 0]
-    page = page_of(tmp_path, comparison)
+    page = page_of(tmp_path, replace(comparison, runs=comparison.runs[comparison.runs["seed"] == 0]))
     assert "so few runs tell little" in page.text and "not known: too few runs" in page.text
     assert not re.search(r"\b(nan|inf)\b", page.text)
 
@@ -216,11 +236,11 @@ def test_shares_of_labels_are_said_as_shares(tmp_path):
 def test_hostile_names_stay_text(tmp_path, hostile):
     dls, labeled = hostile
     comparison = made_up({HOSTILE: 0.1, "simclr": 0.02}, verdict=f"Verdict {HOSTILE}", command=f"selfsup {HOSTILE}")
-    comparison.settings |= {"tasks": ["simclr"], HOSTILE: HOSTILE}
+    comparison.settings.update({"tasks": ["simclr"], HOSTILE: HOSTILE})
     comparison.data["classes"] = dict.fromkeys(labeled.vocab, 6)
-    comparison.leaks, comparison.versions = {HOSTILE: [HOSTILE]}, {HOSTILE: HOSTILE}
+    comparison.leaks[HOSTILE], comparison.versions[HOSTILE] = [HOSTILE], HOSTILE
     comparison.race.loc[0, "task"] = comparison.probes.loc[0, "layer"] = comparison.signals.loc[0, "task"] = HOSTILE
-    comparison.encoders = {"simclr": [encoder_in(tmp_path / "out")]}
+    comparison.encoders["simclr"] = [encoder_in(tmp_path / "out")]
     page = page_of(tmp_path / "out", comparison, dls, labeled)
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "b", "i", "iframe", "object"} or page.source.count("<b>") == 3  # the three headings
@@ -263,6 +283,16 @@ def test_the_page_is_whole_and_can_be_read_by_all(tmp_path, hostile):
     assert all(after - before <= 1 for before, after in pairwise(levels))
     curve = next(a["alt"] for a in page.all("img") if a["alt"].startswith("Curves of accuracy over the number"))
     assert all(start in curve for start in ("scratch", *GAINS)) and "2 labels a class" in curve
+
+
+def test_curves_of_one_start_look_alike_in_all_pictures():
+    comparison = made_up({"scratch + consistency": 0.02, **{f"task{i}": i / 100 for i in range(9)}})
+    comparison.settings["tasks"] = [f"task{i}" for i in range(9)]
+    drawn = drawn_starts(comparison)
+    means = comparison.summary.query("start != 'scratch'").groupby("start")["score"].mean().sort_values()
+    assert drawn[0] == "scratch" and set(drawn[1:]) == set(means.index[-6:])
+    assert drawn[1:] == sorted(drawn[1:], key=lambda start: (not start.startswith("task"), start))
+    assert "best 6 are drawn" in notes.curve_words(comparison, MOST_CURVES)
 
 
 def luminance(color: str) -> float:
@@ -313,12 +343,13 @@ def test_the_encoder_to_use_is_named_as_seen_from_the_report(tmp_path):
 
 def test_questions_show_what_each_task_asks(tmp_path, hostile):
     comparison = made_up()
-    comparison.settings["tasks"] = ["rotation", "simclr", "dicom_tags"]
+    comparison.settings["tasks"] = ["rotation", "simclr", "rotation (2)", "dicom_tags"]
     page = page_of(tmp_path, comparison, hostile[0])
     assert "By which quarter turn was the image rotated? (Gidaris et al. 2018)" in page.text
+    assert page.text.count("By which quarter turn") == 2 and "rotation (2)" in page.text
     assert "No picture:" in page.text  # these are no scans
     assert sorted(f.name for f in (tmp_path / "pictures").iterdir()) == [
-        "asked_rotation.png", "asked_simclr.png", "label_curve.png", "probes.png"
+        "asked_rotation-2.png", "asked_rotation.png", "asked_simclr.png", "label_curve.png", "probes.png"
     ]  # fmt: skip
     with Image.open(tmp_path / "pictures" / "label_curve.png") as picture:
         assert picture.size[0] > 600
@@ -394,7 +425,8 @@ def test_only_one_image_a_class_in_turn():
 
 
 def test_an_empty_comparison_still_makes_a_page(tmp_path):
-    comparison = made_up(None, probes=None, race=None, signals=pd.DataFrame(), leaks={}, versions={}, data={})
-    comparison.settings = {}
+    comparison = made_up(
+        None, probes=None, race=None, signals=pd.DataFrame(), leaks={}, versions={}, data={}, settings={}
+    )
     page = page_of(tmp_path, comparison)
     assert "Not known yet" in page.text and "That was not checked." in page.text

@@ -56,7 +56,7 @@ def page(tmp_path_factory):
     encoder = save_encoder(create_encoder("resnet10t", size=48), out / "encoders" / "simclr-42.safetensors")
     gains = {**GAINS, "rotation+relative_position+colorization_with_a_long_name": 0.02}
     comparison = made_up(gains, encoders={"simclr": [encoder]}, command="selfsup compare " + "x" * 200)
-    comparison.settings |= {"tasks": ["simclr", "rotation"], "a setting": "y" * 150}
+    comparison.settings.update({"tasks": ["simclr", "rotation"], "a setting": "y" * 150})
     return write_report(comparison, dls, labeled, out).read_text("utf-8")
 
 

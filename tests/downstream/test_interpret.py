@@ -1,4 +1,4 @@
-"""Pictures of neighbors: the images shown are those embedded, and the nearest are the nearest."""
+"""Pictures of what was learned: images shown are those embedded, the nearest the nearest, maps lie where they do."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,12 @@ from PIL import Image
 from torch import nn
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
-from selfsup_fastai.downstream.interpret import nearest_neighbors, nearest_rows
+from selfsup_fastai.downstream.attention import grad_cam, strengths
+from selfsup_fastai.downstream.interpret import attention_map, nearest_neighbors, nearest_rows
+from selfsup_fastai.downstream.learner import downstream_learner
+from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
+from selfsup_fastai.features import embedded_images
 from selfsup_fastai.pictures import RIGHT, WRONG
 from selfsup_fastai.seeding import rng_state
 
@@ -108,3 +113,76 @@ def test_nearest_rows_against_a_loop():
     x = np.random.default_rng(2).normal(size=(30, 5)).astype(np.float32)
     got = nearest_rows(torch.from_numpy(x), [4, 0, 29], 6)
     assert got.tolist() == [[other for other, _ in neighbors(x, row, 6)] for row in (4, 0, 29)]
+
+
+# --- where it looks -------------------------------------------------------------------------------------------------
+
+
+def heat(ax):
+    return np.asarray(ax.images[1].get_array())
+
+
+def photos(n=2, side=64):
+    return list(torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_row_an_image_and_a_column_a_layer():
+    encoder = create_encoder("resnet10t")
+    axes = attention_map(encoder, photos(), layer=["layer4", "layer2"])
+    assert [ax.get_title() for ax in axes] == ["", "layer2", "layer4"] * 2
+    assert shown(axes[3]) == pytest.approx(photos()[1].permute(1, 2, 0).numpy())
+    wanted = strengths(encoder, encoder.prepare(photos()[1][None]), ["layer4"])["layer4"]
+    wanted = nn.functional.interpolate(wanted[None], (64, 64), mode="bilinear")[0, 0]
+    assert heat(axes[5]) == pytest.approx(((wanted - wanted.min()) / (wanted.max() - wanted.min())).numpy(), abs=1e-4)
+    assert np.asarray(axes[5].images[0].get_array()) == pytest.approx(photos()[1].mean(0).numpy())
+    assert len(attention_map(encoder, photos(1))) == 1 + 4  # four of five layers
+    assert [ax.get_title() for ax in attention_map(encoder, photos(1))][-1] == "layer4"
+
+
+def test_auto_is_what_suits_the_net(folder):
+    dls = ImageDataLoaders.from_folder(folder, item_tfms=Resize(32), valid_pct=0.2, seed=1, bs=4, num_workers=0)
+    learn = downstream_learner(dls, "resnet10t")
+    axes = attention_map(learn, learn.dls.valid, layer="layer4", n=2)
+    assert len(axes) == 4 and axes[1].get_title() == "layer4"
+    image = embedded_images(learn.dls.valid, [0])[0]
+    maps, out = grad_cam(learn.model, learn.encoder.prepare(image[None]), ["layer4"])
+    best = int(out.argmax())
+    assert axes[0].get_title() == f"predicted: {learn.dls.vocab[best]} ({out.softmax(1)[0, best]:.0%})"
+    wanted = nn.functional.interpolate(maps["layer4"][None], (32, 32), mode="bilinear")[0, 0]
+    wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min()).clamp(min=1e-12)
+    assert heat(axes[1]) == pytest.approx(wanted.numpy(), abs=1e-4)
+    attention_map(learn, image, target="b")
+    vit = create_encoder("vit_tiny_patch16_224", size=64, depth=2)
+    titles = [ax.get_title() for ax in attention_map(vit, photos(1))]
+    assert titles == ["", "blocks.0", "blocks.1"]
+    rolled = attention_map(vit, photos(1), kind="rollout")
+    plain = attention_map(vit, photos(1), kind="attention")
+    assert heat(rolled[1]) == pytest.approx(heat(plain[1]), abs=1e-4)  # the first layer, up to itself and scale
+    assert heat(rolled[2]) != pytest.approx(heat(plain[2]), abs=1e-4)
+
+
+def test_nothing_changes_when_it_is_drawn(folder):
+    dls = ImageDataLoaders.from_folder(folder, item_tfms=Resize(32), valid_pct=0.2, seed=1, bs=4, num_workers=0)
+    learn = downstream_learner(dls, "resnet10t")
+    learn.model.train()
+    before, state = {k: v.clone() for k, v in learn.model.state_dict().items()}, rng_state()
+    for kind in ("gradcam", "activation"):
+        attention_map(learn, learn.dls.train, kind=kind)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items()) and learn.model.training
+    assert all(p.grad is None for p in learn.model.parameters())
+    assert torch.equal(rng_state()["torch"], state["torch"]) and rng_state()["python"] == state["python"]
+
+
+def test_mistakes_say_what_to_do():
+    encoder = create_encoder("resnet10t")
+    with pytest.raises(TaskError, match="downstream_learner"):
+        attention_map(encoder, photos(), kind="gradcam")
+    with pytest.raises(TaskError, match="attend to each other"):
+        attention_map(encoder, photos(), kind="attention")
+    with pytest.raises(UnknownNameError, match="layer3"):
+        attention_map(encoder, photos(), layer="layer33")
+    with pytest.raises(TaskError, match="gradcam"):
+        attention_map(encoder, photos(), kind="cam")
+    for wrong in ("a.png", [np.zeros((3, 8, 8))], [], torch.zeros(3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(DataError, match="floats in"):
+            attention_map(encoder, wrong)

@@ -152,6 +152,10 @@ def test_patients_are_kept_together_where_the_loader_knows_them(monkeypatch, tmp
     assert len(set(groups)) == 5
     linear_probe(net(), labeled_loaders(pd.DataFrame(rows).drop(columns="patient"), 1, 8, 4, cache=False))
     assert seen[1][2] is None
+    dls = loaders(n=20)
+    dls.train.facts = pd.DataFrame({"patient": [f"p{i // 5}" for i in range(20)]})  # fastai's own loader
+    linear_probe(net(), dls)
+    assert len(set(seen[2][2])) == 4
 
 
 @pytest.mark.parametrize("label, n", [(alike, 2), (alike, 3), (alike, 10), (both, 4), (product, 4)])

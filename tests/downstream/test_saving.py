@@ -20,7 +20,7 @@ from torch import nn
 
 from selfsup_fastai.data.blocks import Cover
 from selfsup_fastai.downstream.learner import downstream_learner
-from selfsup_fastai.downstream.saving import load_model
+from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import EncoderFileError
@@ -77,7 +77,7 @@ def as_seen(learn):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_loaded_model_predicts_what_the_learner_does(folders, tmp_path, kind, channels):
     learn = learner(folders[channels], kind)
-    model = load_model(learn.save_model(tmp_path / "model"))
+    model = load_trained(learn.save_model(tmp_path / "model"))
     preds, _, decoded = learn.get_preds(with_decoded=True)
     x = as_seen(learn)
     found = model.predict_batch(x)
@@ -108,7 +108,7 @@ def test_the_loaded_model_predicts_what_the_learner_does(folders, tmp_path, kind
 def test_every_architecture_comes_back(folders, tmp_path, arch, kind):
     set_seed(0)
     learn = downstream_learner(loaders(folders[1], kind, item_tfms=Resize(32)), arch)
-    model = load_model(learn.save_model(tmp_path / "model"))
+    model = load_trained(learn.save_model(tmp_path / "model"))
     expected = learn.model.eval()
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_every_architecture_comes_back(folders, tmp_path, arch, kind):
     ],
 )
 def test_predictions_go_through_the_activation_of_the_loss(folders, tmp_path, kind, loss, activation):
-    model = load_model(learner(folders[3], kind, loss_func=loss).save_model(tmp_path / "model"))
+    model = load_trained(learner(folders[3], kind, loss_func=loss).save_model(tmp_path / "model"))
     assert model.facts.activation == activation
     preds = model.predict_batch(torch.rand(2, 3, 36, 36))
     if activation == "softmax":
@@ -157,7 +157,7 @@ def test_a_loss_with_an_activation_of_its_own_is_refused(folders, tmp_path):
 def test_images_are_opened_as_validation_opened_them(tmp_path, tfm, name):
     folder = write_images(tmp_path / "wide", 8, (30, 50))
     learn = learner(folder, "category", item_tfms=tfm)
-    model = load_model(learn.save_model(tmp_path / "model"))
+    model = load_trained(learn.save_model(tmp_path / "model"))
     assert model.facts.resize == name
     opened = torch.stack([model.open(file) for file in learn.dls.valid_ds.items])
     torch.testing.assert_close(opened, as_seen(learn), atol=1e-5, rtol=0)
@@ -165,7 +165,7 @@ def test_images_are_opened_as_validation_opened_them(tmp_path, tfm, name):
 
 def test_the_encoder_is_that_of_the_learner_and_knows_its_rounds(folders, tmp_path):
     learn = learner(folders[3], "category")
-    model = load_model(learn.save_model(tmp_path / "model"))
+    model = load_trained(learn.save_model(tmp_path / "model"))
     state = learn.model.encoder.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in model.encoder.state_dict().items())
     assert model.encoder.lineage == [learn.this_round()]
@@ -177,9 +177,9 @@ def test_the_encoder_is_that_of_the_learner_and_knows_its_rounds(folders, tmp_pa
 def test_an_exported_learner_can_save_its_model(folders, tmp_path):
     learn = learner(folders[3], "category", path=tmp_path)
     learn.dls.train_ds.tls[1].tfms  # the labeling function is a lambda: it stays behind
-    before = load_model(learn.save_model(tmp_path / "a")).predict_batch(torch.ones(1, 3, 36, 36))
+    before = load_trained(learn.save_model(tmp_path / "a")).predict_batch(torch.ones(1, 3, 36, 36))
     learn.dls = learn.dls.new_empty()
-    model = load_model(learn.save_model(tmp_path / "b"))
+    model = load_trained(learn.save_model(tmp_path / "b"))
     assert model.size is None
     assert torch.equal(model.predict_batch(torch.ones(1, 3, 36, 36)), before)
 
@@ -187,7 +187,7 @@ def test_an_exported_learner_can_save_its_model(folders, tmp_path):
 def test_names_of_classes_may_be_numbers(folders, tmp_path):
     data = DataBlock((ImageBlock, CategoryBlock), get_items=pngs, get_y=lambda f: np.int64(int(f.stem) % 2))
     dls = data.dataloaders(folders[3], bs=4, num_workers=0, device="cpu")
-    model = load_model(downstream_learner(dls, "resnet10t").save_model(tmp_path / "model"))
+    model = load_trained(downstream_learner(dls, "resnet10t").save_model(tmp_path / "model"))
     assert model.vocab == (0, 1) and all(type(v) is int for v in model.vocab)
 
 
@@ -196,9 +196,9 @@ def test_an_own_network_must_be_given(folders, tmp_path):
     learn = learner(folders[3], "mask", encoder=net)
     file = learn.save_model(tmp_path / "own")
     with pytest.raises(EncoderFileError, match="a network of your own"):
-        load_model(file)
+        load_trained(file)
     torch.testing.assert_close(
-        load_model(file, net).predict_batch(as_seen(learn)), learn.get_preds()[0].as_subclass(torch.Tensor)
+        load_trained(file, net).predict_batch(as_seen(learn)), learn.get_preds()[0].as_subclass(torch.Tensor)
     )
 
 
@@ -277,7 +277,7 @@ def test_hostile_cards_are_refused_in_one_sentence(saved, change, monkeypatch):
     monkeypatch.setattr(torch, "load", forbidden)
     rewrite(saved, change)
     with pytest.raises(EncoderFileError, match=r"damaged|do not fit|unknown to the installed"):
-        load_model(saved)
+        load_trained(saved)
 
 
 @pytest.mark.parametrize("kind", ["category", "mask", "points"])
@@ -287,7 +287,7 @@ def test_a_file_cut_or_flipped_anywhere_is_refused(saved_bytes, tmp_path, kind):
     for n in (0, 1, 8, 100, header, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:n])
         with pytest.raises(EncoderFileError, match="is empty" if n == 0 else "is damaged"):
-            load_model(file)
+            load_trained(file)
     rng = np.random.default_rng(0)
     for place in [*rng.integers(8, header, 60).tolist(), *rng.integers(header, len(data), 10).tolist()]:
         if place >= header - 8 and data[place] == 0x20:
@@ -296,28 +296,28 @@ def test_a_file_cut_or_flipped_anywhere_is_refused(saved_bytes, tmp_path, kind):
         hurt[place] ^= 1 << int(rng.integers(0, 7))
         file.write_bytes(hurt)
         with pytest.raises(EncoderFileError):
-            load_model(file)
+            load_trained(file)
 
 
 def test_foreign_files_are_named(saved, folders, tmp_path):
-    with pytest.raises(EncoderFileError, match=r"holds a whole model.*load_model\(file\)"):
+    with pytest.raises(EncoderFileError, match=r"holds a whole model.*load_trained\(file\)"):
         load_encoder(saved)
     with pytest.raises(EncoderFileError, match="holds a whole model"):
         read_card(saved)
     learn = learner(folders[3], "category")
     with pytest.raises(EncoderFileError, match=r"an encoder without a head.*load_encoder\(file\)"):
-        load_model(learn.save_encoder(tmp_path / "encoder"))
+        load_trained(learn.save_encoder(tmp_path / "encoder"))
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(EncoderFileError, match=r"without our card.*save_model"):
-        load_model(tmp_path / "other.safetensors")
+        load_trained(tmp_path / "other.safetensors")
     torch.save({"w": torch.zeros(2)}, tmp_path / "pickle.pth")
     with pytest.raises(EncoderFileError, match="is a pickle"):
-        load_model(tmp_path / "pickle.pth")
+        load_trained(tmp_path / "pickle.pth")
     with pytest.raises(EncoderFileError, match=r"no saved model.*Did you mean 'model.safetensors'"):
-        load_model(tmp_path / "modl.safetensors")
+        load_trained(tmp_path / "modl.safetensors")
     rewrite(saved, lambda card: card.update(format=2))
     with pytest.raises(EncoderFileError, match=r"newer selfsup_fastai \(model format 2; this one reads 1\)"):
-        load_model(saved)
+        load_trained(saved)
 
 
 def test_missing_and_foreign_tensors_are_refused(saved):
@@ -326,10 +326,10 @@ def test_missing_and_foreign_tensors_are_refused(saved):
     card = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
     save_file({**tensors, "extra": torch.zeros(1)}, saved, card)
     with pytest.raises(EncoderFileError, match="tensors of neither encoder nor head"):
-        load_model(saved)
+        load_trained(saved)
     save_file({**tensors, "head.extra": torch.zeros(1)}, saved, card)
     with pytest.raises(EncoderFileError, match="do not add up"):
-        load_model(saved)
+        load_trained(saved)
 
 
 def test_a_diverged_model_is_not_saved_and_the_old_file_stays(folders, tmp_path):

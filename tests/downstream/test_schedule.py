@@ -66,7 +66,7 @@ def test_groups_stages_and_rates_of_five_nets(arch):
 @pytest.mark.parametrize("freeze_epochs", [0, 1, 3])
 @pytest.mark.parametrize("n_groups", range(2, 17))
 def test_every_run_keeps_the_rules(n_groups, freeze_epochs):
-    for epochs in range(1, 25):
+    for epochs in range(1, 45):
         run = stages(n_groups, epochs, freeze_epochs)
         assert sum(s.epochs for s in run) == epochs + freeze_epochs
         assert len(run) <= 5
@@ -74,8 +74,9 @@ def test_every_run_keeps_the_rules(n_groups, freeze_epochs):
         head, later = [s for s in run if s.head_only], [s for s in run if not s.head_only]
         assert head == ([Stage(freeze_epochs, n_groups - 1, True)] if freeze_epochs else [])
         assert later[-1].first == 0
-        assert [s.epochs for s in later[:-1]] == [1] * (len(later) - 1)
-        assert len(later) - 1 <= epochs / 2
+        each = max(1, epochs // 10)
+        assert [s.epochs for s in later[:-1]] == [each] * (len(later) - 1)
+        assert each * (len(later) - 1) <= epochs / 2
         borders = [n_groups - 1, *(s.first for s in later)]
         chunks = [upper - lower for upper, lower in pairwise(borders)]
         assert min(chunks) >= 1
@@ -88,8 +89,10 @@ def test_every_run_keeps_the_rules(n_groups, freeze_epochs):
         ({"n_groups": 14, "epochs": 1}, [(1, 13), (1, 0)]),
         ({"n_groups": 14, "epochs": 2}, [(1, 13), (1, 7), (1, 0)]),
         ({"n_groups": 14, "epochs": 4, "freeze_epochs": 2}, [(2, 13), (1, 9), (1, 5), (2, 0)]),
-        ({"n_groups": 14, "epochs": 100, "freeze_epochs": 0}, [(1, 10), (1, 7), (1, 4), (97, 0)]),
+        ({"n_groups": 14, "epochs": 100, "freeze_epochs": 0}, [(10, 10), (10, 7), (10, 4), (70, 0)]),
         ({"n_groups": 14, "epochs": 100, "max_stages": 2}, [(1, 13), (100, 0)]),
+        ({"n_groups": 5, "epochs": 40, "stage_epochs": 1}, [(1, 4), (1, 3), (1, 2), (1, 1), (37, 0)]),
+        ({"n_groups": 5, "epochs": 40, "stage_epochs": 15}, [(1, 4), (15, 2), (25, 0)]),
         ({"n_groups": 2, "epochs": 100}, [(1, 1), (100, 0)]),
         ({"n_groups": 3, "epochs": 1, "freeze_epochs": 0}, [(1, 0)]),
     ],
@@ -109,6 +112,7 @@ def test_extreme_runs(kwargs, expected):
         {"n_groups": 5, "epochs": 3, "freeze_epochs": -1},
         {"n_groups": 1, "epochs": 3},
         {"n_groups": 5, "epochs": 3, "max_stages": 1},
+        {"n_groups": 5, "epochs": 3, "stage_epochs": 0},
     ],
 )
 def test_runs_that_make_no_sense(kwargs):
