@@ -115,7 +115,7 @@ class IndexedDL(TfmdDL):
             raise DataError(f"Images can be chosen from fastai's Datasets only, not from {type(images).__name__}.")
         places, split = list(places), getattr(self.dataset, "split_idx", None)
         parts = images.tls if isinstance(images, Datasets) else [images]
-        parts = [part._new([part.items[i] for i in places], split_idx=split) for part in parts]
+        parts = [part._new(items_at(part, places), split_idx=split) for part in parts]
         chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]
         rows = None if source.rows is None else source.rows[places]
         facts = None if source.facts is None else source.facts.iloc[places]
@@ -228,6 +228,11 @@ class IndexedDL(TfmdDL):
                 rng.seed(item_seed(self.pass_seed, samps[i]))
                 corners[i] = draw_corner(left_over[i].tolist(), rng)
         return corners
+
+
+def items_at(part: TfmdLists, places: list[int]):
+    """Some of its items: a list, or rows of a table where it is made of one."""
+    return part.items.iloc[places] if hasattr(part.items, "iloc") else [part.items[i] for i in places]
 
 
 def _first(item: T | tuple[T, ...]) -> T:

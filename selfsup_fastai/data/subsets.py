@@ -7,7 +7,7 @@ import pandas as pd
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastcore.foundation import L
 
-from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
+from selfsup_fastai.data.loader import IndexedDL, fit_batch_size, items_at
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.seeding import preserved_rng
 
@@ -27,7 +27,7 @@ def subset(
         raise DataError(f"Images can be chosen from fastai's Datasets only, not from {type(images).__name__}.")
     split = getattr(like.dataset, "split_idx", None)
     parts = images.tls if isinstance(images, Datasets) else [images]
-    parts = [part._new([part.items[i] for i in places], split_idx=split) for part in parts]
+    parts = [part._new(items_at(part, places), split_idx=split) for part in parts]
     chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]
     with preserved_rng():
         return like.new(chosen, n=len(places), **kwargs)
