@@ -175,14 +175,14 @@ def _probes(race: Race, known: Labeled, starts: list[Start]) -> pd.DataFrame | N
     return pd.concat(tables, ignore_index=True)
 
 
-def _signals(race: Race) -> pd.DataFrame:
+def _signals(race: Race) -> pd.DataFrame | None:
     rows = []
     for name, files in race.files.items():
         try:
             rows.append({"task": name, **signals_of(files[0], race.dls), "validation loss": race.losses[name]})
         except SelfsupError as error:  # diverged: that is something to know, and no reason to stop
             say(f"{name}: {error}")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else None
 
 
 def _without_labels(race: Race) -> str:

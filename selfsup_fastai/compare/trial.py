@@ -48,7 +48,8 @@ def budget_for(
     steps = steps or STEPS
     if steps / (n // bs) <= EPOCHS:
         return Budget(bs, max(least, round(steps / (n // bs))), 1)
-    return Budget(bs, EPOCHS, max(1, round(steps * bs / (n * EPOCHS))))
+    repeats = max(1, round(steps * bs / (n * EPOCHS)))
+    return Budget(bs, round(steps / (n * repeats // bs)), repeats)
 
 
 def labeled_with(dls: DataLoaders, places: np.ndarray, budget: Budget) -> DataLoaders:
