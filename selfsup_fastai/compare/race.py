@@ -57,7 +57,7 @@ def compare_pretexts(
     *,
     seconds: float | None = None,  # Instead of images: of training, for each
     arch: Any = None,  # The net; None: resnet10t
-    seeds: int = 3,  # Of everything: pretraining, draw of labels, order, head
+    seeds: int = 5,  # Of everything: pretraining, draw of labels, order, head
     labels: Sequence[float | int] = (0.05, 0.2, 1.0),  # Shares of the labeled training images, or so many a class
     baselines: Sequence[str] = BASELINES,  # Beside the tasks: 'scratch' (always), 'consistency', 'published'
     finalists: int = FINALISTS,  # Tasks that come to the end; of more than these, half fall out at each rung
