@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfsup_fastai.cli.options import parsed_settings
+from selfsup_fastai.cli.options import Consistency, Schedule, parsed_amounts, parsed_settings
 from selfsup_fastai.encoders.checkpoint import read_card
 from tests.conftest import write_images
 
@@ -100,6 +100,15 @@ def test_finetune(pretrained, tmp_path):
     assert len(pd.read_csv(tmp_path / "tuned" / "metrics.csv")) == 4  # three epochs and the head's own
     rounds = [entry["task"] for entry in read_card(tmp_path / "tuned" / "encoder.safetensors")["lineage"]]
     assert rounds == ["rotation", "fine_tune"]
+    model = tmp_path / "tuned" / "model.safetensors"
+    done = selfsup("predict", tmp_path / "labeled", "--model", model, "--workers", 0, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "predictions.csv"), done.stderr
+    (tmp_path / "labeled" / "zero.png").write_text("")
+    done = selfsup("predict", "labeled", "--model", model, "--workers", 0, cwd=tmp_path)
+    assert done.returncode == 3 and done.stdout.strip() == "predictions.csv"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "selfsup: 1 file could not be read; predictions.left_out.csv says which and why."
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 20
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,13 @@ def test_finetune(pretrained, tmp_path):
         (["finetune", ".", "--encoder", "resnet18", "--valid-pct", "20"], "--valid-pct", 2),
         (["finetune", "."], "--encoder", 2),
         (["prtrain"], "prtrain", 2),
+        (["finetune", ".", "--encoder", "resnet18", "--schedule", "gradul"], "gradual", 2),
+        (["predict", "empty", "--model", "nothing.safetensors"], "no saved model 'nothing.safetensors'", 1),
+        (["embed", "empty", "--encoder", "e", "--out", "e.csv"], "ends in .npz or .parquet", 1),
+        (["export", "e", "--to", "onx", "--out", "e.onnx"], "onnx", 2),
+        (["export", "e.safetensors", "--to", "onnx", "--out", "e.onnx"], "no saved encoder 'e.safetensors'", 1),
+        (["compare", "empty", "--tasks", "rotaton"], "Did you mean 'rotation'", 1),
+        (["compare", "empty", "--labels", "many"], "--labels takes numbers", 2),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(args, said, code, tmp_path):
@@ -151,6 +167,19 @@ def test_settings_of_one_task_and_of_several():
     several = ["weights=uncertainty", "rotation.turns=one", "rotation.flip=0", "jigsaw.gap=false"]
     own = {"rotation": {"turns": "one", "flip": 0}, "jigsaw": {"gap": False}}
     assert parsed_settings(several) == {"weights": "uncertainty", **own}
+
+
+def test_amounts_of_labels():
+    assert parsed_amounts("5, 20") == [5, 20] and parsed_amounts("0.1,1.0") == [0.1, 1.0]
+    assert [type(n) for n in parsed_amounts("1,1.0")] == [int, float]  # one a class; all of them
+
+
+def test_choices_are_those_of_the_library():
+    from selfsup_fastai.callbacks.consistency_loss import KINDS
+    from selfsup_fastai.downstream.schedule import SCHEDULES
+
+    assert [choice.value for choice in Schedule] == list(SCHEDULES)
+    assert {choice.value for choice in Consistency} == set(KINDS)
 
 
 def test_closed_pipe_is_quiet(tmp_path):

@@ -137,7 +137,7 @@ def test_nothing_gets_out_of_a_run(export, tmp_path, monkeypatch, capfd, caplog,
 def test_nothing_gets_out_of_the_command(export, tmp_path):
     env = {**os.environ, "SELFSUP_CACHE": str(tmp_path / "kept"), "MPLBACKEND": "Agg"}
 
-    def run(*args: str) -> str:
+    def run(*args: str, code: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "selfsup_fastai.cli", *args],
             capture_output=True,
@@ -145,7 +145,7 @@ def test_nothing_gets_out_of_the_command(export, tmp_path):
             env=env,
             cwd=export.parent,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
     out = tmp_path / "out"
@@ -155,8 +155,19 @@ def test_nothing_gets_out_of_the_command(export, tmp_path):
     said += run("pretrain", str(folder), "--arch", "resnet10t", "--out", str(out / "pretrain"), *small)
     encoder = str(out / "pretrain" / "encoder.safetensors")
     said += run("finetune", str(folder), "--encoder", encoder, "--out", str(out / "finetune"), *small)
+    model = str(out / "finetune" / "model.safetensors")
+    said += run("embed", str(folder), "--encoder", encoder, "--out", str(out / "used" / "embedded.npz"))
+    said += run("embed", str(folder), "--encoder", encoder, "--out", str(out / "used" / "embedded.parquet"))
+    said += run("neighbors", str(folder), "--encoder", encoder, "--out", str(out / "used" / "neighbors.png"))
+    said += run("probe", str(folder), "--encoder", encoder, "--out", str(out / "probe"))
+    said += run("predict", str(folder), "--model", model, "--out", str(out / "used" / "predictions.csv"), code=3)
+    said += run("export", model, "--to", "onnx", "--out", str(out / "used" / "model.onnx"))
+    said += run("export", encoder, "--to", "timm", "--out", str(out / "used" / "timm"))
     said += run("cache", "ls")
     assert MARK not in said and UID not in said
     assert leaks(out, tmp_path / "kept") == []
     run("pretrain", str(folder), "--arch", "resnet10t", "--out", str(out / "named"), "--paths", *small)
     assert leaks(out / "named") == ["left_out.csv"]
+    named = str(out / "named" / "predictions.csv")
+    run("predict", str(folder), "--model", model, "--out", named, "--paths", code=3)
+    assert sorted(leaks(out / "named")) == ["left_out.csv", "predictions.csv", "predictions.left_out.csv"]

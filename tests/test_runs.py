@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
-from selfsup_fastai.errors import DataError, ResumeError, TaskError
+from selfsup_fastai.errors import DataError, ResumeError, TaskError, UnknownNameError
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
 from selfsup_fastai.runs import folder, pretraining
@@ -126,7 +126,26 @@ def test_finetune_from_scratch_trains_all_layers_and_says_so(tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["from_scratch"] and settings["classes"] == 2 and settings["arch"] == "resnet10t"
     assert len(pd.read_csv(out / "metrics.csv")) == 3
-    assert b"0000.png" not in (out / "learner.pkl").read_bytes()  # no file name leaves with the model
+    assert b"0000.png" not in (out / "model.safetensors").read_bytes()  # no file name leaves with the model
+
+
+def test_finetune_learns_from_unlabeled_images_too_and_lists_what_it_could_not_read(tmp_path, capsys):
+    for label, seed in (("a", 1), ("b", 2)):
+        write_images(tmp_path / "labeled" / label, 6, (16, 16), seed=seed)
+    write_images(tmp_path / "more", 8, (16, 16), seed=3)
+    (tmp_path / "labeled" / "a" / "notes.txt").write_text("")
+    (tmp_path / "more" / "zero.png").write_text("")
+    out, args = tmp_path / "out", dict(epochs=2, size=16, bs=4, num_workers=0, schedule="lp_ft")
+    encoder = short(tmp_path / "pre", tmp_path / "more").save_encoder(tmp_path / "encoder")
+    finetune(tmp_path / "labeled", out, encoder, consistency=tmp_path / "more", consistency_kind="pi", **args)
+    assert "consistency" in pd.read_csv(out / "metrics.csv").columns
+    assert "(left_out.csv lists them)" in capsys.readouterr().err
+    left_out = pd.read_csv(out / "left_out.csv")
+    assert list(left_out["place"]) == [6, 13 + 8] and list(left_out["code"]) == ["empty", "empty"]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["schedule"] == "lp_ft" and settings["consistency"] == "pi"
+    with pytest.raises(UnknownNameError, match="Did you mean 'gradual'"):
+        finetune(tmp_path / "labeled", tmp_path / "other", encoder, schedule="gradul")
 
 
 def test_a_run_of_several_tasks_pictures_all_of_them(images, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Consistency on unlabeled images while labeled ones are learned: UDA, FixMatch, mean teacher, the Pi model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -44,6 +45,7 @@ KINDS = {
     "mean_teacher": Author(3, None, 0, 1, 5 / 180, 0.999),
     "pi": Author(3, None, 0, 1, 80 / 300, None),
 }
+STRONG_KINDS = ("uda", "fixmatch")
 
 
 class ConsistencyLoss(WholeRun):
@@ -102,7 +104,7 @@ class ConsistencyLoss(WholeRun):
         _check(given)
         self.unlabeled, self.kind, self.views, self.given = unlabeled, kind, views, given
         self.own = KINDS[kind]._replace(**{name: value for name, value in given.items() if value is not None})
-        self.history, self.rows = pd.DataFrame(), []
+        self.history, self.rows, self.columns, self.teacher = pd.DataFrame(), [], [], None
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -115,9 +117,9 @@ class ConsistencyLoss(WholeRun):
         self.momentum, self.swapped, self.rows = self._momentum(), False, []
         self.teacher = Teacher(model) if self.momentum else None
         self._reset()
-        names = ("consistency", "confident", "agreement")
+        names, old = ("consistency", "confident", "agreement"), self.columns  # of a fit that was broken off
         self.columns = [ValueMetric(lambda name=name: self._mean(name), name) for name in names]
-        self.learn.metrics = [*self.learn.metrics, *self.columns]
+        self.learn.metrics = [*(m for m in self.learn.metrics if m not in old), *self.columns]
 
     def _momentum(self) -> float:
         steps = max(1, self.run_epochs * len(self.learn.dls.train))
@@ -171,24 +173,25 @@ class ConsistencyLoss(WholeRun):
     def before_batch(self):
         if not self.training:
             return
-        labeled, target = self.learn.xb[0], self.learn.yb[0]
+        labeled, target = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0]
         self._check_target(target)
         self.n, self.dense = len(labeled), target.ndim >= 3
-        x = self._next(labeled)
-        if not self.dense:
-            labeled = self._weak(labeled)
-        views = self._two_views(x)
-        self.first, self.second = (self.learn.model.encoder.prepare(view) for view in views)
-        self.labeled_again = self._weak(self.learn.xb[0]) if not self.dense else labeled
-        parts = [labeled, self.first] + [self.second] * (self.kind in ("uda", "fixmatch"))
-        self.learn.xb = (torch.cat([part.as_subclass(Tensor) for part in parts]).as_subclass(TensorImage),)
+        views = self._two_views(self._next(labeled))
+        first, second = (self.learn.model.encoder.prepare(view) for view in views)
+        # A mask would have to be moved, too; and a number may be of where things are
+        moved = self._weak if self.is_class and not self.dense else lambda x: x
+        if self.kind in STRONG_KINDS:
+            parts = moved(labeled), first, second
+        else:
+            parts, self.again = (moved(labeled), first), torch.cat([moved(labeled), second])
+        self.learn.xb = (torch.cat(parts).as_subclass(TensorImage),)
 
     def after_pred(self):
         if not self.training:
             return
         pred = self.learn.pred
         self.learn.pred, rest = pred[: self.n], pred[self.n :].as_subclass(Tensor)
-        if self.kind in ("uda", "fixmatch"):
+        if self.kind in STRONG_KINDS:
             weak, strong = rest.chunk(2)
         else:
             weak, strong = pred.as_subclass(Tensor), self._second_pass()
@@ -210,12 +213,11 @@ class ConsistencyLoss(WholeRun):
 
     def _second_pass(self) -> Tensor:
         """What the teacher, or for 'pi' the network itself, says of other views of all images."""
-        again = torch.cat([self.labeled_again.as_subclass(Tensor), self.second])
         if self.kind == "pi":
-            return self.learn.model(again).as_subclass(Tensor)
+            return self.learn.model(self.again).as_subclass(Tensor)
         for own, students in zip(self.teacher.net.modules(), self.learn.model.modules()):
             own.training = students.training  # frozen norm layers hold still in both
-        return self.teacher(again).as_subclass(Tensor)
+        return self.teacher(self.again).as_subclass(Tensor)
 
     def _loss(self, weak: Tensor, strong: Tensor) -> Tensor:
         if self.kind == "uda":
@@ -231,7 +233,7 @@ class ConsistencyLoss(WholeRun):
             labeled, all_ = len(self.learn.dls.train_ds), len(self.unlabeled.train_ds)
             full = 100 * labeled / (labeled + all_)
         t = min(1.0, self.progress / self.own.ramp) if self.own.ramp else 1.0
-        return full * float(torch.exp(torch.tensor(-5.0 * (1 - t) ** 2))) if self.own.ramp else full
+        return full * math.exp(-5 * (1 - t) ** 2)
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -269,10 +271,10 @@ class ConsistencyLoss(WholeRun):
     def _two_views(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weak and strong ones; for the kinds that have no strong ones two weak ones."""
         weak = self._weak(x)
-        if self.kind not in ("uda", "fixmatch"):
+        if self.kind not in STRONG_KINDS:
             return weak, weak if self.dense else self._weak(x)
         if self.dense:  # what lies where must stay
-            still = dict(scale=(1.0, 1.0), flip=0.0, vertical_flip=0.0, turn=0.0, shear=0.0)
+            still = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, vertical_flip=0.0, turn=0.0, shear=0.0)
             size = max(x.shape[-2:])
             square = F.interpolate(weak, (size, size), mode="bilinear").clamp(0, 1)
             return weak, _sized(random_view(square, replace(self.recipe, **still), self.generator), x)
@@ -282,12 +284,13 @@ class ConsistencyLoss(WholeRun):
         return shift_flip_by_share(x.as_subclass(Tensor), self.generator, SHIFT, self.recipe.flip)
 
     def _check_target(self, target: Tensor) -> None:
-        """What kind of answers the network gives."""
-        self.several = isinstance(self.learn.loss_func, BCEWithLogitsLossFlat)
+        """What kind of answers the network gives: the learner says, or else its loss and the labels do."""
+        kind = getattr(getattr(self.learn, "target", None), "kind", None)
+        self.several = kind == "multicategory" or isinstance(self.learn.loss_func, BCEWithLogitsLossFlat)
         self.is_class = self.several or not target.is_floating_point()
-        if type(target).__name__ in ("TensorPoint", "TensorBBox"):
-            raise TaskError("ConsistencyLoss does not go with points or boxes: a moved image has moved points.")
-        if not self.is_class and self.kind in ("uda", "fixmatch"):
+        if kind == "points":
+            raise TaskError("ConsistencyLoss does not go with points: a moved image has moved points.")
+        if not self.is_class and self.kind in STRONG_KINDS:
             fix = "Take kind='mean_teacher' or 'pi'."
             raise TaskError(f"{self.kind} asks how sure the network is of a class; these labels are numbers. {fix}")
 

@@ -82,7 +82,7 @@ def compare(
         int | None,
         typer.Option(min=1, help="Images that each task may look at in pretraining.", show_default="an hour's worth"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 5,
     labels: Annotated[
         str, typer.Option(help="How many labels to try: shares of the labeled images, 0.1,1.0, or 5,20 a class.")
     ] = "0.05,0.2,1.0",
@@ -96,6 +96,9 @@ def compare(
     ] = False,
     size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels.")] = 128,
     arch: Annotated[str | None, typer.Option(help="Any timm architecture.", show_default="resnet10t")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Compare with timm's weights, too, if need be by downloading them.")
+    ] = False,
     bs: BatchOption = 64,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's comparison that was stopped.")
@@ -114,7 +117,7 @@ def compare(
 
     \b
     selfsup compare photos --labeled labeled --out report
-    selfsup compare photos --labeled labeled --tasks rotation,simclr --seeds 1 --budget 20000
+    selfsup compare photos --labeled labeled --tasks rotation,simclr --budget 20000
     """
     names = tasks.split(",") if tasks else None
     for name in (part for one in names or [] for part in one.split("+")):  # before the seconds that the imports take
@@ -123,7 +126,7 @@ def compare(
     amounts = parsed_amounts(labels)
     from selfsup_fastai.runs.comparing import compare_folders, summary
 
-    asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch)
+    asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch, pretrained=pretrained or None)
     asked |= dict(leaks="exclude" if exclude_tested else "raise", command=shlex.join(["selfsup", *sys.argv[1:]]))
     data = dict(num_workers=workers, cache=cache.argument, max_gb=max_gb, paths=paths, seed=seed, resume=resume)
     found, page = compare_folders(folder, labeled, out, size, bs, valid_pct, split_by, **data, **asked)

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from fastai.data.core import DataLoaders
@@ -58,9 +59,9 @@ class Runs:
         if file is None or not file.exists():
             return None
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None  # a damaged file is a run that was not made
         self.held[key] = file
         return facts

@@ -96,10 +96,10 @@ def _trained(dls, entrant, arch, images, seed, file, facts, bar) -> dict:
 def _granted(learn: PretextLearner, images: int) -> int:
     """Epochs; where that many whole ones would be too many images, each takes only some, drawn anew each time."""
     dl = learn.dls.train
-    whole = len(dl)
     steps = max(1, round(images / (dl.bs * learn.task.passes)))
-    epochs = -(-steps // whole)
-    _shorten(dl, round(steps / epochs))
+    fewest = -(-steps // len(dl))
+    epochs = min(range(fewest, 2 * fewest + 1), key=lambda e: abs(e * max(1, round(steps / e)) - steps))
+    _shorten(dl, max(1, round(steps / epochs)))
     return epochs
 
 

@@ -87,7 +87,11 @@ def page_of(comparison: Comparison, dls, labeled, out: Path, paths: bool) -> dic
     page |= {"use_command": _use_command(comparison, reading, out), "day": datetime.date.today().isoformat()}
     page |= _figures(comparison) | _pictures(comparison, reading, dls, labeled)
     scans = any(given is not None and are_scans(given) for given in (dls, labeled))
-    page |= {"data": facts(comparison.data), "settings": facts(_settings(comparison)), "leaks": facts(comparison.leaks)}
+    page |= {
+        "data": facts(_data(comparison)),
+        "settings": facts(_settings(comparison)),
+        "leaks": facts(comparison.leaks),
+    }
     page |= {"leak_words": notes.leak_words(comparison.leaks)}
     page |= {"versions": facts(comparison.versions), "evidence": notes.evidence(comparison)}
     page |= {"left_out": _left_out(dls, paths)} | _command(comparison.command, paths or not scans)
@@ -99,6 +103,11 @@ def _settings(comparison: Comparison) -> dict:
     """With numbers of labels as everywhere on the page: 1.0 is all of them."""
     labels = comparison.settings.get("labels")
     return comparison.settings | ({"labels": [labels_text(amount) for amount in labels]} if labels else {})
+
+
+def _data(comparison: Comparison) -> dict:
+    """Its `labels` is their kind, not how many."""
+    return {"label_kind" if name == "labels" else name: value for name, value in comparison.data.items()}
 
 
 def _figures(comparison: Comparison) -> dict:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.report_words import (
+    SHARES,
     count_text,
     gain_text,
     interval_text,
@@ -57,7 +58,7 @@ def read(comparison: Comparison) -> Reading:
     if rows.empty:
         return Reading("unlabeled", None, _unlabeled(comparison), None)
     own, better = rows[rows["start"].isin(own_starts(comparison))], rows["verdict"] == "better"
-    sure = better & stands(comparison, rows)
+    sure = better & stands(rows)
     for kind, found, say in (("helped", sure & rows.index.isin(own.index), _helped), ("other", sure, _other)):
         if found.any():
             best = rows.loc[rows["gain"][found].idxmax()]
@@ -79,11 +80,14 @@ def compared(comparison: Comparison) -> pd.DataFrame:
     return table[table["verdict"].fillna("") != ""]
 
 
-def stands(comparison: Comparison, rows: pd.DataFrame) -> pd.Series:
+def stands(rows: pd.DataFrame) -> pd.Series:
     """Whether a difference is more than chance even among all comparisons of the table."""
-    if "p_all" not in rows:
-        return pd.Series(True, rows.index)
-    return rows["p_all"] < 1 - confidence_of(comparison)
+    return (rows[_end("low", rows)] > 0) | (rows[_end("high", rows)] < 0)
+
+
+def _end(name: str, rows: pd.DataFrame | pd.Series) -> str:
+    """The column of an end of the interval that the verdict goes by: corrected for all comparisons, where there is."""
+    return f"all_{name}" if f"all_{name}" in rows else f"gain_{name}"
 
 
 def confidence_of(comparison: Comparison) -> float:
@@ -125,7 +129,8 @@ def gain_sentence(comparison: Comparison, row: pd.Series) -> str:
 
 def _gain(comparison: Comparison, row: pd.Series) -> str:
     metric = metric_of(comparison)
-    interval = interval_text(row["gain_low"], row["gain_high"], metric, gain=True)
+    ends = (row[_end(name, row)] for name in ("low", "high"))
+    interval = interval_text(*ends, metric, gain=True)
     return gain_text(row["gain"], metric) + (f" (interval {interval})" if interval else "")
 
 
@@ -148,8 +153,8 @@ def _hint(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[s
     return [
         f"One start looks better than training from the labels alone, “{best['start']}”: "
         f"{gain_sentence(comparison, best)}.",
-        f"The gain is {_gain(comparison, best)}, more than luck explains if only this number of labels is looked at; "
-        f"but {len(rows)} comparisons were made, and among so many one may look like this by luck.",
+        f"The gain is {gain_text(best['gain'], metric_of(comparison))}, more than luck explains if only this number of "
+        f"labels is looked at; but {len(rows)} comparisons were made, and among so many one may look like it by luck.",
         "Repeat this with more seeds or more test images before you build on it.",
     ]
 
@@ -167,7 +172,8 @@ def _other(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[
 def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> list[str]:
     metric, own = metric_of(comparison), rows[rows["start"].isin(own_starts(comparison))]
     own = own if len(own) else rows
-    most, worse = own["gain_high"].max(), own[own["verdict"] == "worse"]
+    most, worse = own[_end("high", own)].max(), own[own["verdict"] == "worse"]
+    told = is_known(most) and most < (0.5 if metric in SHARES else 1.0)  # else an interval that says nothing
     seeds = count_text(comparison.runs["seed"].nunique(), "repeat")
     n_test = comparison.data.get("n_test") or comparison.summary.attrs.get("n_test")
     tested = f"{seeds} and {count_text(int(n_test), 'test image')}" if n_test else seeds
@@ -177,7 +183,7 @@ def _unclear(comparison: Comparison, best: pd.Series, rows: pd.DataFrame) -> lis
         "Whether a network had first practiced on your unlabeled images made no difference that can be told from luck: "
         f"the greatest gain, by “{best['start']}” with {labels_text(best['labels'])}, is {_gain(comparison, best)}."
         + harm,
-        f"This does not prove that there is no gain{possible if is_known(most) else '; so few runs tell little'}.",
+        f"This does not prove that there is no gain{possible if told else '; so few runs tell little'}.",
         "Train from scratch, which is the least work; to know it more surely, repeat this with more seeds, "
         "more unlabeled images or a greater budget.",
     ]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from matplotlib import pyplot as plt
@@ -18,7 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from selfsup_fastai.compare.comparison import Comparison
-from selfsup_fastai.compare.report_meaning import baseline_of, metric_of
+from selfsup_fastai.compare.report_meaning import baseline_of, metric_of, own_starts
 from selfsup_fastai.compare.report_words import SHARES, labels_text, score_text
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.messages import quiet
@@ -42,13 +43,21 @@ class Picture(NamedTuple):
 
 
 def drawn_starts(comparison: Comparison) -> list[str]:
-    """The baseline and the best others, as many as can be told from one another, in the order of the comparison."""
+    """The baseline and the best others, as many as can be told from one another; tasks before others, so that curves of
+    one start look alike in all pictures."""
     table, base = comparison.summary, baseline_of(comparison)
     if table is None or not len(table):
         return list(comparison.probes["start"].unique())[:MOST_CURVES]
     means = table[table["start"] != base].groupby("start")["score"].mean().sort_values(ascending=False)
-    chosen = {base, *means.index[: MOST_CURVES - 1]}
-    return [start for start in table["start"].unique() if start in chosen]
+    chosen, own = means.index[: MOST_CURVES - 1], own_starts(comparison)
+    return [base, *(s for s in own if s in chosen), *(s for s in table["start"].unique() if s in {*chosen} - {*own})]
+
+
+def _in_order(table: pd.DataFrame, starts: Iterable[str]) -> pd.DataFrame:
+    """The rows of these starts, one start after the other; the table's `attrs` stay."""
+    places = {start: place for place, start in enumerate(starts)}
+    kept = table[table["start"].isin(list(places))]
+    return kept.iloc[np.argsort(kept["start"].map(places).to_numpy(), kind="stable")]
 
 
 def curve_picture(comparison: Comparison) -> Picture | None:
@@ -56,7 +65,7 @@ def curve_picture(comparison: Comparison) -> Picture | None:
     runs = comparison.runs
     if runs is None or not len(runs):
         return None
-    means = comparison.summary[comparison.summary["start"].isin(drawn_starts(comparison))]
+    means = _in_order(comparison.summary, drawn_starts(comparison))
     means = means[["start", "labels", "n_labels", "score", "low", "high"]].replace([np.inf, -np.inf], np.nan)
     means.attrs = {"metric": metric_of(comparison), "baseline": baseline_of(comparison)}
     return _plotted(lambda ax: plot_label_curve(means, ax), metric_of(comparison), _curve_alt(comparison))
@@ -78,7 +87,7 @@ def probe_picture(comparison: Comparison) -> Picture | None:
     if probes is None or not len(probes):
         return None
     if "start" in probes:
-        probes = probes[probes["start"].isin([*drawn_starts(comparison), "scratch"])]
+        probes = _in_order(probes, dict.fromkeys([*drawn_starts(comparison), "scratch"]))
     metric, best = str(probes["metric"].iloc[0]), probes.loc[probes["score"].idxmax()]
     of = f" of {best['start']}" if "start" in probes else ""
     most = f"Most is known in {best['layer']}{of}: {score_text(best['score'], metric)}."

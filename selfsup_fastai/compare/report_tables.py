@@ -121,7 +121,8 @@ def _race_row(part: pd.DataFrame, rungs: list) -> list[str]:
     scores = [score_text(known[rung], "") if rung in known else "–" for rung in rungs]
     last, round_ = part.iloc[-1], rungs.index(part.iloc[-1]["rung"]) + 1
     reason = f": {last['reason']}" if isinstance(last.get("reason"), str) and last["reason"] else ""
-    ending = "✓ stayed to the end" if last["kept"] else f"✗ fell out in round {round_}{reason}"
+    dropped = f"✗ fell out in round {round_}" if part["images"].any() else "✗ took no part"
+    ending = "✓ stayed to the end" if last["kept"] else dropped + reason
     return [str(last["task"]), ending, *scores, f"{part['seconds'].sum():,.0f}"]
 
 

@@ -45,10 +45,11 @@ def budget_for(
     if epochs is not None:
         return Budget(bs, epochs, 1)
     least = LEAST_EPOCHS if steps is None else 2
-    passes = (steps or STEPS) / max(1, n // bs)
-    if passes <= EPOCHS:
-        return Budget(bs, max(least, round(passes)), 1)
-    return Budget(bs, EPOCHS, round(passes / EPOCHS))
+    steps = steps or STEPS
+    if steps / (n // bs) <= EPOCHS:
+        return Budget(bs, max(least, round(steps / (n // bs))), 1)
+    repeats = max(1, round(steps * bs / (n * EPOCHS)))
+    return Budget(bs, round(steps / (n * repeats // bs)), repeats)
 
 
 def labeled_with(dls: DataLoaders, places: np.ndarray, budget: Budget) -> DataLoaders:
@@ -114,4 +115,4 @@ def truth_of(
     if kind == "category":
         return np.array([int(label) for label in labels_of(dls.valid)])
     tests = dls.valid.new(shuffle=False, drop_last=False)
-    return torch.cat([torch.as_tensor(y).float().flatten(1).cpu() for _, y in tests]).numpy()
+    return torch.cat([torch.as_tensor(y).float().reshape(len(y), -1).cpu() for _, y in tests]).numpy()

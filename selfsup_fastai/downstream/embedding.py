@@ -164,6 +164,8 @@ def _pin(ax: Axes, place: np.ndarray, image: torch.Tensor, color: Any) -> None:
     """A small picture, framed in the color of its point."""
     pixels = image.float().clamp(0, 1).permute(1, 2, 0).numpy()
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    shown = OffsetImage(pixels, zoom=SIDE / max(pixels.shape[:2]), cmap="gray", clim=(0, 1))
+    smooth = {"interpolation": "hanning", "resample": True}  # small pictures of noise would be other noise
+    shown = OffsetImage(pixels, zoom=SIDE / max(pixels.shape[:2]), cmap="gray", **smooth)
+    shown.image.set_clim(0, 1)
     frame = {"edgecolor": color, "linewidth": 1.5, "boxstyle": "square,pad=0.0"}
     ax.add_artist(AnnotationBbox(shown, place, pad=0.0, bboxprops=frame))

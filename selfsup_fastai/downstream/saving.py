@@ -2,7 +2,7 @@
 
 For those who build on it:
 
-    model = load_trained("cells.safetensors")         # a TrainedModel in evaluation mode; nothing is unpickled
+    model = load_trained("cells.safetensors")       # a TrainedModel in evaluation mode; nothing is unpickled
     model.kind, model.vocab, model.size             # 'mask', ('background', 'nucleus'), (128, 128)
     x = torch.stack([model.open(file) for file in files])      # (B, C, h, w) in [0, 1], cut as validation cut them
     preds = model.predict_batch(x)                  # see below; a GPU is used where the model is on one
@@ -142,6 +142,9 @@ def _parsed(text: str, path: Path) -> dict:
 
 def _checks(model: dict) -> dict[str, bool]:
     get = model.get
+    absent = [name for name in ("vocab", "size", "resize", "layers") if name not in model]
+    if absent:
+        return dict.fromkeys(absent, False)
     layers, threshold = get("layers"), get("threshold")
     is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
     return {
@@ -152,7 +155,7 @@ def _checks(model: dict) -> dict[str, bool]:
         "resize": get("resize") is None or (isinstance(get("resize"), str) and get("resize") in RESIZES),
         "activation": isinstance(get("activation"), str) and get("activation") in ACTIVATIONS,
         "threshold": is_number,
-        "layers": layers is None or (isinstance(layers, list) and all(isinstance(name, str) for name in layers)),
+        "layers": layers is None or (isinstance(layers, list) and set(map(type, layers)) == {str}),
     }
 
 

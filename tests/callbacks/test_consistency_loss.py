@@ -303,7 +303,19 @@ def test_grey_images_a_vit_and_numbers(few, unlabeled, tmp_path):
     with pytest.raises(TaskError, match="these labels are numbers"):
         numbers.fine_tune(1, cbs=ConsistencyLoss(unlabeled, "fixmatch"))
     consistency = ConsistencyLoss(unlabeled, "mean_teacher")
-    numbers.fine_tune(1, cbs=consistency)
+    watch, raw = WhatWent(), []
+    watch.after_loss = lambda: None
+
+    class Raw(Callback):
+        order = 5
+
+        def before_batch(self):
+            if self.training:
+                raw.append(self.learn.xb[0].clone())
+
+    numbers.fine_tune(1, cbs=[consistency, watch, Raw()])
+    # what a number is of may lie to the left or right: images of numbers stay as they are
+    assert all(torch.equal(x[: len(r)], r) for x, r in zip(watch.x, raw))
     assert consistency.history["consistency"].notna().all() and consistency.history["confident"].eq(0).all()
 
 
@@ -325,6 +337,42 @@ def test_several_labels_are_told_by_the_loss(few, unlabeled):
     assert consistency.several and consistency.history["confident"].eq(1).all()
 
 
+def test_masks_count_pixel_by_pixel_and_nothing_moves_between_the_views(unlabeled, tmp_path):
+    """The strong view of an image with masks has other colors and a hole, but what lies where stays."""
+    from fastai.vision.data import SegmentationDataLoaders
+
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        pixels = rng.normal(100, 10, (32, 32, 3))
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8:20, 4 + i : 16 + i] = 1
+        pixels[mask == 1] += 80
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+    files = sorted((tmp_path / "images").iterdir())
+    dls = SegmentationDataLoaders.from_label_func(
+        tmp_path,
+        files,
+        lambda f: tmp_path / "masks" / f.name,
+        codes=["none", "box"],
+        bs=4,
+        valid_pct=0.3,
+        num_workers=0,
+        device="cpu",
+    )
+    learn, watch = downstream_learner(dls, "resnet10t"), WhatWent()
+    still = dict(brightness=0, contrast=0, saturation=0, hue=0, grey_p=0, solarize_p=0, erase_p=0)
+    consistency = ConsistencyLoss(unlabeled, "fixmatch", ratio=1, threshold=0, views=still)
+    watch.after_loss = lambda: None
+    learn.fit(1, 1e-3, cbs=[consistency, watch])
+    labeled, weak, strong = watch.x[0].as_subclass(torch.Tensor).chunk(3)
+    assert torch.allclose(weak, strong, atol=1e-4)  # with all changes of color off nothing is left of "strong"
+    assert not torch.allclose(labeled, weak, atol=1e-2)
+    assert consistency.history["confident"].tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -339,6 +387,25 @@ def test_bad_settings(unlabeled, kwargs, message):
         ConsistencyLoss(unlabeled, **kwargs)
     with pytest.raises(TaskError, match="got str"):
         ConsistencyLoss("folder")
+
+
+def test_in_the_learners_own_callbacks_validating_is_no_run_and_a_broken_fit_leaves_nothing(few, unlabeled):
+    consistency = ConsistencyLoss(unlabeled, "fixmatch", ratio=1)
+    learn = make(few, cbs=consistency)
+
+    class Stop(Callback):
+        def after_step(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=Stop())
+    learn.fit(2)
+    assert [m.name for m in learn.metrics] == ["accuracy"]
+    assert list(learn.recorder.metric_names)[3:-1] == ["accuracy", "consistency", "confident", "agreement"]
+    assert consistency.history["epoch"].tolist() == [0, 1]
+    assert len(learn.validate()) == 2
+    learn.get_preds()
+    assert len(consistency.history) == 2
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def summary_of(runs: pd.DataFrame) -> pd.DataFrame:
                 row |= {"p_corrected": min(1.0, p * n), "verdict": verdict}
             rows.append(row | {"seeds": len(wide)})
     table = pd.DataFrame(rows)
-    table["p_all"] = table["p_corrected"]
+    table["p_all"], table["all_low"], table["all_high"] = table["p_corrected"], table["gain_low"], table["gain_high"]
     table.attrs |= {"metric": runs["metric"].iloc[0], "baseline": "scratch", "confidence": 0.95, "images": True}
     return table
 
@@ -112,7 +112,15 @@ def made_up(
         "epochs": 20,
     }
     settings |= {"size": 64, "arch": "resnet10t", "confidence": 0.95}
-    data = {"n_unlabeled": 720, "n_labeled": 120, "n_test": 144, "channels": 3, "size": 64, "groups": None}
+    data = {
+        "n_unlabeled": 720,
+        "n_labeled": 120,
+        "n_test": 144,
+        "channels": 3,
+        "size": 64,
+        "groups": None,
+        "labels": "category",
+    }
     data |= {"classes": {"dress": 30, "hat": 30, "pants": 30, "shoes": 30}}
     parts = dict(runs=runs, summary=summary, verdict=verdict, race=race(), probes=probes(starts), signals=SIGNALS)
     parts |= dict(settings=settings, data=data, leaks=dict(LEAKS))

@@ -18,10 +18,11 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 
 from selfsup_fastai.compare import report
+from selfsup_fastai.compare import report_notes as notes
 from selfsup_fastai.compare.report import write_report
 from selfsup_fastai.compare.report_meaning import GLOSSARY
 from selfsup_fastai.compare.report_neighbors import find_neighbors, query_rows, untrained
-from selfsup_fastai.compare.report_notes import leak_words
+from selfsup_fastai.compare.report_pictures import MOST_CURVES, drawn_starts
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.interpret import nearest_neighbors
 from selfsup_fastai.encoders.checkpoint import save_encoder
@@ -108,7 +109,7 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert runs[1][4] == f"{100 * comparison.runs['score'][0]:.1f} %"
     comparison.race.loc[len(comparison.race)] = ["colorization", 0, 0, 0.0, np.nan, False, "needs color"]
     race = next(table for table in page_of(tmp_path, comparison).tables if table[0][0] == "Task")
-    assert race[-1] == ["colorization", "✗ fell out in round 1: needs color", "–", "–", "0"]
+    assert race[-1] == ["colorization", "✗ took no part: needs color", "–", "–", "0"]
     assert race[0][2:] == ["Round 1: 5,000 images", "Round 2: 15,000 images", "Seconds"]
     assert [row[0] for row in race[1:]] == ["simclr", "rotation", "jigsaw", "mae", "byol", "colorization"]
     assert race[1] == ["simclr", "✓ stayed to the end", "0.550", "0.630", "166"]
@@ -121,6 +122,7 @@ def test_every_run_race_probes_and_dicts_are_there(tmp_path):
     assert page.row("classes")[1] == "dress: 30, hat: 30, pants: 30, shoes: 30"
     assert page.row("budget of each task")[1] == "20,000 images"
     assert page.row("numbers of labels")[1] == "2 labels a class, 5 labels a class, 20 labels a class"
+    assert page.row("kind of labels")[1] == "category"
     assert page.row("torch")[1] == "2.15"
     assert page.row("test images seen in pretraining")[1] == "0"
     assert all(f"{word[0].upper()}{word[1:]}" in page.text for word in GLOSSARY)
@@ -179,8 +181,8 @@ def test_what_it_means_follows_from_the_verdicts(tmp_path, kind):
     ],
 )
 def test_leaks_are_told_in_words(changes, said):
-    assert leak_words({**LEAKS, **changes}).startswith(said)
-    assert leak_words({}) == "That was not checked."
+    assert notes.leak_words({**LEAKS, **changes}).startswith(said)
+    assert notes.leak_words({}) == "That was not checked."
 
 
 def test_harm_with_other_numbers_of_labels_is_said():
@@ -192,13 +194,16 @@ def test_harm_with_other_numbers_of_labels_is_said():
 
 def test_what_does_not_stand_among_all_comparisons_is_a_hint(tmp_path):
     comparison = made_up()
-    comparison.summary["p_all"] = 0.06
+    comparison.summary["all_low"] -= 0.5
     page = page_of(tmp_path, comparison)
     assert "A hint, no more" in page.text and "9 comparisons were made" in page.text
     assert "--encoder" not in page.text
+    comparison.summary["all_low"] = comparison.summary["gain_low"] / 2
     comparison.summary.attrs["confidence"] = 0.9
     page = page_of(tmp_path, comparison)
+    best = comparison.summary.loc[comparison.summary["gain"].idxmax()]
     assert "It helped" in page.text and "90 % interval" in page.text
+    assert f"(interval +{100 * best['all_low']:.1f} to +{100 * best['all_high']:.1f})" in page.text
 
 
 def test_a_verdict_of_several_sentences_has_one_headline(tmp_path):
@@ -210,9 +215,9 @@ def test_a_verdict_of_several_sentences_has_one_headline(tmp_path):
 
 def test_one_run_has_no_interval_and_says_so(tmp_path):
     comparison = made_up(seeds=2)
-    for name in ("low", "gain_low", "p", "p_corrected"):
+    for name in ("low", "gain_low", "all_low", "p", "p_corrected"):
         comparison.summary[name] = np.where(comparison.summary["verdict"] == "", np.nan, -np.inf)
-    for name in ("high", "gain_high"):
+    for name in ("high", "gain_high", "all_high"):
         comparison.summary[name] = np.inf
     comparison.summary.loc[comparison.summary["verdict"] != "", "verdict"] = "not distinguishable"
     page = page_of(tmp_path, replace(comparison, runs=comparison.runs[comparison.runs["seed"] == 0]))
@@ -281,6 +286,16 @@ def test_the_page_is_whole_and_can_be_read_by_all(tmp_path, hostile):
     assert all(after - before <= 1 for before, after in pairwise(levels))
     curve = next(a["alt"] for a in page.all("img") if a["alt"].startswith("Curves of accuracy over the number"))
     assert all(start in curve for start in ("scratch", *GAINS)) and "2 labels a class" in curve
+
+
+def test_curves_of_one_start_look_alike_in_all_pictures():
+    comparison = made_up({"scratch + consistency": 0.02, **{f"task{i}": i / 100 for i in range(9)}})
+    comparison.settings["tasks"] = [f"task{i}" for i in range(9)]
+    drawn = drawn_starts(comparison)
+    means = comparison.summary.query("start != 'scratch'").groupby("start")["score"].mean().sort_values()
+    assert drawn[0] == "scratch" and set(drawn[1:]) == set(means.index[-6:])
+    assert drawn[1:] == sorted(drawn[1:], key=lambda start: (not start.startswith("task"), start))
+    assert "best 6 are drawn" in notes.curve_words(comparison, MOST_CURVES)
 
 
 def luminance(color: str) -> float:

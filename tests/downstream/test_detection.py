@@ -1,6 +1,5 @@
 """Encoders under torchvision's detectors: the maps they ask for, pixels as the encoder wants them, and training."""
 
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -44,6 +43,12 @@ def test_detectors_train_and_find(arch):
         assert all(p.grad is not None for p in backbone.fpn.parameters())
         found = detector.eval()(images)
         assert len(found) == 2 and found[0]["boxes"].shape[1] == 4
+
+
+@pytest.mark.parametrize("size", [72, 100, 150])
+def test_the_size_of_pretraining_need_not_divide_by_32(size):
+    backbone = detection_backbone(create_encoder("resnet10t", size=size), out_channels=16)
+    assert [level.stride for level in backbone.levels] == [4, 8, 16, 32]
 
 
 def test_chosen_layers():
@@ -162,7 +167,6 @@ def test_it_learns_to_find_nuclei(shared_data):
             opt.step()
             history.append(loss.item())
     after = recall(detector, images[test], targets[test])
-    sys.stderr.write(f"{before} {after} {np.mean(history[:7])} {np.mean(history[-7:])}\n")
     assert np.mean(history[-7:]) < 0.7 * np.mean(history[:7])
     assert before < 0.1
     assert after > before + 0.3

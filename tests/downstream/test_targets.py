@@ -218,10 +218,10 @@ def test_points_are_found_in_pixels_of_the_original(squares, found):
 
 
 def test_the_saved_model_finds_them_too(squares, found, tmp_path):
-    from selfsup_fastai.downstream.saving import load_model
+    from selfsup_fastai.downstream.saving import load_trained
 
     file = found.dls.train_ds.items[0]
-    model = load_model(found.save_model(tmp_path / "points"))
+    model = load_trained(found.save_model(tmp_path / "points"))
     points = model.predict_batch(model.open(file)[None])[0, 0]
     x, y = squares[1][file.stem]
     assert near(points, (x * 64 / 48, y * 64 / 40), 3.5)

@@ -1,0 +1,199 @@
+"""The race: equal budgets, reasons, the same result after a stop."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from selfsup_fastai.compare import halving
+from selfsup_fastai.compare.choosing import training_score
+from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.planning import lunch_budget, pretraining_seconds, rungs_for
+from selfsup_fastai.compare.pretraining import entrants, pretrained
+from selfsup_fastai.compare.published import published_encoder
+from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.compare.scores import SCORES
+from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.labeled import labeled_loaders
+from selfsup_fastai.encoders.checkpoint import read_card
+from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
+from tests.compare.labeled_images import stripes, stripes_table
+
+
+@pytest.fixture(scope="module")
+def unlabeled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unlabeled")
+    stripes_table(folder, 40, 0, seed=9)
+    return UnlabeledDataLoaders.from_folder(folder, size=32, bs=8, valid_pct=0.2)
+
+
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory):
+    return stripes(tmp_path_factory.mktemp("labeled"), 20, 20)
+
+
+QUICK = dict(budget=32, seeds=2, labels=[1.0], steps=2, baselines=("scratch",))
+
+
+def test_rungs_halve_the_tasks_and_double_the_budget():
+    assert [tuple(r) for r in rungs_for(10, 3, 3)] == [(10, 0.25, 1), (6, 0.5, 1), (3, 1.0, 3)]
+    assert [tuple(r) for r in rungs_for(5, 3, 3)] == [(5, 0.5, 1), (3, 1.0, 3)]
+    assert [tuple(r) for r in rungs_for(3, 2, 3)] == [(3, 1.0, 2)]
+    assert [tuple(r) for r in rungs_for(8, 2, 3, choose=False)] == [(8, 1.0, 2)]
+
+
+def test_a_lunch_break_is_kept():
+    speeds = dict.fromkeys("abcdefghij", 200.0)  # images a second; ten tasks
+    a_second = pretraining_seconds(rungs_for(10, 3, 3), speeds)
+    assert a_second == pytest.approx((0.25 * 10 + 0.5 * 6 + 3 * 3) / 200)
+    budget = lunch_budget(5_000, a_second, other=600)
+    assert 0.9 * 45 * 60 < budget * a_second + 600 <= 45 * 60
+    assert lunch_budget(1_000, 1e-6, 0) == 40_000  # forty times each image, no more
+    assert lunch_budget(100_000, 1.0, 0) == 100_000  # once each image, no less
+
+
+@pytest.mark.parametrize(("task", "budget"), [("rotation", 96), ("rotation", 640), ("simclr", 64), ("simclr", 160)])
+def test_a_budget_is_images_through_the_encoder(unlabeled, tmp_path, task, budget):
+    """32 training images in batches of 8; a turn counts, a view counts."""
+    (entrant,) = entrants([task])
+    facts = pretrained(unlabeled, entrant, "resnet10t", budget, 0, tmp_path / "x.safetensors")
+    assert facts["images"] == read_card(tmp_path / "x.safetensors")["images"] == budget
+    epochs = {("rotation", 96): 1, ("rotation", 640): 5, ("simclr", 64): 1, ("simclr", 160): 5}
+    assert facts["epochs"] == epochs[task, budget]  # of 3, 4, 4 and 2 steps
+    again = pretrained(unlabeled, entrant, "resnet10t", budget, 0, tmp_path / "x.safetensors")
+    assert again == facts
+
+
+def test_entrants_have_names_of_their_own():
+    named = entrants(["rotation", ("rotation", {"turns": "one"}), "rotation+simclr"])
+    assert [e.name for e in named] == ["rotation", "rotation (2)", "rotation+simclr"]
+    assert named[0].about() != named[1].about()
+    with pytest.raises(UnknownNameError, match="Did you mean 'rotation'"):
+        entrants(["rotaton"])
+    with pytest.raises(TaskError, match="no setting 'turn'"):
+        entrants([("rotation", {"turn": 1})])
+
+
+def test_a_race_with_a_task_that_fails(unlabeled, labeled, tmp_path, capsys):
+    tasks = ["rotation", "colorization", ("autoencoder", {})]
+    found = compare_pretexts(unlabeled, tasks, labeled, out=tmp_path, finalists=1, **QUICK)
+    race = found.race
+    assert race[race["task"] == "colorization"]["reason"].str.contains("works on images of 3 channels").all()
+    assert sorted(race[(race["rung"] == 0) & (race["images"] > 0)]["images"].unique()) == [
+        16,
+        32,
+    ]  # half, in whole batches
+    last = race[race["rung"] == 1]
+    assert len(last) == 1 and last["kept"].all()
+    out = race[(race["rung"] == 0) & ~race["kept"] & (race["task"] != "colorization")]
+    assert out["reason"].tolist() == ["number 2 of 2; 1 went on"]
+    assert list(found.encoders) == last["task"].tolist()
+    assert all(len(files) == 2 and all(f.exists() for f in files) for files in found.encoders.values())
+    assert set(found.summary["start"]) == {"scratch", *found.encoders}
+    assert set(found.probes["start"]) == set(found.summary["start"])
+    assert found.signals["task"].tolist() == list(found.encoders)
+    assert found.verdict.endswith("Of 3 tasks 2 fell out before the end; the table of the race says why.")
+    assert found.data["n_test"] == 20 and found.data["classes"] == {"a": 10, "b": 10}
+    said = capsys.readouterr().err
+    assert re.search(r"2 tasks, 2 rungs, up to 32 images through the encoder a run. It will take about", said)
+    assert str(tmp_path) not in json.dumps({**found.data, **found.leaks, **found.settings}, default=str)
+    assert Comparison.load(tmp_path).verdict == found.verdict
+
+
+def test_after_a_stop_the_same_comes_out(unlabeled, labeled, tmp_path, monkeypatch):
+    whole = compare_pretexts(unlabeled, ["rotation", "autoencoder"], labeled, out=tmp_path / "a", **QUICK)
+    true, n = halving.pretrained, []
+
+    def stopped(*args):
+        n.append(args)
+        if len(n) == 3:
+            raise KeyboardInterrupt
+        return true(*args)
+
+    monkeypatch.setattr(halving, "pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare_pretexts(unlabeled, ["rotation", "autoencoder"], labeled, out=tmp_path / "b", **QUICK)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "b/encoders").glob("*.safetensors")}
+    assert len(kept) == 2
+    resumed = compare_pretexts(unlabeled, ["rotation", "autoencoder"], labeled, out=tmp_path / "b", **QUICK)
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    same = list(whole.summary.columns)
+    pd.testing.assert_frame_equal(whole.summary[same], resumed.summary[same])
+    assert whole.verdict == resumed.verdict
+
+
+def test_a_task_that_breaks_in_the_middle_is_told_without_what_it_said(unlabeled, labeled, tmp_path, monkeypatch):
+    true = halving.pretrained
+
+    def broken(dls, entrant, *args):
+        if entrant.name == "autoencoder":
+            raise RuntimeError("/home/jane/scan.dcm")
+        return true(dls, entrant, *args)
+
+    monkeypatch.setattr(halving, "pretrained", broken)
+    found = compare_pretexts(unlabeled, ["rotation", "autoencoder"], labeled, out=tmp_path, **QUICK)
+    row = found.race[found.race["task"] == "autoencoder"].iloc[0]
+    assert row["reason"] == "failed with RuntimeError" and not row["kept"]
+    assert list(found.encoders) == ["rotation"]
+
+
+def test_without_labels_no_winner_is_declared(unlabeled, tmp_path):
+    found = compare_pretexts(unlabeled, ["rotation", "autoencoder"], budget=32, out=tmp_path)
+    assert found.runs is None and found.summary is None
+    assert found.verdict.startswith("Without labels nobody can say which task helps.")
+    assert "hardly agree with how useful encoders are" in found.verdict
+    assert found.signals["task"].tolist() == ["rotation", "autoencoder"]
+    assert np.isfinite(found.signals["effective rank"]).all()
+
+
+def test_test_images_among_the_unlabeled(labeled, tmp_path):
+    files = list(labeled.train_ds.tls[0].items) + list(labeled.valid_ds.tls[0].items)[:4]
+    dls = UnlabeledDataLoaders.from_files(files, size=32, bs=8, valid_pct=0.1)
+    with pytest.raises(DataError, match="Pretraining would see the test set"):
+        compare_pretexts(dls, ["rotation"], labeled, out=tmp_path, **QUICK)
+    found = compare_pretexts(dls, ["rotation"], labeled, out=tmp_path, leaks="exclude", **QUICK)
+    assert found.leaks["left out of pretraining"] >= 1
+
+
+def test_tasks_are_chosen_by_training_labels_alone(tmp_path):
+    """Other test labels, or other test images, change nothing; other training labels do."""
+    table = stripes_table(tmp_path, 30, 10)
+    encoder = create_encoder("resnet10t", n_in=1, size=32)
+
+    def judged(table: pd.DataFrame) -> float:
+        return training_score(encoder, labeled_loaders(table, 1, 32, 8), "category", SCORES["accuracy"])
+
+    true = judged(table)
+    assert true > 0.9
+    assert judged(table.assign(label=["a" if v else lab for lab, v in zip(table["label"], table["is_valid"])])) == true
+    shuffled = np.random.default_rng(0).permutation(table["label"][:30])
+    assert 0.2 < judged(table.assign(label=[*shuffled, *table["label"][30:]])) < 0.8
+
+
+def test_nothing_is_downloaded_unasked(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("selfsup_fastai.compare.published.create_encoder", refuse)
+    monkeypatch.setattr("selfsup_fastai.compare.published.at_hand", lambda arch: False)
+    assert published_encoder("resnet10t", 3, None) is None
+    assert "not on this machine and are left out; pretrained=True downloads them" in capsys.readouterr().err
+    assert published_encoder("resnet10t", 3, None, download=False) is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"seeds": 0}, "seeds"),
+        ({"budget": 5, "seconds": 5.0}, "give one of them"),
+        ({"baselines": ("imagenet",)}, "baselines is 'scratch', 'consistency' or 'published'"),
+        ({"leaks": "ignore"}, "leaks is 'raise' or 'exclude'"),
+        ({"tasks": []}, "tasks is empty"),
+    ],
+)
+def test_arguments_that_make_no_sense(unlabeled, kwargs, said):
+    with pytest.raises(TaskError, match=said):
+        compare_pretexts(unlabeled, **kwargs)
