@@ -37,7 +37,7 @@ SMALLER = [  # So that nobody waits; the rest of each block is what the reader r
     (r"bs=64", "bs=8"),
     (r"resnet18", "resnet10t"),
     (r"fit_one_cycle\(20,", "fit_one_cycle(1,"),
-    (r"(fine_tune|fine_tune_plan)\(10\)", r"\1(1)"),
+    (r"(fine_tune|fine_tune_plan)\(10\b", r"\1(1"),
     (r"valid_pct=(0\.\d), ", r"valid_pct=\1, bs=8, num_workers=0, "),
     (r"budget=20_000", "budget=40, seeds=2, steps=3"),
     (r"seeds=3", "seeds=2, steps=3"),
