@@ -80,7 +80,9 @@ def compare(
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Images that each task may look at in pretraining.", show_default="an hour's worth"),
+        typer.Option(
+            min=1, help="Images that each task may look at in pretraining.", show_default="a lunch break's worth"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 5,
     labels: Annotated[
@@ -113,7 +115,8 @@ def compare(
 
     Each task is pretrained for the same budget, then fine-tuned on few labels and on more, several times; so is the
     same network from scratch. What comes out is a sentence, a table and a page for the browser. "No task is
-    distinguishable from scratch" is an answer. It takes an hour or more: try it first with two tasks and one seed.
+    distinguishable from scratch" is an answer. Without --budget it takes about a lunch break: try it first with two
+    tasks and a small budget.
 
     \b
     selfsup compare photos --labeled labeled --out report

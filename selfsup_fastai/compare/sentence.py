@@ -27,6 +27,11 @@ def whole_verdict(
     if summary["seeds"].min() < 2:
         return f"On your data nothing can be said: from a single seed nobody knows what is chance.{_best(own, summary)}"
     sentences = [_of_tasks(own, compared, summary, base)] if len(own) else []
+    alone = [name for name, _ in _sure(own, "better", summary) if name in summary.attrs.get("one_pretraining", [])]
+    if alone:
+        sentences.append(
+            f"Behind {' and '.join(alone)} there is one pretraining run: another could come out otherwise."
+        )
     sentences += [f"{name} helped: {_gain(row, summary)}." for name, row in _sure(others, "better", summary)]
     worse = _sure(compared, "worse", summary)
     sentences += [f"{name} is worse than {base}: {_gain(row, summary)}." for name, row in worse]

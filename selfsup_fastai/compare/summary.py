@@ -41,7 +41,7 @@ def summarize(
     table = pd.DataFrame(rows)
     table["labels"] = pd.Series([row["labels"] for row in rows], dtype=object)
     table.attrs |= {"metric": runs["metric"].iloc[0], "baseline": baseline, "confidence": confidence}
-    table.attrs |= {"n_test": cases.n_test, "images": cases.known is not None}
+    table.attrs |= {"n_test": cases.n_test, "images": cases.known is not None, "one_pretraining": _of_one(runs)}
     return table
 
 
@@ -55,6 +55,14 @@ def _check(runs: pd.DataFrame, baseline: str) -> None:
         raise DataError(f"No run starts from {baseline!r}; there are {', '.join(runs['start'].unique())}.")
     if runs.assign(labels=runs["labels"].map(repr)).duplicated(["start", "labels", "seed"]).any():
         raise DataError("There are two runs of one start, number of labels and seed: which is meant?")
+
+
+def _of_one(runs: pd.DataFrame) -> list[str]:
+    """Starts whose seeds all share one pretraining run: what another run would have come to, nobody knows."""
+    if "pretrained" not in runs:
+        return []
+    counts = runs.groupby("start")[["pretrained", "seed"]].nunique()
+    return counts.index[(counts["pretrained"] == 1) & (counts["seed"] > 1)].tolist()
 
 
 def _amounts(runs: pd.DataFrame) -> list:

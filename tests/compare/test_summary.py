@@ -76,6 +76,15 @@ def test_seeds_that_share_a_pretraining_run_count_as_one():
     assert (shared["gain_high"] - shared["gain_low"]).max() > 2 * (own["gain_high"] - own["gain_low"]).max()
 
 
+def test_a_single_pretraining_run_is_named():
+    """The interval says nothing of what another pretraining run would have come to."""
+    table = runs({"x": [0.3, 0.3]})
+    assert "one pretraining run" not in whole_verdict(summarize(table))
+    table.loc[table["start"] == "x", "pretrained"] = 0
+    said = whole_verdict(summarize(table))
+    assert "pretraining helped" in said and "Behind x there is one pretraining run" in said
+
+
 def test_without_predictions_it_says_so(capsys):
     table = runs({"x": [0.2, 0.2]})
     table.attrs = {}
