@@ -203,7 +203,9 @@ def plot_rates(
     shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(rates.columns)).numpy())
     for name, color in zip(rates.columns[::-1], shades):
         ax.plot(rates.index, rates[name], color=color, label=name, linewidth=1.8)
-    ax.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    peaks = rates.max()
+    limits = peaks.min() / 30, 2 * peaks.max()  # each cycle ends near 0, far below what is to be seen
+    ax.set(xlabel="epoch", ylabel="learning rate", yscale="log", ylim=limits)
     ax.set_xlim(0, rates.index[-1] + (rates.index[1] - rates.index[0]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend(title="head to stem", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,27 @@ from fastai.torch_core import set_seed
 
 from selfsup_fastai import cli
 from selfsup_fastai.pretext import TASKS, task_class
+from selfsup_fastai.runs import comparing
 from tests.conftest import write_images, write_scans
 from tests.dicoms import slices
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", "docs/dicom.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", "docs/evidence.md", "docs/dicom.md"]
 PAGES += [*(f"docs/tasks/{name}.md" for name in TASKS)]
+COMPARE = "selfsup compare photos --labeled labeled --out report"
 AT_ONCE = ("rotation", "inpainting", "simclr", "mae", "nat")  # a page of each kind; those of all tasks take minutes
 OF_TASKS = [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
 SMALLER = [  # So that nobody waits; the rest of each block is what the reader reads
+    (r"(dataloaders\(\"labeled\", bs)=64", r"\1=8, num_workers=0"),
     (r"size=128", "size=40"),
     (r"Resize\(128\)", "Resize(40)"),
     (r"bs=64", "bs=8"),
     (r"resnet18", "resnet10t"),
-    (r"fit_one_cycle\((?:20|11),", "fit_one_cycle(1,"),
-    (r"(fine_tune|fine_tune_plan)\(10\)", r"\1(1)"),
-    (r"valid_pct=0.2, ", "valid_pct=0.2, bs=8, num_workers=0, "),
+    (r"fit_one_cycle\(20,", "fit_one_cycle(1,"),
+    (r"(fine_tune|fine_tune_plan)\(10\b", r"\1(1"),
+    (r"valid_pct=(0\.\d), ", r"valid_pct=\1, bs=8, num_workers=0, "),
+    (r"budget=20_000", "budget=40, seeds=2, steps=3"),
+    (r"seeds=3", "seeds=2, steps=3"),
 ]
 
 
@@ -212,7 +218,8 @@ def test_every_replacement_is_needed():
 def test_every_shell_line_is_one_we_know():
     """What the tests below do not run, they would have to be taught."""
     lines = {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()}
-    known = r"(selfsup (pretrain|finetune|scan) |make [a-z-]+|pip install -e (\.|\"\.\[dicom\]\")$)"
+    names = "pretrain|finetune|predict|embed|neighbors|probe|compare|export|scan"
+    known = rf"(selfsup ({names}) |make [a-z-]+|pip install -e (\.|\"\.\[dicom\]\")$)"
     unknown = [line for line in lines if not re.match(known, line)]
     assert unknown == []
     assert any(line.startswith("selfsup finetune labeled --encoder runs/rotation/") for line in lines)
@@ -228,10 +235,10 @@ def test_readme_python(workplace):
     assert card["task"] == "rotation" and card["epochs"] == 1
     assert card["images"] == 4 * 21  # 22 images to train, three whole batches of 7, four turns of each
     encoder = names["learn"].model.encoder
-    assert encoder.lineage[0]["task"] == "rotation" and names["scratch"].model.encoder.lineage == []
-    assert names["scratch_accuracy"] in [n / 8 for n in range(9)]  # of 8 validation images
+    assert encoder.lineage[0]["task"] == "rotation"
     probabilities, truth = names["learn"].get_preds()
-    assert names["pretrained_accuracy"] == (probabilities.argmax(1) == truth).float().mean().item()
+    assert len(truth) == 8
+    assert names["learn"].validate()[1] == (probabilities.argmax(1) == truth).float().mean().item()
 
 
 def test_guide_python(workplace):
@@ -257,13 +264,18 @@ def commands(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_commands(workplace, monkeypatch, capsys, page):
-    lines = [line for line in commands(page) if " dicoms" not in line]
-    assert [line.split()[1] for line in lines] == ["pretrain", "finetune"]
+    lines = [line for line in commands(page) if " dicoms" not in line and line != COMPARE]
+    assert [line.split()[1] for line in lines][:2] == ["pretrain", "finetune"]
+    assert COMPARE in commands(page)  # run below
     small = {"pretrain": " --size 40 --bs 8 --arch resnet10t", "finetune": " --bs 8"}
-    for line in lines:
+    for line in lines[:2]:
         line = re.sub(r" --epochs \d+", "", line)
         assert run_command(f"{line}{small[line.split()[1]]} --epochs 1 --workers 0", monkeypatch) == 0
     assert capsys.readouterr().out.split() == ["runs/rotation/encoder.safetensors", "runs/finetune"]
+    for line in lines[2:]:
+        assert line.startswith("selfsup predict photos ")
+        assert run_command(f"{line} --workers 0", monkeypatch) == 3  # notes.txt is no image
+        assert len(pd.read_csv("predictions.csv")) == 24
     settings = json.loads(Path("runs/finetune/settings.json").read_text())
     assert settings["epochs"] == 1
     assert list(pd.read_csv("runs/rotation/left_out.csv")["code"]) == ["not_an_image"]
@@ -272,6 +284,44 @@ def test_commands(workplace, monkeypatch, capsys, page):
     made = {file.name for file in Path("runs").glob("*/*")}
     assert promised == made  # the table of files is complete and promises nothing else
     shutil.rmtree("runs")
+
+
+@pytest.mark.slow
+def test_commands_of_evidence(workplace, monkeypatch, capsys):
+    quick = partial(comparing.compare_pretexts, steps=2, baselines=("scratch",))
+    monkeypatch.setattr(comparing, "compare_pretexts", quick)
+    small = {
+        "compare": "--size 40 --bs 8 --tasks rotation --seeds 1 --labels 1.0 --budget 40 --workers 0",
+        "pretrain": "--size 40 --bs 8 --arch resnet10t --epochs 1 --workers 0",
+        "finetune": "--bs 8 --epochs 1 --workers 0",
+        "export": "",
+    }
+    codes = {}
+    for line in commands("docs/evidence.md"):
+        name = line.split()[1]
+        codes[name] = run_command(f"{line} {small.get(name, '--workers 0')}", monkeypatch)
+    assert codes == dict.fromkeys([*small, "probe", "neighbors", "embed"], 0) | {"predict": 3}  # notes.txt is no image
+    said = capsys.readouterr().out
+    assert "On your data nothing can be said: from a single seed nobody knows what is chance." in said
+    assert "from a single seed" in Path("report/index.html").read_text("utf-8")
+    assert set(pd.read_csv("runs/probe/layers.csv")["start"]) == {"untrained", "rotation"}
+    assert Path("neighbors.png").read_bytes()[:4] == b"\x89PNG"
+    assert np.load("features.npz")["embeddings"].shape == (24, 512)
+    assert len(pd.read_csv("predictions.csv")) == 24
+    assert Path("rotation_timm/model.safetensors").stat().st_size > 1_000_000
+
+
+@pytest.mark.slow
+def test_evidence_python(workplace):
+    names = run_python("docs/evidence.md")
+    comparison = names["comparison"]
+    assert set(comparison.encoders) == {"rotation", "simclr"} and len(names["files"]) == 2  # seeds
+    assert sorted(set(comparison.runs["n_labels"])) == [10, 28] and comparison.data["n_test"] == 12
+    assert set(names["runs"]["start"]) == {"scratch", "rotation"} and len(names["runs"]) == 2 * 2 * 2
+    assert names["found"]["test images"] == 12 and names["found"]["test images seen in pretraining"] == 0
+    assert Path("report/index.html").stat().st_size > 10_000
+    assert names["model"].kind == "mask" and names["model"].vocab == ("dark", "bright")
+    assert names["backbone"].out_channels == 256
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/dicom.md"])

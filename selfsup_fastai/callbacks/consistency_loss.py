@@ -104,7 +104,7 @@ class ConsistencyLoss(WholeRun):
         _check(given)
         self.unlabeled, self.kind, self.views, self.given = unlabeled, kind, views, given
         self.own = KINDS[kind]._replace(**{name: value for name, value in given.items() if value is not None})
-        self.history, self.rows = pd.DataFrame(), []
+        self.history, self.rows, self.columns, self.teacher = pd.DataFrame(), [], [], None
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -117,9 +117,9 @@ class ConsistencyLoss(WholeRun):
         self.momentum, self.swapped, self.rows = self._momentum(), False, []
         self.teacher = Teacher(model) if self.momentum else None
         self._reset()
-        names = ("consistency", "confident", "agreement")
+        names, old = ("consistency", "confident", "agreement"), self.columns  # of a fit that was broken off
         self.columns = [ValueMetric(lambda name=name: self._mean(name), name) for name in names]
-        self.learn.metrics = [*self.learn.metrics, *self.columns]
+        self.learn.metrics = [*(m for m in self.learn.metrics if m not in old), *self.columns]
 
     def _momentum(self) -> float:
         steps = max(1, self.run_epochs * len(self.learn.dls.train))
@@ -178,7 +178,8 @@ class ConsistencyLoss(WholeRun):
         self.n, self.dense = len(labeled), target.ndim >= 3
         views = self._two_views(self._next(labeled))
         first, second = (self.learn.model.encoder.prepare(view) for view in views)
-        moved = (lambda x: x) if self.dense else self._weak  # a mask would have to be moved, too
+        # A mask would have to be moved, too; and a number may be of where things are
+        moved = self._weak if self.is_class and not self.dense else lambda x: x
         if self.kind in STRONG_KINDS:
             parts = moved(labeled), first, second
         else:

@@ -8,12 +8,15 @@ from selfsup_fastai.checks import check_number
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.messages import say
 
+LESS = ("loss", "error", "mae", "mse", "msle", "rmspe", "perplexity")  # In names of what is better when less
+
 
 class KeepBest(WholeRun):
     """At the end of a run the model has the weights of the epoch that was best, over all stages of a `fine_tune`.
 
-    A name with 'loss' or 'error' in it is better when less, every other when more; of equals the first is kept. The
-    weights are kept in memory. Which epoch is best must not be told by images that the model is tested on afterwards.
+    A name with 'loss', 'error', 'mae', 'mse', 'msle', 'rmspe' or 'perplexity' in it is better when less, every other
+    when more; of equals the first is kept. The weights are kept in memory. Which epoch is best must not be told by
+    images that the model is tested on afterwards.
     """
 
     order = 62  # after the Recorder and what writes its values down
@@ -23,10 +26,12 @@ class KeepBest(WholeRun):
         by: str = "valid_loss",  # 'valid_loss', or the name of a metric
         patience: int | None = None,  # Stop after so many epochs without a better one; None: never
     ):
+        if not isinstance(by, str):
+            raise TaskError(f"The best epoch is told by 'valid_loss' or the name of a metric; got {by!r}.")
         if patience is not None:
             check_number("patience", patience, 1, whole=True)
         self.by, self.patience = by, patience
-        self.sign = -1 if "loss" in by or "error" in by else 1
+        self.sign = -1 if any(word in by for word in LESS) else 1
 
     def begin(self) -> None:
         self.best, self.best_epoch, self.weights, self.seen = float("-inf"), None, None, 0

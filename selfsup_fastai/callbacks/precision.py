@@ -39,7 +39,7 @@ class AutoPrecision(MixedPrecision):
         self.kind, self.chosen = kind, None if kind == "auto" else kind
 
     def before_fit(self):
-        device = self.dls.device.type if self.dls.device is not None else "cpu"
+        device = torch.device(self.dls.device or "cpu").type  # users give names, too
         if self.kind == "fp16" and device == "cpu":
             raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
         if self.chosen is None:

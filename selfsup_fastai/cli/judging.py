@@ -82,7 +82,7 @@ def compare(
         int | None,
         typer.Option(min=1, help="Images that each task may look at in pretraining.", show_default="an hour's worth"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 5,
     labels: Annotated[
         str, typer.Option(help="How many labels to try: shares of the labeled images, 0.1,1.0, or 5,20 a class.")
     ] = "0.05,0.2,1.0",
@@ -117,7 +117,7 @@ def compare(
 
     \b
     selfsup compare photos --labeled labeled --out report
-    selfsup compare photos --labeled labeled --tasks rotation,simclr --seeds 1 --budget 20000
+    selfsup compare photos --labeled labeled --tasks rotation,simclr --budget 20000
     """
     names = tasks.split(",") if tasks else None
     for name in (part for one in names or [] for part in one.split("+")):  # before the seconds that the imports take

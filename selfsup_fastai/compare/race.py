@@ -57,7 +57,7 @@ def compare_pretexts(
     *,
     seconds: float | None = None,  # Instead of images: of training, for each
     arch: Any = None,  # The net; None: resnet10t
-    seeds: int = 3,  # Of everything: pretraining, draw of labels, order, head
+    seeds: int = 5,  # Of everything: pretraining, draw of labels, order, head
     labels: Sequence[float | int] = (0.05, 0.2, 1.0),  # Shares of the labeled training images, or so many a class
     baselines: Sequence[str] = BASELINES,  # Beside the tasks: 'scratch' (always), 'consistency', 'published'
     finalists: int = FINALISTS,  # Tasks that come to the end; of more than these, half fall out at each rung
@@ -175,14 +175,14 @@ def _probes(race: Race, known: Labeled, starts: list[Start]) -> pd.DataFrame | N
     return pd.concat(tables, ignore_index=True)
 
 
-def _signals(race: Race) -> pd.DataFrame:
+def _signals(race: Race) -> pd.DataFrame | None:
     rows = []
     for name, files in race.files.items():
         try:
             rows.append({"task": name, **signals_of(files[0], race.dls), "validation loss": race.losses[name]})
         except SelfsupError as error:  # diverged: that is something to know, and no reason to stop
             say(f"{name}: {error}")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else None
 
 
 def _without_labels(race: Race) -> str:

@@ -50,7 +50,8 @@ def budget_for(
     steps = steps or STEPS
     if steps / (n // bs) <= EPOCHS:
         return Budget(bs, max(least, round(steps / (n // bs))), 1)
-    return Budget(bs, EPOCHS, max(1, round(steps * bs / (n * EPOCHS))))
+    repeats = max(1, round(steps * bs / (n * EPOCHS)))
+    return Budget(bs, round(steps / (n * repeats // bs)), repeats)
 
 
 def check_length(steps: int | None, epochs: int | None) -> None:

@@ -105,15 +105,16 @@ class IndexedDL(TfmdDL):
             kwargs = {"facts": self.facts, **kwargs}
         return super().new(dataset, cls, **kwargs)
 
-    def over(self, source: "IndexedDL", places: Iterable[int], **kwargs) -> "IndexedDL":
-        """This loader, its transforms and its split, over the images at `places` of the dataset of another or its own.
+    def over(self, source: "IndexedDL", places: Iterable[int], split: int | None = None, **kwargs) -> "IndexedDL":
+        """This loader, its transforms and its split, or another, over the images at `places` of the dataset of another
+        or its own.
 
         `kwargs`: what else is to be new. Raises `DataError` for datasets other than fastai's: their items are hidden.
         """
         images = source.dataset
         if not isinstance(images, (Datasets, TfmdLists)):
             raise DataError(f"Images can be chosen from fastai's Datasets only, not from {type(images).__name__}.")
-        places, split = list(places), getattr(self.dataset, "split_idx", None)
+        places, split = list(places), getattr(self.dataset, "split_idx", None) if split is None else split
         parts = images.tls if isinstance(images, Datasets) else [images]
         parts = [part._new(items_at(part, places), split_idx=split) for part in parts]
         chosen = Datasets(tls=L(parts), n_inp=images.n_inp) if isinstance(images, Datasets) else parts[0]

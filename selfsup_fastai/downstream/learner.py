@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import LossesAsNumbers
-from selfsup_fastai.callbacks.whole_run import whole_run
+from selfsup_fastai.callbacks.whole_run import WholeRun, whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
 from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
@@ -46,7 +46,7 @@ from selfsup_fastai.downstream.trained import Facts, TrainedModel, activation_of
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
-from selfsup_fastai.errors import TaskError, unknown
+from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import ShownFrame
@@ -152,7 +152,7 @@ class DownstreamLearner(Learner):
     def _fit_stages(self, run: list[Stage], rates: Rates, pct_start: float, div: float, cbs: list, **kwargs) -> None:
         n_groups = len(self.opt.param_lists)
         for stage in run:
-            if any(getattr(cb, "stopped", False) for cb in cbs):
+            if any(isinstance(cb, WholeRun) and cb.stopped for cb in [*cbs, *self.cbs]):
                 break
             self._freeze_before(stage.first)
             shape = {**_shape(stage, pct_start, div), **kwargs}
@@ -166,6 +166,9 @@ class DownstreamLearner(Learner):
             self.dls = hold_out(dls, holdout)
             kept, out = len(self.dls.train_ds), len(self.dls.valid_ds)
             say(f"{out:,} of {kept + out:,} training images are held out to choose the best epoch by.")
+        elif len(dls.loaders) < 2:
+            fix = "Add one (an empty one will do), or pass best='valid_loss', which holds training images out."
+            raise DataError(f"These DataLoaders have no loader to validate with. {fix}")
         try:
             yield
         finally:

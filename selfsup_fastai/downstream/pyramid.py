@@ -48,7 +48,7 @@ def levels_of(
 
 def _measured(encoder: Encoder, layers: Sequence[str] | None) -> list[Level]:
     """Each layer as a level of its own, from an empty image."""
-    like, side = next(encoder.parameters()), encoder.fixed_size or max(encoder.side, 64)
+    like, side = next(encoder.parameters()), encoder.fixed_size or -(-max(encoder.side, 64) // 32) * 32  # strides fit
     x = torch.zeros(1, encoder.in_chans, side, side, dtype=like.dtype, device=like.device)
     with undisturbed(encoder.body):
         maps = encoder.feature_maps(x, None if layers is None else list(layers))

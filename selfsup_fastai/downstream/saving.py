@@ -142,6 +142,9 @@ def _parsed(text: str, path: Path) -> dict:
 
 def _checks(model: dict) -> dict[str, bool]:
     get = model.get
+    absent = [name for name in ("vocab", "size", "resize", "layers") if name not in model]
+    if absent:
+        return dict.fromkeys(absent, False)
     layers, threshold = get("layers"), get("threshold")
     is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
     return {
@@ -152,7 +155,7 @@ def _checks(model: dict) -> dict[str, bool]:
         "resize": get("resize") is None or (isinstance(get("resize"), str) and get("resize") in RESIZES),
         "activation": isinstance(get("activation"), str) and get("activation") in ACTIVATIONS,
         "threshold": is_number,
-        "layers": layers is None or (isinstance(layers, list) and all(isinstance(name, str) for name in layers)),
+        "layers": layers is None or (isinstance(layers, list) and set(map(type, layers)) == {str}),
     }
 
 

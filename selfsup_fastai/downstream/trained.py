@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import ToTensor
-from fastai.vision.augment import PadMode, Resize, ResizeMethod
+from fastai.vision.augment import CropPad, PadMode, RandomCrop, RandomResizedCrop, Resize, ResizeMethod
 from fasttransform import Transform
 from torch import Tensor, nn
 
@@ -16,12 +16,14 @@ from selfsup_fastai.downstream.models import DownstreamModel
 from selfsup_fastai.downstream.targets import KINDS, Target
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import EncoderFileError
+from selfsup_fastai.messages import say
 
 ACTIVATIONS = {"softmax": lambda x: x.softmax(1), "sigmoid": torch.sigmoid, "none": lambda x: x}
 """Outputs (B, n) or (B, n, H, W) to predictions."""
 PADS = {f"pad {mode}": mode for mode in (PadMode.Zeros, PadMode.Border, PadMode.Reflection)}
-RESIZES = ("cover", "crop", "squish", *PADS)
-"""How images came to their size: by our `Cover`, or by fastai's `Resize`."""
+RESIZES = ("cover", "crop", "squish", "random crop", *PADS)
+"""How images came to their size: by our `Cover`, or by fastai's `Resize` or `RandomResizedCrop`."""
+MARGIN = 0.14  # Of what `RandomResizedCrop` cuts off in validation: its default
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Facts(Target):
         way = self.resize or ("squish" if self.kind in ("mask", "points") else "cover")
         if way == "cover":
             return Cover(self.size)
+        if way == "random crop":
+            return RandomResizedCrop(self.size, val_xtra=MARGIN)
         method = ResizeMethod.Pad if way in PADS else way
         return Resize(self.size, method, pad_mode=PADS.get(way, PadMode.Reflection))
 
@@ -115,7 +119,7 @@ class TrainedModel(nn.Module):
     ) -> Tensor:  # (C, h, w) in [0, 1]
         """An image as validation saw its images: the encoder's channels, `size`, cut or squeezed to it."""
         image = OpenImage(self.encoder.image_channels)(source)
-        if self.size and image.size != self.size[::-1]:
+        if self.size and (image.size != self.size[::-1] or self.facts.resize == "random crop"):
             image = self.facts.resizer()(image, split_idx=1)
         return ToTensor()(image).as_subclass(Tensor).float() / 255
 
@@ -124,10 +128,18 @@ class TrainedModel(nn.Module):
 
 
 def resize_of(dl: TfmdDL) -> str | None:
-    """How images come to their size in a loader: the last of its transforms that is known to do it."""
+    """How images come to their size in a loader: the last of its transforms that is known to do it.
+
+    Says so where that is one that a saved model does not know.
+    """
     found = None
     for tfm in dl.after_item.fs:
-        if isinstance(tfm, Cover):
+        if isinstance(tfm, RandomResizedCrop) and tfm.val_xtra == MARGIN:
+            found = "random crop"
+        elif isinstance(tfm, (RandomResizedCrop, CropPad, RandomCrop)):
+            found = None
+            say(f"The model does not keep that images were cut by {type(tfm).__name__}: cut them so before `open`.")
+        elif isinstance(tfm, Cover):
             found = "cover"
         elif isinstance(tfm, Resize):
             found = f"pad {tfm.pad_mode}" if tfm.method == ResizeMethod.Pad else str(tfm.method)

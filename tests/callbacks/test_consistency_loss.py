@@ -303,7 +303,19 @@ def test_grey_images_a_vit_and_numbers(few, unlabeled, tmp_path):
     with pytest.raises(TaskError, match="these labels are numbers"):
         numbers.fine_tune(1, cbs=ConsistencyLoss(unlabeled, "fixmatch"))
     consistency = ConsistencyLoss(unlabeled, "mean_teacher")
-    numbers.fine_tune(1, cbs=consistency)
+    watch, raw = WhatWent(), []
+    watch.after_loss = lambda: None
+
+    class Raw(Callback):
+        order = 5
+
+        def before_batch(self):
+            if self.training:
+                raw.append(self.learn.xb[0].clone())
+
+    numbers.fine_tune(1, cbs=[consistency, watch, Raw()])
+    # what a number is of may lie to the left or right: images of numbers stay as they are
+    assert all(torch.equal(x[: len(r)], r) for x, r in zip(watch.x, raw))
     assert consistency.history["consistency"].notna().all() and consistency.history["confident"].eq(0).all()
 
 
@@ -375,6 +387,25 @@ def test_bad_settings(unlabeled, kwargs, message):
         ConsistencyLoss(unlabeled, **kwargs)
     with pytest.raises(TaskError, match="got str"):
         ConsistencyLoss("folder")
+
+
+def test_in_the_learners_own_callbacks_validating_is_no_run_and_a_broken_fit_leaves_nothing(few, unlabeled):
+    consistency = ConsistencyLoss(unlabeled, "fixmatch", ratio=1)
+    learn = make(few, cbs=consistency)
+
+    class Stop(Callback):
+        def after_step(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=Stop())
+    learn.fit(2)
+    assert [m.name for m in learn.metrics] == ["accuracy"]
+    assert list(learn.recorder.metric_names)[3:-1] == ["accuracy", "consistency", "confident", "agreement"]
+    assert consistency.history["epoch"].tolist() == [0, 1]
+    assert len(learn.validate()) == 2
+    learn.get_preds()
+    assert len(consistency.history) == 2
 
 
 @pytest.mark.slow

@@ -117,3 +117,70 @@ def test_progress_runs_over_all_stages(folder):
     assert watch.ended == 1
     learn.fit(1, cbs=watch)
     assert watch.seen == pytest.approx([(i + 1) / (steps / 5) for i in range(steps // 5)])
+
+
+class Stop(Callback):
+    """Ctrl-C after so many steps."""
+
+    order = 99
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def after_step(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("by", "sign"), [("mae", -1), ("_rmse", -1), ("error_rate", -1), ("valid_loss", -1), ("accuracy", 1), ("dice", 1)]
+)
+def test_errors_are_better_when_less(by, sign):
+    assert KeepBest(by).sign == sign
+    with pytest.raises(TaskError, match="got True"):
+        KeepBest(True)
+
+
+def test_validating_predicting_and_looking_for_a_rate_are_no_run(folder, tmp_path, capsys):
+    keep, watch = KeepBest("valid_loss"), Progress()
+    learn = make(folder, cbs=[keep, watch], path=tmp_path)
+    learn.fine_tune(1)
+    capsys.readouterr()
+    begun = watch.seen
+    assert len(learn.validate()) == 2
+    learn.get_preds()
+    learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
+    assert "Kept" not in capsys.readouterr().err and watch.seen is begun and watch.ended == 1
+
+
+def test_patience_of_the_learners_own_stops_all_stages(folder):
+    learn = make(folder, cbs=KeepBest("accuracy", patience=2))
+    learn.fine_tune(12, 1e-9)
+    assert learn.fine_tune_log["stage"].tolist() == [1, 2, 3]
+
+
+def test_after_a_broken_fit_the_next_one_begins_anew(folder):
+    learn, keep = make(folder), KeepBest("valid_loss")
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(3, 1e-2, cbs=[keep, Stop(len(learn.dls.train) + 1)])
+    weights = EachEpoch()
+    learn.fit(2, 1e-2, cbs=[keep, weights])
+    assert keep.seen == 2
+    assert same(learn.model.state_dict(), weights.kept[int(np.argmin([v[1] for v in learn.recorder.values]))])
+
+
+def test_whoever_keeps_the_best_weights_has_the_last_word(folder):
+    """Also where Ctrl-C came in the middle of an epoch, and it was named before what changes weights at the end."""
+
+    class Zero(WholeRun):
+        order = 5
+
+        def end(self):
+            with torch.no_grad():
+                self.learn.model.head[-1].weight.zero_()
+
+    learn, weights = make(folder), EachEpoch()
+    with pytest.raises(KeyboardInterrupt):
+        learn.fine_tune(3, 1e-2, cbs=[KeepBest("valid_loss"), Zero(), weights, Stop(len(learn.dls.train) + 1)])
+    assert same(learn.model.state_dict(), weights.kept[0])

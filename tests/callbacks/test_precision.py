@@ -4,12 +4,15 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from fastai.vision.data import ImageDataLoaders
 
 from selfsup_fastai.callbacks import precision
 from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.pretext.learner import pretext_learner
+from tests.conftest import write_images
 
 
 def make(color_folder, task="rotation"):
@@ -86,3 +89,19 @@ def test_what_cannot_be_had(color_folder):
         make(color_folder).fit(1, cbs=AutoPrecision("fp16"))
     with pytest.raises(SelfsupError, match="bf16"):
         AutoPrecision("bf61")
+
+
+def test_the_device_may_be_a_name(color_classes_folder):
+    dls = ImageDataLoaders.from_folder(color_classes_folder, valid_pct=0.5, bs=4, num_workers=0, device="cpu")
+    learn, precision = downstream_learner(dls, "resnet10t"), AutoPrecision("bf16")
+    assert learn.dls.device == "cpu"
+    learn.fit(1, cbs=precision)
+    assert precision.chosen == "bf16"
+
+
+@pytest.fixture(scope="module")
+def color_classes_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("named")
+    for i, name in enumerate("ab"):
+        write_images(folder / name, 8, seed=i)
+    return folder

@@ -4,6 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.data import WeightedDL
+from fastai.data.core import DataLoaders
+from fastai.vision.augment import RandomResizedCrop
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 
@@ -70,6 +73,39 @@ def test_patients_are_not_parted(folder):
     sides = [set(dl.facts["patient"]) for dl in parted.loaders]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert sum(len(dl.dataset) for dl in parted.loaders) == n
+
+
+@pytest.mark.parametrize("kind", ["ours", "ours, files"])
+def test_each_class_keeps_a_patient_and_none_is_most_of_the_images(folder, kind):
+    """Patient 0 has all images of class 0: held out, nothing of it would be left."""
+    dls = loaders(folder, kind, "ram" if kind == "ours" else False)
+    labels = labels_of(dls.train)
+    patients = ["zero" if y == 0 else f"p{i % 4}" for i, y in enumerate(labels)]
+    dls.train.facts = pd.DataFrame({"patient": patients})
+    for seed in range(8):
+        parted = hold_out(dls, 0.2, seed)
+        assert set(map(int, labels_of(parted.train))) == {0, 1, 2}
+        assert abs(len(parted.valid_ds) / len(labels) - 0.2) <= 0.1
+
+
+def test_weights_of_images_come_along(folder):
+    dls = loaders(folder, "fastai")
+    weights = np.arange(len(dls.train_ds)) ** 2.0
+    dls = DataLoaders(dls.train.new(cls=WeightedDL, wgts=weights), dls.valid)
+    part = subset(dls.train, [5, 0, 7])
+    assert part.wgts.tolist() == pytest.approx([25 / 74, 0, 49 / 74])
+    assert set(part.get_idxs()) <= {0, 2}
+    assert not hasattr(hold_out(dls, 0.25).valid, "wgts")
+
+
+def test_without_a_loader_to_validate_with_held_out_images_are_not_changed_at_random(folder):
+    dls = ImageDataLoaders.from_folder(
+        folder, valid_pct=0.2, seed=1, bs=4, num_workers=0, device="cpu", item_tfms=RandomResizedCrop(8)
+    )
+    parted = hold_out(DataLoaders(dls.train, device="cpu"), 0.25)
+    first, again = (torch.cat([b[0] for b in parted.valid]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert parted.train.dataset.split_idx == 0 and parted.valid.dataset.split_idx == 1
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, True, "half"])

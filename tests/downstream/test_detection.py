@@ -45,6 +45,12 @@ def test_detectors_train_and_find(arch):
         assert len(found) == 2 and found[0]["boxes"].shape[1] == 4
 
 
+@pytest.mark.parametrize("size", [72, 100, 150])
+def test_the_size_of_pretraining_need_not_divide_by_32(size):
+    backbone = detection_backbone(create_encoder("resnet10t", size=size), out_channels=16)
+    assert [level.stride for level in backbone.levels] == [4, 8, 16, 32]
+
+
 def test_chosen_layers():
     backbone = detection_backbone("resnet10t", layers=["layer2", "layer4"])
     assert {k: m.shape[-1] for k, m in backbone(torch.rand(1, 3, 64, 64)).items()} == {"0": 8, "1": 2, "pool": 1}

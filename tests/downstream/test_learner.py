@@ -531,6 +531,16 @@ def test_what_cannot_be_told_from_the_data_must_be_given():
     assert learn.get_preds()[1].tolist() == [0, 1] * 4
 
 
+def test_one_loader_is_enough_where_images_are_held_out(few_classes):
+    learn = downstream_learner(DataLoaders(labeled(few_classes).train, device="cpu"), "resnet10t")
+    start = state_of(learn)
+    with pytest.raises(DataError, match="no loader to validate with"):
+        learn.fine_tune(1)
+    assert all(torch.equal(v, start[k]) for k, v in learn.model.state_dict().items())
+    learn.fine_tune(1, best="valid_loss")
+    assert learn.fine_tune_log["valid_loss"].notna().all()
+
+
 def test_an_encoder_that_eats_lightness_is_given_it(few_classes):
     encoder = create_encoder("resnet10t", n_in=1)
     encoder.eat("L")

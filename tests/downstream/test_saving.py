@@ -11,7 +11,7 @@ from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
-from fastai.vision.augment import Resize, ResizeMethod
+from fastai.vision.augment import RandomCrop, RandomResizedCrop, Resize, ResizeMethod
 from fastai.vision.core import PILMask
 from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 from PIL import Image
@@ -23,6 +23,7 @@ from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.downstream.saving import load_trained
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.encoders.encoder import create_encoder
+from selfsup_fastai.encoders.tensor_files import digest, tensors_of
 from selfsup_fastai.errors import EncoderFileError
 from tests.conftest import write_images
 
@@ -152,6 +153,8 @@ def test_a_loss_with_an_activation_of_its_own_is_refused(folders, tmp_path):
         (Resize((24, 40), ResizeMethod.Squish), "squish"),
         (Resize(24, ResizeMethod.Pad, pad_mode="zeros"), "pad zeros"),
         (Cover((24, 24)), "cover"),
+        (RandomResizedCrop(24), "random crop"),
+        (RandomResizedCrop((30, 50)), "random crop"),
     ],
 )
 def test_images_are_opened_as_validation_opened_them(tmp_path, tfm, name):
@@ -219,13 +222,22 @@ def saved(saved_bytes, tmp_path):
     return file
 
 
-def rewrite(file, change):
-    """The same file with another card."""
+def test_it_is_said_that_another_cut_is_not_kept(tmp_path, capsys):
+    learn = learner(write_images(tmp_path / "wide", 8, (30, 50)), "category", item_tfms=RandomCrop(24))
+    learn.save_model(tmp_path / "model")
+    assert "does not keep that images were cut by RandomCrop" in capsys.readouterr().err
+
+
+def rewrite(file, change, summed=True):
+    """The same file with another card, whose sum is right: what is refused is the card."""
     data = file.read_bytes()
     n = struct.unpack("<Q", data[:8])[0]
     header, rest = json.loads(data[8 : 8 + n]), data[8 + n :]
     card = json.loads(header["__metadata__"][KEY])
-    header["__metadata__"][KEY] = json.dumps(change(card) or card)
+    card = change(card) or card
+    if summed and isinstance(card, dict):
+        card["digest"] = digest(card, tensors_of(file))
+    header["__metadata__"][KEY] = json.dumps(card)
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + rest)
 
@@ -265,7 +277,7 @@ HOSTILE = {
     "layers": model(layers=["__class__"]),
     "layers text": model(layers="act1"),
     "layers none": model(layers=[]),
-    "other names": model(vocab=["light", "dark"]),
+    "size gone": lambda card: card["model"].pop("size") and None,
 }
 
 
@@ -276,7 +288,14 @@ def test_hostile_cards_are_refused_in_one_sentence(saved, change, monkeypatch):
 
     monkeypatch.setattr(torch, "load", forbidden)
     rewrite(saved, change)
-    with pytest.raises(EncoderFileError, match=r"damaged|do not fit|unknown to the installed"):
+    with pytest.raises(EncoderFileError, match=r"damaged|do not fit|unknown to the installed") as caught:
+        load_trained(saved)
+    assert "checksum" not in str(caught.value)
+
+
+def test_other_names_of_classes_do_not_add_up(saved):
+    rewrite(saved, model(vocab=["light", "dark"]), summed=False)
+    with pytest.raises(EncoderFileError, match="do not add up to its checksum"):
         load_trained(saved)
 
 
