@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,19 +13,10 @@ from selfsup_fastai.errors import DataError, ResumeError, TaskError, UnknownName
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
 from selfsup_fastai.runs import folder, pretraining
-from selfsup_fastai.runs.finetuning import finetune, wilson
+from selfsup_fastai.runs.finetuning import finetune
 from selfsup_fastai.runs.folder import check_out
 from selfsup_fastai.runs.pretraining import pretrain
 from tests.conftest import write_images
-
-
-def test_wilson_covers_as_it_says():
-    """The true share lies in 95 % intervals about 95 % of the time, also with few images and near 1."""
-    rng = np.random.default_rng(0)
-    for share, n in ((0.9, 20), (0.5, 30), (0.97, 60)):
-        inside = [low <= share <= high for low, high in (wilson(int(k), n) for k in rng.binomial(n, share, 4000))]
-        assert 0.92 < np.mean(inside) < 0.985
-    assert wilson(5, 5)[1] == pytest.approx(1) and wilson(5, 5)[0] < 0.6
 
 
 def short(out, folder, **kwargs):

@@ -46,8 +46,8 @@ def training_score(
 
 def _folds(x: np.ndarray, y: np.ndarray, kind: str, groups: np.ndarray | None) -> list:
     """Whole groups on one side; else with the classes' shares."""
-    if groups is not None and FOLDS <= len(np.unique(groups)) < len(x):
-        return list(GroupKFold(FOLDS).split(x, y, groups))
+    if groups is not None and 2 <= (n := len(np.unique(groups))) < len(x):
+        return list(GroupKFold(min(FOLDS, n)).split(x, y, groups))
     fewest = np.unique(y, return_counts=True)[1].min() if kind == "category" else 0
     if fewest >= 2:
         return list(StratifiedKFold(min(FOLDS, fewest), shuffle=True, random_state=0).split(x, y))

@@ -18,9 +18,16 @@ from selfsup_fastai.compare.scores import Score, score_for
 from selfsup_fastai.compare.starts import SCRATCH, Start, content_of, starts_of
 from selfsup_fastai.compare.summary import summarize
 from selfsup_fastai.compare.tables import Predictions, as_label_curve
-from selfsup_fastai.compare.trial import budget_for, fine_tuned, labeled_with, predicted, truth_of
+from selfsup_fastai.compare.trial import (
+    budget_for,
+    check_length,
+    check_tested,
+    fine_tuned,
+    labeled_with,
+    predicted,
+    truth_of,
+)
 from selfsup_fastai.downstream.targets import kind_of
-from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.plots import ShownFrame
 
 METHODS = ("fine_tune", "linear")
@@ -90,15 +97,10 @@ def label_curve(
 def _set_up(dls, method, steps, epochs, lr, metric, groups, folder) -> _Setup:
     kind = kind_of(dls)
     check_choice("method", method, METHODS)
-    if steps is not None and epochs is not None:
-        raise TaskError("steps and epochs both say how long a run is: give one of them.")
-    for name, value, least in (("steps", steps, 1), ("epochs", epochs, 2)):
-        if value is not None:
-            check_number(name, value, least, whole=True)
+    check_length(steps, epochs)
     if lr is not None:
         check_number("lr", lr, above=0)
-    if len(dls.loaders) < 2 or not len(dls.valid_ds):
-        raise DataError("There are no test images: dls.valid is empty. Make the loaders with valid_pct=0.3, for one.")
+    check_tested(dls)
     score, classes, truth = score_for(kind, metric), classes_in(dls.train, kind), truth_of(dls, kind)
     known = [values for values in (classes, truth) if values is not None]
     budget = {"steps": steps, "epochs": epochs, "lr": lr} if method == "fine_tune" else {}

@@ -12,6 +12,7 @@ from fastai.data.core import DataLoaders
 from selfsup_fastai import __version__
 from selfsup_fastai.compare.draws import check_amounts, classes_in, groups_in
 from selfsup_fastai.compare.scores import score_for
+from selfsup_fastai.compare.trial import check_length, check_tested
 from selfsup_fastai.data.loader import n_in_of
 from selfsup_fastai.downstream.targets import kind_of
 
@@ -29,7 +30,9 @@ class Labeled(NamedTuple):
 
 
 def known_of(labeled, labels, metric, groups, steps, epochs) -> Labeled:
-    """Raises where labels, amounts or metric do not go together."""
+    """Raises where labels, amounts, metric or length do not go together: before hours are spent on pretraining."""
+    check_length(steps, epochs)
+    check_tested(labeled)
     kind, amounts = kind_of(labeled), check_amounts(labels)
     curve = {"steps": steps, "epochs": epochs, "metric": metric, "groups": groups}
     classes, whose = classes_in(labeled.train, kind), groups_in(labeled.train, groups)

@@ -32,12 +32,12 @@ def data_print(
     dls: DataLoaders,
     *labels: np.ndarray,  # Numbers that are known of all images
 ) -> str:
-    """A sum over the number of images, their transforms, some of their pixels, and these labels."""
+    """A sum over the number of images, the batch size, their transforms, some of their pixels, and these labels."""
     digest = hashlib.sha256()
     for dl in dls.loaders:
         n = len(dl.dataset)
         tfms = [repr(t) for part in ("after_item", "before_batch", "after_batch") for t in getattr(dl, part).fs]
-        digest.update(f"{n} {[re.sub(r'0x[0-9a-f]+', '', text) for text in tfms]}".encode())
+        digest.update(f"{n} {dl.bs} {[re.sub(r'0x[0-9a-f]+', '', text) for text in tfms]}".encode())
         rows = np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int).tolist()
         for image in embedded_images(dl, rows) if n else []:
             digest.update(image.contiguous().numpy().tobytes())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fastai.data.core import DataLoaders
 
-from selfsup_fastai.compare.choosing import training_score
+from selfsup_fastai.compare.choosing import LEAST, training_score
 from selfsup_fastai.compare.draws import draw_labels
 from selfsup_fastai.compare.facts import Labeled
 from selfsup_fastai.compare.halving import Race
@@ -50,7 +50,7 @@ def planned(
 ) -> Race:
     """Speeds and grants are measured now or, after a stop, were measured then: so that the same comes out."""
     plan = _plan(dls, racing, asked, known, starts, folder / PLAN, print_)
-    chooses = known is not None and known.kind != "mask"
+    chooses = known is not None and known.kind != "mask" and len(known.dls.train_ds) >= LEAST
     rungs = rungs_for(max(1, len(plan["speeds"])), asked.seeds, asked.finalists, chooses)
     if "grants" not in plan:
         plan["grants"] = _grants(plan, rungs, asked, len(dls.train_ds))

@@ -1,4 +1,4 @@
-"""One pretraining run of a race: as many images through the encoder as were granted, no more and no less."""
+"""One pretraining run of a race: as many images through the encoder as were granted, in whole batches."""
 
 import json
 import math

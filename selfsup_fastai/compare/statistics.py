@@ -89,8 +89,8 @@ def estimate(
     if n < 2 or (redrawn is not None and n_groups < LEAST_GROUPS):
         return Estimate(mean, np.inf)
     of_seeds = float(scores.var(ddof=1)) / n
-    if redrawn is None:
-        return Estimate(mean, of_seeds, seeds=n)
+    if redrawn is None:  # a few seeds that agree by chance are no certainty: scores are counts, of few images often
+        return Estimate(mean, of_seeds or np.inf, seeds=n)
     fair = (n_groups + 1) / (n_groups - 1)  # the exponential weights vary less than new images would
     of_images = float(redrawn.mean(0).var(ddof=1)) * fair
     in_both = max(0.0, float(redrawn.var(axis=1, ddof=1).mean()) * fair - of_images) / (n - 1)

@@ -14,10 +14,12 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from selfsup_fastai.callbacks.log import SkipValidation
+from selfsup_fastai.checks import check_number
 from selfsup_fastai.compare.scores import image_dice
 from selfsup_fastai.compare.starts import Start, made
 from selfsup_fastai.data.subsets import labels_of, subset
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
+from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.messages import quiet
 
 STEPS, EPOCHS, LEAST_EPOCHS = 200, 20, 5
@@ -50,6 +52,21 @@ def budget_for(
         return Budget(bs, max(least, round(steps / (n // bs))), 1)
     repeats = max(1, round(steps * bs / (n * EPOCHS)))
     return Budget(bs, round(steps / (n * repeats // bs)), repeats)
+
+
+def check_length(steps: int | None, epochs: int | None) -> None:
+    """Raises `TaskError` for a length that no run can have."""
+    if steps is not None and epochs is not None:
+        raise TaskError("steps and epochs both say how long a run is: give one of them.")
+    for name, value, least in (("steps", steps, 1), ("epochs", epochs, 2)):
+        if value is not None:
+            check_number(name, value, least, whole=True)
+
+
+def check_tested(dls: DataLoaders) -> None:
+    """Raises `DataError` for labeled loaders without test images."""
+    if len(dls.loaders) < 2 or not len(dls.valid_ds):
+        raise DataError("There are no test images: dls.valid is empty. Make the loaders with valid_pct=0.3, for one.")
 
 
 def labeled_with(dls: DataLoaders, places: np.ndarray, budget: Budget) -> DataLoaders:

@@ -20,6 +20,7 @@ from selfsup_fastai.encoders.checkpoint import get_encoder, is_fresh
 from selfsup_fastai.errors import unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
+from selfsup_fastai.plots import wilson
 from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, joined, run_folder, write_table
 
 
@@ -111,16 +112,9 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path,
     _plot_confusion(counts)
     save_picture(out / "confusion.png")
     right = int((named == truth).sum())
-    low, high = wilson(right, len(truth))
+    low, high = wilson(right / len(truth), len(truth))
     share = f"{right / len(truth):.1%} (95 % interval {low:.1%} to {high:.1%})"
     say(f"{right} of {len(truth)} validation images right: {share}.")
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval for a share of `right` in `n` (95 % for z = 1.96): honest for small n and near 0 and 1."""
-    share, spread = right / n, z * z / n
-    middle, half = share + spread / 2, z * ((share * (1 - share) + spread / 4) / n) ** 0.5
-    return max(0.0, (middle - half) / (1 + spread)), (middle + half) / (1 + spread)
 
 
 def _plot_confusion(counts: pd.DataFrame) -> None:

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from selfsup_fastai.compare import halving
-from selfsup_fastai.compare.choosing import training_score
+from selfsup_fastai.compare.choosing import _folds, training_score
 from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.keeping import data_print
 from selfsup_fastai.compare.planning import lunch_budget, pretraining_seconds, rungs_for
 from selfsup_fastai.compare.pretraining import entrants, pretrained
 from selfsup_fastai.compare.published import published_encoder
@@ -171,6 +172,40 @@ def test_tasks_are_chosen_by_training_labels_alone(tmp_path):
     assert judged(table.assign(label=["a" if v else lab for lab, v in zip(table["label"], table["is_valid"])])) == true
     shuffled = np.random.default_rng(0).permutation(table["label"][:30])
     assert 0.2 < judged(table.assign(label=[*shuffled, *table["label"][30:]])) < 0.8
+
+
+@pytest.mark.parametrize("patients", [2, 3, 7])
+def test_a_patient_is_in_one_fold(patients):
+    groups, y = np.arange(30) % patients, np.arange(30) // patients % 2
+    folds = _folds(np.zeros((30, 2)), y, "category", groups)
+    assert len(folds) == min(5, patients)
+    assert not any(set(groups[fit]) & set(groups[rest]) for fit, rest in folds)
+
+
+def test_where_nothing_can_choose_no_task_falls_out(unlabeled, tmp_path):
+    """Of eight labeled images no score can be had: the order in which tasks were named must not decide."""
+    few = stripes(tmp_path / "few", 8, 8)
+    found = compare_pretexts(unlabeled, ["rotation", "autoencoder"], few, out=tmp_path / "out", finalists=1, **QUICK)
+    assert list(found.encoders) == ["rotation", "autoencoder"]
+    assert found.race["kept"].all() and (found.race["rung"] == 0).all()
+
+
+def test_another_batch_size_is_another_run(tmp_path):
+    table = stripes_table(tmp_path, 12, 6)
+    assert data_print(labeled_loaders(table, 1, 32, 4)) == data_print(labeled_loaders(table, 1, 32, 4))
+    assert data_print(labeled_loaders(table, 1, 32, 4)) != data_print(labeled_loaders(table, 1, 32, 6))
+
+
+def test_what_the_curves_cannot_do_is_said_before_anything_is_pretrained(unlabeled, labeled, tmp_path, monkeypatch):
+    def pretrains(*args):
+        raise AssertionError("hours went by")
+
+    monkeypatch.setattr("selfsup_fastai.compare.race.planned", pretrains)
+    with pytest.raises(TaskError, match="steps and epochs both"):
+        compare_pretexts(unlabeled, ["rotation"], labeled, steps=2, epochs=2, out=tmp_path)
+    untested = labeled_loaders(stripes_table(tmp_path / "u", 12, 0), 1, 32, 4)
+    with pytest.raises(DataError, match="There are no test images"):
+        compare_pretexts(unlabeled, ["rotation"], untested, out=tmp_path)
 
 
 def test_nothing_is_downloaded_unasked(monkeypatch, capsys):

@@ -166,3 +166,10 @@ def test_one_in_twenty_races_of_five_idle_tasks_has_a_winner():
         scratch, tasks = rng.normal(size=(3, 60)), rng.normal(size=(5, 3, 60))
         n += (holm(np.array([found(task - scratch).p for task in tasks])).p < 0.05).any()
     assert n / 300 <= 0.05 + 2.6 * (0.05 * 0.95 / 300) ** 0.5
+
+
+def test_seeds_that_agree_by_chance_are_no_certainty():
+    """Of 20 test images two seeds often get one more, both: without the predictions that would be p = 0."""
+    agreeing = estimate(np.array([0.05, 0.05]), None, 0)
+    assert (agreeing.p, agreeing.interval()) == (1, (-np.inf, np.inf))
+    assert estimate(np.array([0.05, 0.06]), None, 0).interval()[0] < 0
