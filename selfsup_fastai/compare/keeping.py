@@ -7,6 +7,7 @@ settings, other images or another encoder has another name, and is never taken f
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastai.data.core import DataLoaders
 
 from selfsup_fastai.compare.comparison import plain
 from selfsup_fastai.data.files import result_folder
+from selfsup_fastai.data.loader import image_sources
 from selfsup_fastai.features import embedded_images
 from selfsup_fastai.writing import write_whole
 
@@ -32,18 +34,32 @@ def data_print(
     dls: DataLoaders,
     *labels: np.ndarray,  # Numbers that are known of all images
 ) -> str:
-    """A sum over the number of images, the batch size, their transforms, some of their pixels, and these labels."""
+    """A sum over the number of images, batch size, transforms, size and time of each file, some pixels, these labels.
+
+    Where images are no files, only the pixels of some are looked at.
+    """
     digest = hashlib.sha256()
     for dl in dls.loaders:
         n = len(dl.dataset)
         tfms = [repr(t) for part in ("after_item", "before_batch", "after_batch") for t in getattr(dl, part).fs]
         digest.update(f"{n} {dl.bs} {[re.sub(r'0x[0-9a-f]+', '', text) for text in tfms]}".encode())
+        for source in image_sources(dl.dataset) or ():
+            digest.update(_stamp(source))
         rows = np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int).tolist()
         for image in embedded_images(dl, rows) if n else []:
             digest.update(image.contiguous().numpy().tobytes())
     for values in labels:
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()[:24]
+
+
+def _stamp(source: object) -> bytes:
+    """When a file was written last, and how long it is: nothing of its name, which may be a patient's."""
+    try:
+        found = os.stat(os.fspath(source))
+    except (TypeError, OSError):  # no file, or one that is opened in another way
+        return b""
+    return f"{found.st_size} {found.st_mtime_ns};".encode()
 
 
 class Runs:

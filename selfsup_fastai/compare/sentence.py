@@ -69,6 +69,8 @@ def _best(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     if not len(rows):
         return ""
     row = rows.loc[rows["gain"].idxmax()]
+    if abs(row["gain"]) < 5e-4:
+        return " There is no difference: all came to the same."
     return f" The largest difference: {row['start']}, {_gain(row, summary)}."
 
 

@@ -1,6 +1,7 @@
 """The race: equal budgets, reasons, the same result after a stop."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -188,6 +189,16 @@ def test_where_nothing_can_choose_no_task_falls_out(unlabeled, tmp_path):
     found = compare_pretexts(unlabeled, ["rotation", "autoencoder"], few, out=tmp_path / "out", finalists=1, **QUICK)
     assert list(found.encoders) == ["rotation", "autoencoder"]
     assert found.race["kept"].all() and (found.race["rung"] == 0).all()
+
+
+def test_another_image_is_another_run(tmp_path):
+    """Also one that is not among those whose pixels are looked at."""
+    table = stripes_table(tmp_path, 60, 6)
+    before = data_print(labeled_loaders(table, 1, 32, 4))
+    for file in table["file"].iloc[[5, 6, 7]]:
+        stat = file.stat()
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+    assert data_print(labeled_loaders(table, 1, 32, 4)) != before
 
 
 def test_another_batch_size_is_another_run(tmp_path):

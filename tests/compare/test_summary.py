@@ -76,6 +76,16 @@ def test_seeds_that_share_a_pretraining_run_count_as_one():
     assert (shared["gain_high"] - shared["gain_low"]).max() > 2 * (own["gain_high"] - own["gain_low"]).max()
 
 
+def test_no_difference_at_all_is_not_called_the_largest():
+    table = runs({"x": [0.0, 0.0]})
+    scores = table[table["start"] == "scratch"].set_index(["n_labels", "seed"])
+    mine = table["start"] == "x"
+    same = scores.loc[list(zip(table.loc[mine, "n_labels"], table.loc[mine, "seed"]))]
+    table.loc[mine, ["score", "run"]] = same[["score", "run"]].to_numpy()
+    said = whole_verdict(summarize(table))
+    assert said.endswith("distinguishable from training from scratch. There is no difference: all came to the same.")
+
+
 def test_a_single_pretraining_run_is_named():
     """The interval says nothing of what another pretraining run would have come to."""
     table = runs({"x": [0.3, 0.3]})
