@@ -101,7 +101,14 @@ def _within(file: str | os.PathLike, folder: Path) -> str:
 
 
 def _attrs(table: pd.DataFrame | None) -> dict | None:
-    return None if table is None else {k: v for k, v in table.attrs.items() if isinstance(v, bool | int | float | str)}
+    """Those that JSON keeps as they are: plain values, and lists of names."""
+    if table is None:
+        return None
+    return {k: v for k, v in table.attrs.items() if isinstance(v, bool | int | float | str) or _is_names(v)}
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _read(file: Path, attrs: dict) -> pd.DataFrame | None:
