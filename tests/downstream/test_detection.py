@@ -111,10 +111,11 @@ def test_what_cannot_be_a_backbone():
 def nuclei(root, n, side=128):
     """The middle of `n` grey images, and boxes around the nuclei in it."""
     images, targets = [], []
-    files = [f for f in sorted(root.rglob("images/*.png")) if min(Image.open(f).size) >= 2 * side]
-    for file in files:
-        cut = np.asarray(Image.open(file).convert("L"))[:side, :side]
-        labels = np.asarray(Image.open(file.parents[1] / "labels" / file.name))[:side, :side]
+    for file in sorted(root.rglob("images/*.png")):
+        with Image.open(file) as image, Image.open(file.parents[1] / "labels" / file.name) as mask:
+            if min(image.size) < 2 * side:
+                continue
+            cut, labels = np.asarray(image.convert("L"))[:side, :side], np.asarray(mask)[:side, :side]
         boxes = []
         for i in np.unique(labels[labels > 0]):
             rows, columns = np.nonzero(labels == i)
