@@ -3,10 +3,11 @@
 cifar10: 10,000 training images without labels at 64 px; pneumonia: PneumoniaMNIST at 28 px; 10 labels a class each.
 resnet10t, pretrained anew for each seed on the training images; then a setting at a time is changed. Every run has the
 same labels, order and head as its partner; gains are paired over label draws and pretraining seeds. All runs take the
-same number of epochs over the labeled images, the last epoch counts. Settings are compared on one part of the
-test images, the whole (pretraining + gradual + consistency beside scratch) on the others with other draws of labels, so
-what the first part chose the second one did not. A finished run is not done again: start the same command anew after a
-stop. The data: archives as the tests use them (SELFSUP_DATA names the folder they are looked for in).
+same number of epochs over the labeled images, the last epoch counts; the default is `fine_tune` with a rate of 1e-2.
+Settings are compared on one part of the test images, the whole (pretraining + gradual + consistency beside scratch) on
+the others with other draws of labels, so what the first part chose the second one did not. A finished run is not done
+again: start the same command anew after a stop. The data: archives as the tests use them (SELFSUP_DATA names the folder
+they are looked for in).
 
     python bench/finetune.py --out bench/results --docs docs/benchmarks.md
     python bench/finetune.py --sets pneumonia --parts settings
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 from cifar10 import cifar10
 from fastai.torch_core import set_seed
-from measure import machine, markdown, mean_interval, tell
+from measure import machine, markdown, mean_interval, tell, verdict
 from medical import pneumonia
 from sklearn.metrics import accuracy_score, roc_auc_score
 from tasks import into, write
@@ -168,8 +169,7 @@ def table_of(name: str, runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
         row = {"setting": setting, METRIC[name]: f"{mean:.3f} ± {half:.3f}"}
         if setting != baseline:
             gain, half = mean_interval(scores[setting] - scores[baseline])
-            word = "better" if gain > half else "worse" if gain < -half else "not distinguishable"
-            row |= {f"gain over {baseline}": f"{gain:+.3f} ± {half:.3f}", "verdict": word}
+            row |= {f"gain over {baseline}": f"{gain:+.3f} ± {half:.3f}", "verdict": verdict(gain, half)}
         row["images"] = f"{runs[runs['setting'] == setting]['images'].mean():,.0f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")

@@ -80,6 +80,14 @@ def mean_interval(values: pd.Series, confidence: float = 0.95) -> tuple[float, f
     return float(values.mean()), float(half)
 
 
+def verdict(
+    gain: float,  # A mean difference
+    half: float,  # Half the width of its interval
+) -> str:
+    """Whether the interval excludes 0, and on which side."""
+    return "better" if gain > half else "worse" if gain < -half else "not distinguishable"
+
+
 class Laps:
     """Seconds from the start to the first lap, from there to the second, and so on; the device's work included."""
 

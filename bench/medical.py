@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastai.torch_core import set_seed
-from measure import machine, markdown, mean_interval, tell
+from measure import machine, markdown, mean_interval, tell, verdict
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from tasks import into, write
@@ -151,8 +151,7 @@ def table_of(name: str, runs: pd.DataFrame) -> pd.DataFrame:
             if start != "scratch":
                 scratch = runs[(runs["share"] == share) & (runs["start"] == "scratch")].set_index("seed")[measure]
                 gain, half = mean_interval(by_seed - scratch)
-                word = "better" if gain > half else "worse" if gain < -half else "not distinguishable"
-                row[f"gain in {measure}"] = f"{gain:+.3f} ± {half:.3f}, {word}"
+                row[f"gain in {measure}"] = f"{gain:+.3f} ± {half:.3f}, {verdict(gain, half)}"
         rows.append(row)
     first = f"{OF[name]} with labels"
     return (

@@ -67,17 +67,18 @@ class ConsistencyLoss(WholeRun):
     Labeled, weak and strong images pass through the network together, so that norm layers see them as one batch.
     Weak views are shifted by up to an eighth and mirrored; labeled images are changed likewise where their label is a
     class. The strong views of the papers are RandAugment and cutout; here they are crops, turned, sheared, with other
-    colors and cutout, drawn for each image (`data.recipes.STRONG`). Scans are not mirrored and keep their intensities
-    in order. Rates are those of `fine_tune`, not the papers'. Their averages of the weights, which validation and the
-    finished model use (uda, fixmatch, mean_teacher), are made for hundreds of thousands of steps: in shorter runs the
-    momentum is the one that suits the number of steps.
+    colors and cutout, drawn for each image (`data.recipes.STRONG`); those of scans and of grey images are `GREY_SCAN`,
+    without cutout and mirroring. Rates are those of `fine_tune`, not the papers'. Their averages of the weights, which
+    validation and the finished model use (uda, fixmatch, mean_teacher), are made for hundreds of thousands of steps: in
+    shorter runs the momentum is the one that suits the number of steps.
 
     With several labels an image each answer counts by itself; with masks each pixel, strong views then only have other
     colors; numbers go with 'mean_teacher' and 'pi'. These are ours, not the papers'. Points are refused: a moved image
     has moved points.
 
     Columns: `consistency` (the loss before its weight), `confident` (share of the unlabeled images that count),
-    `agreement` (share of these to which the other view gives the same answer); `history` has them by epoch.
+    `agreement` (share of these to which the other view gives the same answer); `history` has them by epoch. With
+    'mean_teacher' and 'pi' all images count, the labeled ones, too.
     """
 
     order = 5.5  # in after_loss before gradient accumulation (6) divides, and mixed precision (10) leaves its context
@@ -113,7 +114,7 @@ class ConsistencyLoss(WholeRun):
         if not hasattr(getattr(model, "encoder", None), "prepare"):
             raise TaskError("ConsistencyLoss goes with a learner of downstream_learner: it needs the model's encoder.")
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        self.batches, self.bs, self.steps = None, 0, 0
+        self.batches, self.steps = None, 0
         self.momentum, self.swapped, self.rows = self._momentum(), False, []
         self.teacher = Teacher(model) if self.momentum else None
         self._reset()
@@ -195,12 +196,12 @@ class ConsistencyLoss(WholeRun):
             weak, strong = rest.chunk(2)
         else:
             weak, strong = pred.as_subclass(Tensor), self._second_pass()
-        self.value = self._loss(weak, strong)
+        self.value, self.weight = self._loss(weak, strong), self._weight()
         self._note(weak.detach(), strong.detach())
 
     def after_loss(self):
         if self.training:
-            self.learn.loss_grad = self.learn.loss_grad + self._weight() * self.value
+            self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
             self.learn.loss = self.learn.loss_grad.clone()
 
     def after_step(self):
@@ -303,7 +304,7 @@ class ConsistencyLoss(WholeRun):
         totals = self.totals
         totals["n"] += 1
         totals["consistency"] += self.value.detach()
-        totals["weight"] += self._weight()
+        totals["weight"] += self.weight
         if self.is_class:
             sure, alike = confidence(weak, strong, self.own.threshold, self.several)
             totals["confident"] += sure

@@ -12,8 +12,10 @@ from selfsup_fastai.cli.options import (
     Cache,
     CacheOption,
     EncoderOption,
+    LabeledArgument,
     MaxGbOption,
     PathsOption,
+    SeedOption,
     SizeOption,
     SplitOption,
     WorkersOption,
@@ -25,12 +27,7 @@ from selfsup_fastai.pretext import TASKS
 
 
 def probe(
-    labeled: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of images for each class; or train/ and valid/ with such folders.", show_default=False
-        ),
-    ],
+    labeled: LabeledArgument,
     encoder: EncoderOption,
     out: Annotated[Path, typer.Option(help="Folder for tables and picture.")] = Path("runs/probe"),
     layer: Annotated[str | None, typer.Option(help="Look into this layer alone.", show_default="all")] = None,
@@ -44,7 +41,7 @@ def probe(
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
     paths: PathsOption = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+    seed: SeedOption = 42,
 ) -> None:
     """Ask what an encoder knows of your classes, untrained on them.
 

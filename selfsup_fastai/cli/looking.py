@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from selfsup_fastai.cli.options import SeedOption
 from selfsup_fastai.cli.tables import text
 
 
@@ -47,7 +48,7 @@ def scan(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+    seed: SeedOption = 42,
 ) -> None:
     """Pretrain on handwritten digits and fine-tune on 50 labels: a table and pictures in a few minutes."""
     from selfsup_fastai.demo import lesson, run_demo

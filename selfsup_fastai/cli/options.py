@@ -64,9 +64,22 @@ WorkersOption = Annotated[
     int | None, typer.Option(help="Processes that open images where no pixels are kept.", show_default="by the work")
 ]
 
+FolderArgument = Annotated[
+    Path, typer.Argument(help="Folder of images, at any depth: photographs or DICOM files.", show_default=False)
+]
+LabeledArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A folder of images for each class; or train/ and valid/ with such folders.", show_default=False
+    ),
+]
 EncoderOption = Annotated[
     Path, typer.Option(help="A saved encoder: encoder.safetensors of a run's folder.", show_default=False)
 ]
+LayerOption = Annotated[
+    str | None, typer.Option(help="Features of this layer, averaged over the image.", show_default="the last")
+]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
 SizeOption = Annotated[
     int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the encoder's")
 ]

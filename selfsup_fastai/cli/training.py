@@ -9,9 +9,11 @@ from selfsup_fastai.cli.options import (
     Cache,
     CacheOption,
     Consistency,
+    LabeledArgument,
     MaxGbOption,
     PathsOption,
     Schedule,
+    SeedOption,
     SplitOption,
     WorkersOption,
     first_free,
@@ -64,7 +66,7 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's run that was stopped or killed, if any.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+    seed: SeedOption = 42,
 ) -> None:
     """Pretrain an encoder on a folder of unlabeled images.
 
@@ -87,12 +89,7 @@ def pretrain(
 
 
 def finetune(
-    labeled: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of images for each class; or train/ and valid/ with such folders.", show_default=False
-        ),
-    ],
+    labeled: LabeledArgument,
     encoder: Annotated[
         str, typer.Option(help="A saved encoder; or an architecture, such as resnet18, to start from scratch.")
     ],
@@ -133,7 +130,7 @@ def finetune(
     workers: WorkersOption = None,
     paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 42,
+    seed: SeedOption = 42,
 ) -> None:
     """Fine-tune an encoder on a folder of labeled images.
 

@@ -10,6 +10,8 @@ from selfsup_fastai.cli.options import (
     Cache,
     CacheOption,
     EncoderOption,
+    FolderArgument,
+    LayerOption,
     MaxGbOption,
     PathsOption,
     SizeOption,
@@ -22,16 +24,12 @@ UNREADABLE = 3
 
 
 def embed(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of images, at any depth: photographs or DICOM files.", show_default=False)
-    ],
+    folder: FolderArgument,
     encoder: EncoderOption,
     out: Annotated[
         Path, typer.Option(help="File to write: .npz (NumPy) or .parquet (pandas, R, ...).", show_default=False)
     ],
-    layer: Annotated[
-        str | None, typer.Option(help="Features of this layer, averaged over the image.", show_default="the last")
-    ] = None,
+    layer: LayerOption = None,
     size: SizeOption = None,
     bs: BatchOption = 64,
     cache: CacheOption = Cache.disk,
@@ -59,9 +57,7 @@ def embed(
 
 
 def neighbors(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of images, at any depth: photographs or DICOM files.", show_default=False)
-    ],
+    folder: FolderArgument,
     encoder: EncoderOption,
     out: Annotated[
         Path, typer.Option(help="Picture to write (.png); a table of the same name (.csv) goes beside it.")
@@ -71,9 +67,7 @@ def neighbors(
         typer.Option(help="Image to find neighbors of, may be given again.", show_default="six of the folder"),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbors of each.")] = 6,
-    layer: Annotated[
-        str | None, typer.Option(help="Features of this layer, averaged over the image.", show_default="the last")
-    ] = None,
+    layer: LayerOption = None,
     size: SizeOption = None,
     bs: BatchOption = 64,
     cache: CacheOption = Cache.disk,

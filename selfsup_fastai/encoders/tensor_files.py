@@ -43,8 +43,7 @@ def write_tensors(
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module by name, each in memory of its own: what can be written."""
-    kept = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state_of(module)}
-    return kept
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state_of(module)}
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
