@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def _cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """A folder for decoded pixels. Its key is always the same: splits by patient go by pseudonyms, and these by it."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "SECRET").write_bytes(bytes(range(32)))
+    return folder
 
 
 @pytest.fixture(autouse=True)
