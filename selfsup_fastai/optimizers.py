@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 FUSED = ("cpu", "cuda")  # Devices where torch has one kernel for the whole of AdamW
 
 
-def FusedAdam(  # noqa: N802  (named like fastai's `Adam`, in whose place it stands)
+def FusedAdam(
     params: Iterable,  # Parameters, or groups of them
     lr: float | slice,
     mom: float = 0.9,  # Running average of gradients

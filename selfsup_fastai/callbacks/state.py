@@ -139,7 +139,7 @@ def _tracked(cb) -> dict:
 
 
 def _stacked(losses: list) -> Tensor:
-    return torch.stack([torch.as_tensor(loss) for loss in losses]) if losses else torch.zeros(0)
+    return torch.stack([torch.as_tensor(loss, device="cpu") for loss in losses]) if losses else torch.zeros(0)
 
 
 def plain(value):

@@ -23,6 +23,7 @@ from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.speed import sped_up
+from selfsup_fastai.callbacks.syncs import LossesThere
 from selfsup_fastai.callbacks.whole_run import WholeRun, whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
@@ -69,7 +70,8 @@ class DownstreamLearner(Learner):
         **kwargs,  # Passed to `Learner`
     ):
         self.epochs_done, self.images_seen, self.last_values, self.target = 0, 0, {}, target
-        super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), LossesAsNumbers(), *L(cbs)], **kwargs)
+        cbs = [CountImages(), LossesAsNumbers(), LossesThere(), *L(cbs)]
+        super().__init__(dls, model, splitter=layer_groups, cbs=cbs, **kwargs)
         self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
 
     def create_opt(self) -> None:

@@ -20,6 +20,7 @@ from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.speed import sped_up
+from selfsup_fastai.callbacks.syncs import LossesThere
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import (
     IndexedDL,
@@ -279,7 +280,7 @@ class PretextLearner(Learner):
         passes, own = task.passes, task.callbacks()
         if consistency is not None:
             passes, own, metrics = passes + 1, own + consistency.callbacks(), [*L(metrics), consistency.metric()]
-        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), CollapseAlarm()]
+        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), LossesThere(), CollapseAlarm()]
         cbs = [*always, *own, *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), metrics=metrics, cbs=cbs, **kwargs)
         self.task = task
