@@ -9,9 +9,10 @@ from fastai.vision.data import ImageDataLoaders
 from selfsup_fastai.callbacks import precision
 from selfsup_fastai.callbacks.layout import lay_out
 from selfsup_fastai.callbacks.precision import AutoPrecision
+from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.downstream.learner import downstream_learner
-from selfsup_fastai.errors import SelfsupError
+from selfsup_fastai.errors import ResumeError, SelfsupError
 from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
 
@@ -81,6 +82,41 @@ def test_auto_takes_the_fastest_and_times_once(color_folder, monkeypatch, capsys
     monkeypatch.setattr(precision, "_step", None)  # a second timing would fail, and say so
     learn.fit(1)
     assert "Precision" not in capsys.readouterr().err
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(Callback):
+    order = 95  # after the state is written
+
+    def before_fit(self):
+        self.left = 2
+
+    def after_epoch(self):
+        self.left -= 1
+        if not self.left:
+            raise Killed("now")
+
+
+def test_a_run_that_goes_on_keeps_to_what_was_chosen(color_folder, tmp_path, monkeypatch):
+    """The machine is busier then, and would choose another way; the weights are those of one run nevertheless."""
+    ends = []
+    for killed in (False, True):
+        choose = iter([("bf16", True), ("fp32", False)])
+        monkeypatch.setattr(precision, "fastest", lambda *_, choose=choose: precision.Way(*next(choose)))
+        folder = tmp_path / str(killed)
+        if killed:
+            with pytest.raises(Killed):
+                make(color_folder, precision="auto").fit(3, 1e-3, cbs=[Resume(folder), Kill()])
+        learn = make(color_folder, precision="auto")
+        learn.fit(3, 1e-3, cbs=Resume(folder))
+        assert learn.auto_precision.way == "bf16 with channels last"
+        ends.append(learn.model.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    with pytest.raises(ResumeError, match="differs from this one in precision"):
+        make(color_folder, precision="bf16").fit(3, 1e-3, cbs=Resume(tmp_path / "True"))
 
 
 def test_channels_last_while_it_trains_and_not_after_it(color_folder, tmp_path):
