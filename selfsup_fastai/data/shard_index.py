@@ -63,7 +63,7 @@ def usable_in_shards(
     check_fetch(fetch, local, keep_gb)
     if isinstance(mixed, bool) or not isinstance(mixed, int) or mixed < 1:
         raise DataError(f"mixed is the number of shards whose images come mixed, an integer from 1 up; got {mixed!r}.")
-    named, most = _named(path, fetch), int(keep_gb * 1e9)
+    named, most = _named(path, fetch), round(keep_gb * 1e9)
     place = Local(named.root) if fetch is None else Fetched(fetch, result_folder(local), named.names, most)
     tables = {name: table for name, table in named.tables.items() if _is_of(place, name, table)}
     if isinstance(place, Fetched):

@@ -40,9 +40,7 @@ def write_shards(
     report.attrs["checked"] = len(files)
     ok = ok[ok[["width", "height"]].min(axis=1) >= 2]
     if ok.empty:
-        raise DataError(
-            f"There is no image to read in the folder {os.fspath(folder)!r}; {len(files):,} files were tried."
-        )
+        raise DataError(f"None of the {len(files):,} files in the folder {os.fspath(folder)!r} is an image to read.")
     out = result_folder(out)
     for old in [*out.glob("shard-*.tar"), out / INDEX]:
         old.unlink(missing_ok=True)
