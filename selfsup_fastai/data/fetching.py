@@ -72,11 +72,11 @@ class Fetched:
         `n_bytes`: how large it is, if that is known; a file of another size is none.
         """
         file = self.files[name]
-        if not file.exists():
+        if not _is_there(file, n_bytes):
             if time.monotonic() - self.failed.get(name, -_FAILED_SECONDS) < _FAILED_SECONDS:
                 raise OSError("the shard could not be fetched a while ago")
             with FileLock(self._beside(file, "lock")):
-                if not file.exists():
+                if not _is_there(file, n_bytes):
                     self._bring(name, file, n_bytes)
         with suppress(OSError):  # another process has just removed it: whoever opens it sees
             os.utime(file)  # in use now
@@ -94,7 +94,7 @@ class Fetched:
         try:
             for pause in _PAUSES:
                 time.sleep(pause)
-                if self._attempt(name, part) and part.is_file() and n_bytes in (None, part.stat().st_size):
+                if self._attempt(name, part) and _is_there(part, n_bytes):
                     os.replace(part, file)
                     self._make_room(file)
                     return
@@ -127,6 +127,14 @@ class Fetched:
                 with suppress(OSError):  # Windows: while it is read it stays
                     file.unlink(missing_ok=True)
                     total -= size
+
+
+def _is_there(file: Path, n_bytes: int | None) -> bool:
+    """Whether there is a file, of that size: another one is of an earlier version of the shard, or half of it."""
+    try:
+        return n_bytes in (None, file.stat().st_size)
+    except OSError:
+        return False
 
 
 def command(

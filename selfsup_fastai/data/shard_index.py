@@ -34,6 +34,8 @@ NUMBERS = ["bytes", "offset", "size", "width", "height", "channels", "bits"]
 
 _NOTES = "shards-1"  # within the cache folder: what was found in shards without an index
 _AT_ONCE = 4096  # images that are tried before what was found is written down
+_TRIED_FIRST = 3  # shards of which one, at least, must be within reach
+_FLEETING = {"missing", "no_permission", "timeout", "crashed", "out_of_memory"}  # another time it may be decoded
 _IN_PASSING = 2  # shards beside those that are mixed: others are still at the last one, or at the next
 
 
@@ -67,7 +69,7 @@ def usable_in_shards(
     place = Local(named.root) if fetch is None else Fetched(fetch, result_folder(local), named.names, most)
     tables = {name: table for name, table in named.tables.items() if _is_of(place, name, table)}
     if isinstance(place, Fetched):
-        _try_fetching(place, named.names[0], tables)
+        _try_fetching(place, named.names[:_TRIED_FIRST], tables)
     tables |= dict(_remembered_or_found(place, [name for name in named.names if name not in tables], min_side))
     n_bytes = [int(tables[name]["bytes"].max()) if len(tables[name]) else 0 for name in named.names]
     if isinstance(place, Fetched):
@@ -149,17 +151,17 @@ def _is_of(place: Local | Fetched, name: str, table: pd.DataFrame) -> bool:
     return False
 
 
-def _try_fetching(place: Fetched, name: str, tables: dict[str, pd.DataFrame]) -> None:
-    """Once, now, where an error can be told. Raises `DataError`."""
-    n_bytes = int(tables[name]["bytes"].iloc[0]) if name in tables else None
-    try:
-        place.file(name, n_bytes)
-    except OSError:
-        size = "" if n_bytes is None else f" with {n_bytes:,} bytes, as the index says,"
-        raise DataError(
-            f"The first shard could not be fetched: after three attempts there was no file{size} at {{path}}. Try "
-            "fetch by hand, with the name of the first shard in the index."
-        ) from None
+def _try_fetching(place: Fetched, names: list[str], tables: dict[str, pd.DataFrame]) -> None:
+    """Now, where an error can be told. Raises `DataError` where none of these shards can be had."""
+    for name in names:
+        with suppress(OSError):
+            place.file(name, int(tables[name]["bytes"].iloc[0]) if name in tables else None)
+            return
+    size = " of the size that the index tells" if names[0] in tables else ""
+    raise DataError(
+        f"The first {len(names)} shards could not be fetched: after three attempts each there was no file{size} at "
+        "{path}. Try `fetch` by hand with the name of one."
+    )
 
 
 def _check_room(n_bytes: int, most: int, open_at_once: int) -> None:
@@ -220,7 +222,7 @@ def _tried(
         with suppress(OSError):
             table["bytes"] = -1 if file is None else os.path.getsize(file)
         table = table.assign(shard=name)[COLUMNS]
-        if note is not None and file is not None:
+        if note is not None and file is not None and not _FLEETING & set(table["code"]):
             _write_note(table, note)
         yield name, table
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.torch_core import set_seed
@@ -381,9 +382,40 @@ def test_half_a_file_is_not_taken_for_a_shard(shards, tmp_path):
     def fetch(name, path):
         path.write_bytes((shards / name).read_bytes()[:-512])
 
-    with pytest.raises(DataError, match="first shard could not be fetched"):
+    with pytest.raises(DataError, match="first 3 shards could not be fetched"):
         loaders(shards / "index.csv", fetch=fetch, local=tmp_path / "local")
     assert not [f for f in (tmp_path / "local").iterdir() if f.suffix in (".tar", ".part")]
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_shard_that_changed_is_fetched_anew_and_a_missing_one_stops_nothing(shards, tmp_path):
+    fetch, local = Copying(shards), tmp_path / "local"
+    local.mkdir()
+    shutil.copy(shards / "shard-000008.tar", local / "shard-000001.tar")  # what was there under this name before
+    fetch.broken = {"shard-000000.tar"}
+    names = [f"shard-{i:06d}.tar" for i in range(9)]
+    index = index_alone(shards, tmp_path / "i")
+    with pytest.warns(UserWarning, match="cannot be read now"):
+        batches(loaders(index, fetch=fetch, local=local, split_by="random"))
+    assert (local / names[1]).read_bytes() == (shards / names[1]).read_bytes()
+
+
+@pytest.mark.parametrize(("code", "again"), [("timeout", 7), ("truncated", 0)])
+def test_what_may_go_better_another_time_is_tried_again(foreign, monkeypatch, code, again):
+    tried = []
+
+    def failing(members, **kwargs):
+        tried.extend(members)
+        ok, report = check_files(members, **kwargs)
+        first = {"file": members[0], "code": code, "message": ""}
+        return ok.drop(index=ok.index[0]), pd.DataFrame([first, *report.to_dict("records")])
+
+    check_files = shard_index.check_files
+    monkeypatch.setattr(shard_index, "check_files", failing)
+    assert list(loaders(foreign).report["code"]) == [code]
+    tried.clear()
+    loaders(foreign)
+    assert len(tried) == again
 
 
 def test_a_command_goes_past_no_shell():
