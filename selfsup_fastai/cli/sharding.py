@@ -23,8 +23,5 @@ def shards(
     """
     from selfsup_fastai.data.shard_writing import write_shards
 
-    report = write_shards(folder, out, per_shard, seed, overwrite)
-    if len(report):
-        counts = ", ".join(f"{n:,} {code}" for code, n in report["code"].value_counts().items())
-        typer.echo(f"left out: {counts}", err=True)
+    write_shards(folder, out, per_shard, seed, overwrite)
     typer.echo(out)

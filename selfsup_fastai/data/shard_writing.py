@@ -49,7 +49,7 @@ def write_shards(
     write_csv(index, out / INDEX)  # last: where it is, all shards are
     report = pd.concat([report, gone], ignore_index=True)
     report.attrs["checked"] = len(files)
-    with listed_in("the returned table"):
+    with listed_in("the table that write_shards returns"):
         line = summary(report)
     say(f"{len(index):,} images in {index['shard'].nunique():,} shards.{f' {line}.' if line else ''}")
     return report
