@@ -111,8 +111,10 @@ class Fetched:
                 return True
             return False
         nothing = subprocess.DEVNULL
-        done = subprocess.run(command(self.fetch, name, part), stdin=nothing, stdout=nothing, stderr=nothing)
-        return done.returncode == 0
+        with suppress(OSError):  # it does not start
+            done = subprocess.run(command(self.fetch, name, part), stdin=nothing, stdout=nothing, stderr=nothing)
+            return done.returncode == 0
+        return False
 
     def _make_room(self, fresh: Path) -> None:
         """Remove shards, the least recently used first, until the rest fit. Whoever has one open reads on."""
