@@ -13,6 +13,7 @@ from torch.nn import Module
 from selfsup_fastai.checks import check_choice
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import agreed, alone
 from selfsup_fastai.seeding import preserved_rng
 
 KINDS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,9 @@ class AutoPrecision(MixedPrecision):
         if self.kind == "fp16" and device == "cpu":
             raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
         if self.chosen is None:
-            self.chosen = faster(self.learn, device)
+            with alone():
+                chosen = faster(self.learn, device)
+            self.chosen = agreed(chosen)
         self.run = KINDS[self.chosen] is not None  # fastai sets it back after the fit
         if self.run:
             self.autocast = torch.autocast(device, dtype=KINDS[self.chosen])

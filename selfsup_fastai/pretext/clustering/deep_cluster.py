@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.clock import SetClocks
-from selfsup_fastai.callbacks.clusters import ClusterColumns, Recluster, check_one_process
+from selfsup_fastai.callbacks.clusters import ClusterColumns, Recluster
 from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import CROP_FLIP
 from selfsup_fastai.data.views import center_square
@@ -101,7 +101,6 @@ class DeepCluster(JointTask):
         self.n_clusters, self.lasts = clusters or LEAST, every or 1  # these four are known after `setup`
 
     def setup(self, dls, encoder):
-        check_one_process(self.name)
         super().setup(dls, encoder)
         self.n_images = len(dls.train_ds)
         self.n_dim = min(self.dim, max(2, self.n_images // TO_A_DIRECTION))
