@@ -47,7 +47,7 @@ def join() -> None:
 
     On GPUs each takes the one of its number on its machine. Only the first one speaks to the user from now on.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not dist.is_available() or dist.is_initialized():
+    if not is_started() or not dist.is_available() or dist.is_initialized():
         return
     missing = [name for name in STARTED if name not in os.environ]
     if missing:
@@ -65,6 +65,11 @@ def join() -> None:
     atexit.register(_part)
     if not is_first():
         logging.getLogger("selfsup_fastai").setLevel(logging.WARNING)  # that of `messages`
+
+
+def is_started() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def n_processes() -> int:
