@@ -90,7 +90,8 @@ def _what_happened(started: list[Started], codes: list[int | None], out: Path, l
     if not failed:
         return f"The processes lost each other. {goes_on}"
     k = next((k for k in failed if codes[k] < 0), failed[0])
-    return f"Process {k + 1} of {len(started)} {_ended(codes[k], started[k].said)}; the others were ended. {goes_on}"
+    others = "the other was" if len(started) == 2 else "the others were"
+    return f"Process {k + 1} of {len(started)} {_ended(codes[k], started[k].said)}; {others} ended. {goes_on}"
 
 
 def _ended(code: int, said: IO | None) -> str:

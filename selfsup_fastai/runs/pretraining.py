@@ -15,7 +15,7 @@ from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
-from selfsup_fastai.processes import agreed, is_first, join
+from selfsup_fastai.processes import agreed, is_first, join, n_processes
 from selfsup_fastai.runs.folder import LEFT_OUT, STATE, check_out, finished, is_unfinished, run_folder
 
 
@@ -63,7 +63,7 @@ def pretrain(
         state.clear()
     out = Path(out)
     if is_first():
-        run_folder(out, [folder], learn, dls.report, {**args, "seed": seed, **data}, paths)
+        run_folder(out, [folder], learn, dls.report, {**args, "seed": seed, "processes": n_processes(), **data}, paths)
     learn.show_batch()
     if is_first():
         save_picture(out / "batch.png")
