@@ -24,7 +24,7 @@ def killed_and_resumed(folder: Path) -> dict:
     module.SHARE, module.TOGETHER = float("inf"), 1
     join()
     found = {}
-    for task, step in (("rotation", 3), ("rotation", 6), ("jigsaw", 7), ("nat", 5)):
+    for task, step in (("rotation", 3), ("rotation", 6), ("jigsaw", 5), ("nat", 5)):
         whole = fit(learner(task=task), [MetricsFile(folder / "whole.csv")])
         state = folder / f"{task}-{step}"
         try:
@@ -40,11 +40,12 @@ def killed_and_resumed(folder: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_both_killed_they_end_as_if_nothing_had_happened(tmp_path):
     first, second = of_two(__file__, "killed_and_resumed", tmp_path)
     assert all(first[name].all() and second[name].all() for name in first if not name.endswith(" at"))
     places = {name: int(value) for name, value in first.items() if name.endswith(" at")}
-    assert places == {"rotation 3 at": 2, "rotation 6 at": 5, "jigsaw 7 at": 6, "nat 5 at": 4}
+    assert places == {"rotation 3 at": 3, "rotation 6 at": 6, "jigsaw 5 at": 5, "nat 5 at": 5}
     with pytest.raises(ResumeError, match=r"processes \(2 there, 1 here\)"):
         fit(learner(), [Resume(tmp_path / "rotation-3")])
 
