@@ -9,7 +9,6 @@ Functions that exchange something must be called by all processes, in the same o
 looking at predictions, it does inside of `alone`. Python objects travel as JSON: nothing is pickled.
 """
 
-import atexit
 import json
 import logging
 import os
@@ -62,7 +61,6 @@ def join() -> None:
     with told():
         dist.init_process_group(backend, timeout=PATIENCE)
         _patient()
-    atexit.register(_part)
     if not is_first():
         logging.getLogger("selfsup_fastai").setLevel(logging.WARNING)  # that of `messages`
 
@@ -133,11 +131,6 @@ def told() -> Iterator[None]:
             f"Another process of this run has ended or cannot be reached, so process {rank()} stops, too. Its own "
             "message says why; a run that keeps its state (Resume) goes on when all are started again."
         ) from error
-
-
-def _part() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @cache

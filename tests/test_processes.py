@@ -17,6 +17,7 @@ from selfsup_fastai.pretext.clustering.swav import sinkhorn
 from selfsup_fastai.pretext.joint_embedding.barlow_twins import barlow_loss
 from selfsup_fastai.pretext.joint_embedding.mocov3 import MoCoV3
 from selfsup_fastai.pretext.joint_embedding.nnclr import nnclr_loss
+from selfsup_fastai.pretext.joint_embedding.simclr import SimCLR
 from selfsup_fastai.pretext.joint_embedding.vicreg import vicreg_loss
 from selfsup_fastai.processes import (
     agreed,
@@ -149,7 +150,14 @@ def exchanged(folder: Path) -> dict:
     }
     unequal(True)
     found |= {"rows": torch.tensor([n_rows(own), first_row(own)]), "gathered": gathered(own)}
+    with torch.no_grad():  # 3 images, of which the first process has one
+        z = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(2))
+        own = z[:1] if is_first() else z[1:]
+        found["of one and two"] = SimCLR().loss(own, None) * len(own) / 3
+        with alone():
+            found["of three"] = SimCLR().loss(z, None)
     with alone():
+        own = torch.arange(2 + rank())
         found["alone"] = torch.tensor([n_processes(), n_rows(own), len(gathered(own)), agreed(rank())])
     with first_here():
         found["first here"] = torch.tensor((folder / "made").exists())
@@ -168,6 +176,7 @@ def test_exchanges(tmp_path):
         assert found["equal rows"].tolist() == [2, 2]
         assert found["shared"].tolist() == [1, 1, 5]
         assert found["averaged"].tolist() == [0.5] * 6 + [4.5] + [1] * 3
+    torch.testing.assert_close(first["of one and two"] + second["of one and two"], first["of three"])
     assert first["rows"].tolist() == [5, 0] and second["rows"].tolist() == [5, 2]
     assert first["alone"].tolist() == [1, 2, 2, 0] and second["alone"].tolist() == [1, 3, 3, 1]
     assert (first["first here"], second["first here"]) == (False, True)

@@ -43,7 +43,7 @@ def test_each_is_told_its_place_and_all_the_same_folder(stands_in, tmp_path, mon
     stands_in(f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MARK $OMP_NUM_THREADS $MASTER_PORT $*" > {tmp_path}/$RANK')
     assert start(tmp_path) == 0
     told = [(tmp_path / str(k)).read_text().split() for k in range(3)]
-    assert [line[:5] for line in told] == [[str(k), str(k), "3", "1", "2"] for k in range(3)]
+    assert [line[:5] for line in told] == [[str(k), str(k), "3", str(os.getpid()), "2"] for k in range(3)]
     assert len({line[5] for line in told}) == 1
     command = f"-m selfsup_fastai.cli pretrain images --nproc 3 --out {tmp_path}/out".split()
     assert all(line[6:] == command for line in told)
@@ -112,10 +112,30 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_who_was_started_ends_with_the_one_that_started_it(tmp_path):
+    program = "import os, sys, time; from selfsup_fastai.runs.launching import end_with; end_with(os.getppid(), 75); "
+    program += f"open({str(tmp_path / 'on')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    starter = subprocess.Popen(["sh", "-c", '"$0" -c "$1"; true', sys.executable, program])
+    while not ((tmp_path / "on").exists() and (tmp_path / "on").read_text()):
+        time.sleep(0.1)
+    child = int((tmp_path / "on").read_text())
+    os.kill(child, 0)
+    starter.kill()
+    starter.wait()
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    pytest.fail("it is still there")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 def test_a_killed_run_of_two_goes_on_and_ends_bit_for_bit(tmp_path):
-    write_images(tmp_path / "images", 30, (24, 24))
+    write_images(tmp_path / "images", 30, (24, 24))  # 3 to validate with, one and two of each
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     kwargs = {"cwd": tmp_path, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     whole = subprocess.run(command(tmp_path, "whole"), timeout=300, **kwargs)
