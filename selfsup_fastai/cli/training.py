@@ -1,5 +1,6 @@
 """`selfsup pretrain` and `selfsup finetune`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from selfsup_fastai.cli.options import (
     LabeledArgument,
     MaxGbOption,
     PathsOption,
+    Precision,
+    PrecisionOption,
     Schedule,
     SeedOption,
     SplitOption,
@@ -62,6 +65,7 @@ def pretrain(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    precision: PrecisionOption = Precision.fp32,
     paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     resume: Annotated[
@@ -85,7 +89,7 @@ def pretrain(
     settings = parsed_settings(set_ or [])
     from selfsup_fastai.processes import is_first, is_started
     from selfsup_fastai.runs import pretraining
-    from selfsup_fastai.runs.launching import launch
+    from selfsup_fastai.runs.launching import end_with, launch
 
     out = out or (resume and _unfinished(Path("runs"), task)) or first_free(Path("runs") / task)
     if nproc > 1 and not is_started():
@@ -93,9 +97,11 @@ def pretrain(
         if code:
             raise typer.Exit(code)
         return
+    if LAUNCHED in os.environ:
+        end_with(int(os.environ[LAUNCHED]), LOST)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
     data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume, paths=paths)
-    data |= dict(window=parsed_window(window), split_by=split_by)
+    data |= dict(window=parsed_window(window), split_by=split_by, precision=_asked(precision))
     pretraining.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     if is_first():
         typer.echo(out / "encoder.safetensors")
@@ -141,6 +147,7 @@ def finetune(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    precision: PrecisionOption = Precision.fp32,
     paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: SeedOption = 42,
@@ -157,8 +164,14 @@ def finetune(
     out = out or first_free(Path("runs/finetune"))
     data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb, paths=paths)
     data |= dict(split_by=split_by, consistency=consistency, consistency_kind=consistency_kind.value)
+    data |= dict(precision=_asked(precision))
     finetuning.finetune(labeled, out, encoder, epochs, lr, schedule.value, valid_pct, size, bs, seed, **data)
     typer.echo(out)
+
+
+def _asked(precision: Precision) -> str | None:
+    """For learners: None is plain fp32."""
+    return None if precision is Precision.fp32 else precision.value
 
 
 def _unfinished(folder: Path, task: str) -> Path | None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -28,7 +29,7 @@ class Started(NamedTuple):
 def launch(
     n: int,
     out: Path,  # Folder of the run
-    mark: str,  # Environment variable that tells a process that it was started here: it is quiet about others
+    mark: str,  # Environment variable that tells a process who started it: it is quiet about others then
     lost: int,  # Exit code of one that has only lost another
 ) -> int:
     """Runs this command in `n` processes on this machine, until all are done. The first one alone is heard.
@@ -52,6 +53,20 @@ def launch(
         _end(started)
 
 
+def end_with(
+    starter: int,  # Id of the process that started this one
+    code: int,
+) -> None:
+    """From now on this process ends, with that exit code, when the one that started it has been killed."""
+
+    def look() -> None:
+        while os.getppid() == starter:
+            time.sleep(1)
+        os._exit(code)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 def _check(n: int) -> None:
     gpus, cpus = torch.cuda.device_count(), num_cpus()
     if 0 < gpus < n:
@@ -63,7 +78,7 @@ def _check(n: int) -> None:
 def _start(command: list[str], k: int, n: int, port: int, mark: str) -> Started:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, num_cpus() // n)))
     env = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": k, "LOCAL_RANK": k, "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads, mark: 1}
+    env |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads, mark: os.getpid()}
     said = tempfile.TemporaryFile("w+") if k else None  # noqa: SIM115  (closed when all have ended)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL if k else None, "stderr": said}
     env = {**os.environ, **{name: str(value) for name, value in env.items()}}

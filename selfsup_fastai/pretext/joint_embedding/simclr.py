@@ -8,6 +8,7 @@ from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext.base import PerView, per_image
 from selfsup_fastai.pretext.joint import JointTask
+from selfsup_fastai.processes import n_rows
 
 
 class SimCLR(JointTask):
