@@ -21,8 +21,8 @@ class DataParallel(Callback):
     of all images would be sent around with each batch. What that saves, sending gradients while others are still being
     computed, is given up.
 
-    On GPUs batch norms see the images of all processes (`sync_bn`); on CPUs, where torch has none that do, those of
-    their own process, and the running statistics are means over the processes.
+    On GPUs batch norms see the images of all processes (`learn.data_parallel.sync_bn = False`: they do not); on CPUs,
+    where torch has none that do, those of their own process, and the running statistics are means over the processes.
     """
 
     order = 7  # after gradient accumulation (6), which cancels steps; before what looks at gradients
@@ -36,11 +36,12 @@ class DataParallel(Callback):
 
     def before_fit(self):
         self.together = n_processes() > 1
-        if not self.together or hasattr(self, "gather_preds"):
+        if not self.together:
             return
         if hasattr(self.learn, "lr_finder"):
             raise TaskError("lr_find works in one process: find the rate first, then start several.")
         unequal(False)
+        self._part_norms()  # of a fit that was broken off
         shared(self.learn.model)
         self._meet_norms()
 

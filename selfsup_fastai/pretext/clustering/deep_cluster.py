@@ -63,9 +63,9 @@ class DeepCluster(JointTask):
     at a constant rate.
 
     Suits a thousand images or more of things that differ as wholes, and small batches. Does not suit very unequal
-    classes, which clusters of one size cut to pieces, nor fewer than a few hundred images, nor several processes
-    (refused: each would sort for itself). Costs, beside one pass for each image, another in evaluation for each
-    clustering, and k-means, one thread's work.
+    classes, which clusters of one size cut to pieces, nor fewer than a few hundred images. Costs, beside one pass for
+    each image, another in evaluation for each clustering, and k-means, one thread's work. With several processes each
+    computes the features of a part of the images, and the first one sorts them all.
     """
 
     name = "deep_cluster"
