@@ -78,8 +78,8 @@ from selfsup_fastai.plots import ShownFrame, plot_label_curve, plot_probe
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
-from selfsup_fastai.processes import is_first
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
+from selfsup_fastai.processes import is_first
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
