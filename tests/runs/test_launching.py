@@ -138,7 +138,7 @@ def test_a_killed_run_of_two_goes_on_and_ends_bit_for_bit(tmp_path):
     write_images(tmp_path / "images", 30, (24, 24))  # 3 to validate with, one and two of each
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     kwargs = {"cwd": tmp_path, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    whole = subprocess.run(command(tmp_path, "whole"), timeout=300, **kwargs)
+    whole = subprocess.run(command(tmp_path, "whole"), timeout=900, **kwargs)
     assert whole.returncode == 0 and whole.stdout == "whole/encoder.safetensors\n", whole.stderr
     run, metrics = subprocess.Popen(command(tmp_path, "out"), **kwargs), tmp_path / "out" / "metrics.csv"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
@@ -146,7 +146,7 @@ def test_a_killed_run_of_two_goes_on_and_ends_bit_for_bit(tmp_path):
         time.sleep(0.02)
     others = children(run.pid)
     os.kill(others[1], signal.SIGKILL)
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=300)
     assert run.returncode == 1
     assert said.splitlines()[-1] == (
         "selfsup: Process 2 of 2 was killed (SIGKILL, perhaps as memory ran out); the other was ended. The same "
@@ -154,7 +154,7 @@ def test_a_killed_run_of_two_goes_on_and_ends_bit_for_bit(tmp_path):
     )
     assert not any(Path(f"/proc/{pid}").exists() for pid in others)
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
-    again = subprocess.run(command(tmp_path, "out", "--resume"), timeout=300, **kwargs)
+    again = subprocess.run(command(tmp_path, "out", "--resume"), timeout=900, **kwargs)
     assert again.returncode == 0 and "The run goes on in epoch" in again.stderr
     for name in ("encoder.safetensors", "metrics.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
