@@ -31,7 +31,11 @@ def started(file: str, name: str, folder: Path, *args: str, n: int = 2) -> list[
 def of_two(file: str, name: str, folder: Path, *args: str) -> list[dict[str, torch.Tensor]]:
     """What the function returned in each of two processes."""
     runs = started(file, name, folder, *args)
-    said = [run.communicate(timeout=900)[1] for run in runs]
+    try:
+        said = [run.communicate(timeout=900)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
 
