@@ -79,6 +79,7 @@ from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
+from selfsup_fastai.processes import is_first
 from selfsup_fastai.scan import contact_sheet, scan_folder
 
 OURS = [
@@ -150,6 +151,7 @@ OURS = [
     "embedding_map",
     "feature_std",
     "get_task",
+    "is_first",
     "knn_accuracy",
     "knn_predict",
     "knn_probe",

@@ -5,6 +5,7 @@ SelfsupError
 ├── DataError           a folder, file, array or DataFrame that cannot be used as it is
 ├── EncoderFileError    a saved encoder that is damaged, foreign, or does not fit
 ├── ResumeError         the state of a killed run that is damaged, or of another run
+├── LostProcessError    another process of a run on several has ended
 └── TaskError           images or settings that a pretext task or a fine-tuning run cannot work with
 """
 
@@ -30,6 +31,10 @@ class EncoderFileError(SelfsupError):
 
 class ResumeError(SelfsupError):
     """A state that is damaged, or of another run than the one that should go on."""
+
+
+class LostProcessError(SelfsupError):
+    """Another process that trains the same model has ended."""
 
 
 class TaskError(SelfsupError):

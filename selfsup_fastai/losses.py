@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfsup_fastai.errors import TaskError, unknown
-from selfsup_fastai.processes import first_row, gathered
+from selfsup_fastai.processes import first_row, gathered, n_rows
 
 
 def units(
@@ -191,7 +191,7 @@ def _check_pair(z1: Tensor, z2: Tensor, temperature: float) -> None:
             f"The contrastive loss compares two sets of embeddings (B, D) of the same images; "
             f"it got {tuple(z1.shape)} and {tuple(z2.shape)}."
         )
-    if len(z1) < 2:
+    if n_rows(z1) < 2:
         raise TaskError(
             f"The contrastive loss needs at least 2 images in a batch, to have something to tell an image from; "
             f"it got {len(z1)}. Use a larger batch size, or drop the last batch."

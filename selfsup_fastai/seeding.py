@@ -4,7 +4,8 @@ Everything random about an image while it is opened and cut (item level) draws f
 that item alone; everything random about a batch (turns, permutations, views) draws from the `torch.Generator` of the
 loader's `PretextTransform`. Both seeds come from `dl.rng` at the start of each pass over the data, and `dl.rng` itself
 from Python's `random` when the loader is made. So `set_seed(42)` before the loaders are made fixes a whole run, with
-any number of worker processes; a validation pass always draws the same.
+any number of worker processes; a validation pass always draws the same. Of several processes that train one model all
+have the same seeds for items and the order, and each its own for batches.
 """
 
 import random
@@ -45,6 +46,11 @@ def preserved_rng() -> Iterator[None]:
 def item_seed(seed: int, index: int) -> str:
     """What Python's `random` is seeded with for item `index` of a pass with `seed`."""
     return f"{seed}-{index}"
+
+
+def part_seed(seed: int, part: int | str) -> int:
+    """What one of several processes draws its batches by in a pass with `seed`."""
+    return random.Random(f"{seed}-{part}").getrandbits(62)
 
 
 @contextmanager

@@ -3,25 +3,45 @@
 Each of the two runs this file as a program.
 """
 
-import os
-import subprocess
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from selfsup_fastai.encoders.memories import ContrastBank, NoiseTargets
+from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.losses import crop_cross_entropy, nce, nt_xent
 from selfsup_fastai.pretext.clustering.swav import sinkhorn
 from selfsup_fastai.pretext.joint_embedding.barlow_twins import barlow_loss
 from selfsup_fastai.pretext.joint_embedding.mocov3 import MoCoV3
 from selfsup_fastai.pretext.joint_embedding.nnclr import nnclr_loss
+from selfsup_fastai.pretext.joint_embedding.simclr import SimCLR
 from selfsup_fastai.pretext.joint_embedding.vicreg import vicreg_loss
-from selfsup_fastai.processes import first_row, gathered, n_processes, own_share, summed
+from selfsup_fastai.processes import (
+    agreed,
+    alone,
+    averaged,
+    first_here,
+    first_row,
+    gathered,
+    is_first,
+    join,
+    lengths,
+    n_processes,
+    n_rows,
+    of_all,
+    of_unequal,
+    own_share,
+    rank,
+    shared,
+    summed,
+    totals,
+    unequal,
+)
+from tests.two_processes import of_two as results_of_two
+from tests.two_processes import run
 
 
 def nce_of_bank(z1: Tensor, z2: Tensor) -> Tensor:
@@ -79,21 +99,16 @@ def found(rows: slice = slice(None)) -> dict[str, tuple[Tensor, Tensor]]:
     return of
 
 
+def half(folder: Path) -> dict:
+    """What this process finds with its half of the rows."""
+    join()
+    return found(slice(rank() * 4, rank() * 4 + 4))
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory) -> list[dict[str, tuple[Tensor, Tensor]]]:
     """What each of two processes finds with half of the rows."""
-    folder = tmp_path_factory.mktemp("processes")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env) for rank in range(2)]
-    assert [run.wait(240) for run in runs] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def main(rank: int, folder: Path) -> None:
-    meet, minutes = f"file://{folder}/meet", timedelta(minutes=3)
-    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=minutes)
-    torch.save(found(slice(rank * 4, rank * 4 + 4)), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return results_of_two(__file__, "half", tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -114,5 +129,67 @@ def test_one_process_has_all_there_is():
     assert gathered(x) is x and summed(x) is x and own_share(x) is x
 
 
+def exchanged(folder: Path) -> dict:
+    """Each exchange between two processes, of which the second has one row more."""
+    join()
+    own = torch.arange(2.0 + rank()) + 10 * rank()  # 0 1; 10 11 12
+    net = torch.nn.BatchNorm1d(2)
+    torch.nn.init.constant_(net.weight, rank() + 1)
+    net.num_batches_tracked += rank() + 5
+    shared(net)
+    mean = [torch.full((2, 3), float(rank())), torch.tensor(4.0 + rank()), torch.ones(3, dtype=torch.float64)]
+    averaged(mean)
+    found = {
+        "agreed": torch.tensor(agreed({"a": [rank(), 1.5]})["a"]),
+        "of all": torch.tensor(of_all([rank()] * (1 + rank() * 200))[1]),
+        "totals": torch.tensor(totals([1 + rank(), 0.5])),
+        "of unequal": of_unequal(own),
+        "equal rows": torch.tensor(lengths(own[:2])),
+        "shared": torch.cat([net.weight.detach(), net.num_batches_tracked[None]]),
+        "averaged": torch.cat([x.flatten().double() for x in mean]),
+    }
+    unequal(True)
+    found |= {"rows": torch.tensor([n_rows(own), first_row(own)]), "gathered": gathered(own)}
+    with torch.no_grad():  # 3 images, of which the first process has one
+        z = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(2))
+        own = z[:1] if is_first() else z[1:]
+        found["of one and two"] = SimCLR().loss(own, None) * len(own) / 3
+        with alone():
+            found["of three"] = SimCLR().loss(z, None)
+    with alone():
+        own = torch.arange(2 + rank())
+        found["alone"] = torch.tensor([n_processes(), n_rows(own), len(gathered(own)), agreed(rank())])
+    with first_here():
+        found["first here"] = torch.tensor((folder / "made").exists())
+        (folder / "made").touch()
+    found["speaks"] = torch.tensor(is_first())
+    return found
+
+
+def test_exchanges(tmp_path):
+    first, second = results_of_two(__file__, "exchanged", tmp_path)
+    for found in (first, second):
+        assert found["agreed"].tolist() == [0, 1.5]
+        assert found["of all"].tolist() == [1] * 201
+        assert found["totals"].tolist() == [3, 1]
+        assert found["of unequal"].tolist() == found["gathered"].tolist() == [0, 1, 10, 11, 12]
+        assert found["equal rows"].tolist() == [2, 2]
+        assert found["shared"].tolist() == [1, 1, 5]
+        assert found["averaged"].tolist() == [0.5] * 6 + [4.5] + [1] * 3
+    torch.testing.assert_close(first["of one and two"] + second["of one and two"], first["of three"])
+    assert first["rows"].tolist() == [5, 0] and second["rows"].tolist() == [5, 2]
+    assert first["alone"].tolist() == [1, 2, 2, 0] and second["alone"].tolist() == [1, 3, 3, 1]
+    assert (first["first here"], second["first here"]) == (False, True)
+    assert (first["speaks"], second["speaks"]) == (True, False)
+
+
+def test_a_start_that_is_not_whole_is_named(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SelfsupError, match="several processes train, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        join()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    run(globals())

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.columns import Columns
 from selfsup_fastai.callbacks.of_model import OfModel
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.data.loader import IndexedDL
 from selfsup_fastai.features import embed, finite
-from selfsup_fastai.processes import n_processes
+from selfsup_fastai.processes import is_first, n_processes, of_unequal, rank, shared
 from selfsup_fastai.seeding import preserved_rng
 
 TREATMENT = "do_wd", "force_train"  # What fastai notes of a parameter for good
@@ -21,21 +21,23 @@ class Recluster(OfModel):
 
     For models with `encoder`, `clusters`, `head` (a linear layer) and `clock`. The features are those of all training
     images without augmentation; what the optimizer remembers of the head is forgotten; and every epoch draws as often
-    from each group.
+    from each group. Of several processes each computes the features of a part of the images; the first one sorts.
     """
 
     order = 45  # after `Resume` brought back weights and clusters
 
     def before_train(self):  # `validate` and `get_preds` never come here
         model, dl = self.task_model, self.dls.train
-        check_one_process(self.learn.task.name)  # the learner may be older than the processes
         if model.clusters.outlived(model.clock.epochs):  # not if the run was killed in this epoch, and goes on
             with preserved_rng():  # a run that goes on from here comes here again, with generators not yet as they were
-                features = finite(embed(model.encoder, dl.plain).x)
-                draws = model.clusters.renew(features, model.clock.epochs)
-                for layer in model.head.modules():
-                    if isinstance(layer, nn.Linear):
-                        _draw_anew(layer, draws)
+                features = finite(features_of_all(model.encoder, dl.plain))
+                if is_first():
+                    draws = model.clusters.renew(features, model.clock.epochs)
+                    for layer in model.head.modules():
+                        if isinstance(layer, nn.Linear):
+                            _draw_anew(layer, draws)
+                shared(model.clusters)
+                shared(model.head)
             _forget(self.opt, model.head.parameters())
         if not isinstance(dl.shuffle_fn, EqualShares):
             self.own = vars(dl).get("shuffle_fn")
@@ -49,13 +51,14 @@ class Recluster(OfModel):
                 dl.shuffle_fn = self.own
 
 
-def check_one_process(name: str) -> None:
-    """Raises `TaskError` where several processes train together: each would sort for itself."""
-    if n_processes() > 1:
-        raise TaskError(
-            f"{name} sorts all images in one process; these are {n_processes()}. Start it in one, or take swav or nat, "
-            "which sort over several."
-        )
+def features_of_all(encoder: nn.Module, dl: IndexedDL) -> Tensor:
+    """Of all images of a loader, (N, C), of which each process computes its part."""
+    if n_processes() == 1:
+        return embed(encoder, dl).x
+    n = len(dl.dataset)
+    ends = [n * k // n_processes() for k in range(n_processes() + 1)]
+    own = range(ends[rank()], ends[rank() + 1])
+    return of_unequal(embed(encoder, dl.over(dl, own, shuffle=False, drop_last=False)).x)
 
 
 class ClusterColumns(Columns, OfModel):

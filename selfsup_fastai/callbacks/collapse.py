@@ -19,6 +19,7 @@ from selfsup_fastai.data.views import random_view
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.features import alignment, effective_rank, embed, feature_std, uniformity
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import gathered
 from selfsup_fastai.seeding import VALID_SEED
 
 SIGNALS = {
@@ -130,9 +131,12 @@ class CollapseAlarm(Callback):
 
     def after_validate(self):
         seen, self.seen = self.seen, []
-        if not getattr(self.recorder, "losses", None) or sum(map(len, seen)) < 2:  # `validate()` takes no step
+        if not getattr(self.recorder, "losses", None) or not seen:  # `validate()` takes no step
             return
-        self.levels.append(self.measure(torch.cat(seen)))
+        z = gathered(torch.cat(seen))
+        if len(z) < 2:
+            return
+        self.levels.append(self.measure(z))
         task = self.learn.task
         if has_collapsed(self.levels, 0 if task.length_counts else LOW):
             if not self.epochs:

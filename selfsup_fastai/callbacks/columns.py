@@ -4,6 +4,7 @@ from fastai.learner import ValueMetric
 from fastcore.foundation import L
 
 from selfsup_fastai.callbacks.log import OnlyInFit
+from selfsup_fastai.processes import agreed, alone, is_first
 
 
 class Columns(OnlyInFit):
@@ -30,7 +31,9 @@ class Columns(OnlyInFit):
     def after_validate(self):
         trained = bool(getattr(self.recorder, "losses", None))  # `validate()` takes no step
         if self.run and (trained or self.cheap):
-            self.values = self.look(self.learn.encoder)
+            with alone():  # one process looks, or two might go on differently
+                found = self.look(self.learn.encoder) if is_first() else None
+            self.values = agreed(found)
         if self.run and trained:
             self.rows.append({"epoch": len(self.rows), **self.values})
 

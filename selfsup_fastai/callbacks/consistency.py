@@ -17,6 +17,7 @@ from selfsup_fastai.encoders.maps import undisturbed
 from selfsup_fastai.encoders.memories import NEGATIVES, ContrastBank
 from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.losses import invariant_loss, view_distance
+from selfsup_fastai.processes import totals
 from selfsup_fastai.seeding import preserved_rng
 
 TERMS = ("cosine", "mse", "nce")
@@ -176,6 +177,9 @@ class Consistency(Callback):
         else:
             n = len(self.kept[0])
             self.totals = [self.totals[0] + float(self.value) * n, self.totals[1] + n]
+
+    def after_validate(self):
+        self.totals = totals(self.totals)
 
     def after_cancel_batch(self):
         self._stop()

@@ -1,13 +1,15 @@
 """What training cost and where it ended, kept on the learner for the card of its encoder."""
 
 from selfsup_fastai.callbacks.log import OnlyInFit
+from selfsup_fastai.processes import n_processes
 
 
 class CountImages(OnlyInFit):
     """Keeps on the learner `epochs_done`, `images_seen` (through the encoder) and `last_values` over all its fits.
 
-    `last_values` are the losses and metrics of the last epoch, which the Recorder forgets at the next `validate` or
-    `get_preds`. `lr_find` does not count. The learner sets the three attributes (0, 0, {}) when it is made.
+    Images are those of all processes. `last_values` are the losses and metrics of the last epoch, which the Recorder
+    forgets at the next `validate` or `get_preds`. `lr_find` does not count. The learner sets the three attributes (0,
+    0, {}) when it is made.
     """
 
     order = 51  # after the Recorder, whose values it reads
@@ -20,7 +22,7 @@ class CountImages(OnlyInFit):
 
     def after_batch(self):
         if self.training:
-            self.learn.images_seen += len(self.xb[0]) * self.passes
+            self.learn.images_seen += len(self.xb[0]) * self.passes * n_processes()
 
     def after_epoch(self):
         if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken

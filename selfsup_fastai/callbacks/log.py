@@ -9,6 +9,8 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from tqdm.auto import tqdm
 
+from selfsup_fastai.processes import is_first
+
 
 class OnlyInFit(Callback):
     """A callback that rests while `lr_find` and `get_preds` run."""
@@ -44,6 +46,7 @@ class EpochLines(OnlyInFit):
 
     def before_fit(self):
         super().before_fit()
+        self.run = self.run and is_first()
         if self.run:
             self.usual_logger, self.learn.logger = self.learn.logger, self._line
             self._line(self.recorder.metric_names)
@@ -70,13 +73,18 @@ class EpochLines(OnlyInFit):
 class MetricsFile(OnlyInFit):
     """Every epoch's losses and metrics as a row of a CSV file, written at once: a killed run keeps its rows.
 
-    Epochs are numbered through when a learner is fitted several times, as in the stages of `fine_tune`.
+    Epochs are numbered through when a learner is fitted several times, as in the stages of `fine_tune`. Of several
+    processes the first one writes.
     """
 
     order = 61
 
     def __init__(self, file: str | os.PathLike):
         self.file, self.rows = Path(file), 0
+
+    def before_fit(self):
+        super().before_fit()
+        self.run = self.run and is_first()
 
     def after_epoch(self):
         if not self.recorder.losses:  # `validate()` ends with this event too, but without a step taken

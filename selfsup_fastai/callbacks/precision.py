@@ -15,7 +15,7 @@ from selfsup_fastai.callbacks.layout import has_convolutions, lay_out, lay_out_l
 from selfsup_fastai.checks import check_choice
 from selfsup_fastai.errors import SelfsupError
 from selfsup_fastai.messages import say
-from selfsup_fastai.processes import gathered
+from selfsup_fastai.processes import alone, gathered
 from selfsup_fastai.seeding import preserved_rng
 
 KINDS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,7 +102,7 @@ def fastest(learn: Learner, device: str, tried: list[Way]) -> Way:
     """
     times = torch.tensor([torch.inf] * len(tried))
     try:
-        with preserved_rng():
+        with preserved_rng(), alone():
             times = _timed(learn, device, tried)
     except Exception as error:  # a task may need its callbacks around a batch; whatever it is, training can go on
         say(f"Precision: {tried[0]}; a step could not be timed ({type(error).__name__}).")

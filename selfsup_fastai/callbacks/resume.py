@@ -17,6 +17,7 @@ from selfsup_fastai.callbacks.state import (
     StateFolder,
     captured,
     drawn_state,
+    everywhere,
     plain,
     restore,
     restore_drawn,
@@ -24,8 +25,10 @@ from selfsup_fastai.callbacks.state import (
 )
 from selfsup_fastai.errors import ResumeError
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import agreed, is_first, n_processes, rank
 
 SHARE = 0.05  # of the time, at most, may be spent on writing
+TOGETHER = 10  # Steps after which several processes ask whether it is time to write
 SAMPLED = (0.0, 0.1, 0.3, 0.6, 1.0)  # where of the run two schedules are compared
 
 
@@ -43,6 +46,8 @@ class Resume(OnlyInFit):
     the beginning of an epoch do so in `before_train`. Metrics of the training set (`train_metrics`) are those of the
     part trained anew. A run with another number of epochs, schedule, task, network or data is refused with a
     `ResumeError`. If the disk is full, a line says so and the run goes on.
+
+    Of several processes the first one writes, for all of them, to a folder that all can read; as many must go on.
 
     The file holds weights and numbers, no images and no file names.
     """
@@ -66,7 +71,8 @@ class Resume(OnlyInFit):
 
     def clear(self) -> None:
         """Remove the state: the run is over and saved, or is to begin anew."""
-        self.kept.clear()
+        if is_first():
+            self.kept.clear()
 
     def before_fit(self):
         super().before_fit()
@@ -102,7 +108,7 @@ class Resume(OnlyInFit):
     def _begin(self) -> None:
         """What is to be done before the first step of a fit: find out where it ended, and go there."""
         self.fits, self.print = self.fits + 1, _print_of(self.learn, self.about)
-        self.ahead = self.kept.read()
+        self.ahead = self._read()
         if self.ahead is None or self.ahead.facts["fit"] < self.fits:
             self.ahead = None
         elif self.ahead.facts["fit"] == self.fits:
@@ -114,8 +120,17 @@ class Resume(OnlyInFit):
                 cb.run = False
             self._tell()
 
+    def _read(self) -> State | None:
+        """The state that is there. Raises `ResumeError` where not all processes find the same."""
+        state = self.kept.read()
+        where = state and [state.facts[name] for name in ("fit", "epoch", "batch")]
+        if where != agreed(where):
+            fix = "All processes must be able to read it: take a folder that they share."
+            raise ResumeError(f"Process {rank()} finds another state than the first one. {fix}")
+        return state
+
     def _check(self, state: State, run: dict) -> None:
-        saved = state.facts["print"]
+        saved = {"processes": 1, **state.facts["print"]}
         other = [_other(name, saved.get(name), here) for name, here in run.items() if saved.get(name) != here]
         if other:
             raise ResumeError(
@@ -165,7 +180,7 @@ class KeepState(OnlyInFit):
         if self.early.skips():
             if self.iter == self.early.ahead.facts["batch"] - 1:
                 self._arrive()
-        elif self.stepped and time.monotonic() >= self.next:
+        elif self.stepped and self._is_time():
             self._write(self.epoch, self.iter + 1)
         # Between the parts of an accumulated step there are gradients that nobody keeps; it may span two epochs
         self.pending, self.stepped = not self.stepped, False
@@ -178,6 +193,11 @@ class KeepState(OnlyInFit):
         elif self.epoch == self.n_epoch - 1:  # all was done already
             self._arrive()
 
+    def _is_time(self) -> bool:
+        if n_processes() > 1 and self.iter % TOGETHER != TOGETHER - 1:
+            return False
+        return agreed(time.monotonic() >= self.next)
+
     def _arrive(self) -> None:
         """The place where the run was killed: from here on it is trained."""
         restore_records(self.learn, self.early.ahead)
@@ -186,11 +206,20 @@ class KeepState(OnlyInFit):
 
     def _write(self, epoch: int, batch: int) -> None:
         began = time.monotonic()
-        where = {"fit": self.early.fits, "epoch": epoch, "batch": batch, "print": self.early.print}
+        drawn = {"at start": everywhere(self.at_start), "now": everywhere(drawn_state(self.learn))}
+        if is_first():
+            where = {"fit": self.early.fits, "epoch": epoch, "batch": batch, "print": self.early.print}
+            self._keep(
+                where, {_mark(name, k): state for name, states in drawn.items() for k, state in enumerate(states)}
+            )
+        now = time.monotonic()
+        self.next = now + max(self.early.every, (now - began) / SHARE)
+
+    def _keep(self, where: dict, drawn: dict[str, State]) -> None:
         tensors, facts = captured(self.learn)
-        for name, drawn in {"at start": self.at_start, "now": drawn_state(self.learn)}.items():
-            tensors |= {f"{name}/{key}": value for key, value in drawn.tensors.items()}
-            facts[name] = drawn.facts
+        for mark, state in drawn.items():
+            tensors |= {f"{mark}/{key}": value for key, value in state.tensors.items()}
+            facts[mark] = state.facts
         try:
             self.early.kept.write(State(tensors, facts | where))
             self.full = False
@@ -199,14 +228,16 @@ class KeepState(OnlyInFit):
                 kept = "the last one stays" if self.early.kept.last.exists() else "there is none yet"
                 say(f"The state of the run could not be written ({error.strerror}); {kept}. The run goes on.")
             self.full = True
-        now = time.monotonic()
-        self.next = now + max(self.early.every, (now - began) / SHARE)
+
+
+def _mark(name: str, process: int) -> str:
+    return f"{name} of {process}" if process else name
 
 
 def _part(state: State, name: str) -> State:
-    """The generators as they were at the start of the epoch, or when the state was written."""
-    mark = f"{name}/"
-    return State({k.removeprefix(mark): t for k, t in state.tensors.items() if k.startswith(mark)}, state.facts[name])
+    """The generators of this process as they were at the start of the epoch, or when the state was written."""
+    facts, mark = state.facts[_mark(name, rank())], f"{_mark(name, rank())}/"
+    return State({k.removeprefix(mark): t for k, t in state.tensors.items() if k.startswith(mark)}, facts)
 
 
 def _print_of(learn: Learner, about: dict) -> dict:
@@ -216,6 +247,7 @@ def _print_of(learn: Learner, about: dict) -> dict:
     fixed = [{name: v for name, v in hypers.items() if name not in curves} for hypers in learn.opt.hypers]
     found = {
         "epochs": learn.n_epoch,
+        "processes": n_processes(),
         "batches an epoch": len(train),
         "batch size": train.bs,
         "images": getattr(learn, "data", None) or len(train.dataset),

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from selfsup_fastai.errors import ResumeError
+from selfsup_fastai.processes import gathered, of_all
 from selfsup_fastai.seeding import rng_state, set_rng_state
 from selfsup_fastai.writing import write_whole
 
@@ -102,6 +103,12 @@ def drawn_state(learn: Learner) -> State:
     tensors = {"rng/torch": state["torch"]} | {f"rng/cuda/{i}": value for i, value in enumerate(state["cuda"])}
     loaders = [dl.rng.getstate() if isinstance(getattr(dl, "rng", None), random.Random) else None for dl in learn.dls]
     return State(tensors, {"python": state["python"], "numpy": [kind, keys.tolist(), *rest], "loaders": loaders})
+
+
+def everywhere(own: State) -> list[State]:
+    """The states of all processes, in their order, where they have tensors of the same names and shapes."""
+    tensors = {name: gathered(value.unsqueeze(0)) for name, value in own.tensors.items()}
+    return [State({n: rows[k] for n, rows in tensors.items()}, facts) for k, facts in enumerate(of_all(own.facts))]
 
 
 def restore_drawn(learn: Learner, state: State) -> None:

@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 
 from selfsup_fastai.encoders.frozen import TrainedFirst
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import alone, is_first, shared
 from selfsup_fastai.seeding import preserved_rng
 
 
@@ -14,7 +15,8 @@ class TrainFirst(Callback):
 
     By its `own_loss`, with Adam and a step size that falls linearly to 0. It happens in the first `fit` or `lr_find`,
     never in `validate` or `get_preds`, and not again once it is done: the part remembers that with its weights. All of
-    it is drawn from a loader of its own, so the training that follows draws what it would have drawn without.
+    it is drawn from a loader of its own, so the training that follows draws what it would have drawn without. Of
+    several processes each does it with all images, and what the first one has come to counts.
     """
 
     order = 40  # before the Recorder and bars (50), and before the learning rate finder (60) saves the model
@@ -38,8 +40,9 @@ class TrainFirst(Callback):
         for part in self.learn.model.modules():
             if isinstance(part, TrainedFirst) and not part.is_trained:
                 say(f"First the {part.what} is trained: {self.n_epochs} epoch{'s' * (self.n_epochs > 1)}.")
-                with preserved_rng(), part.learning():
+                with preserved_rng(), part.learning(), alone():
                     loss = self._train(part)
+                shared(part)
                 say(f"The {part.what} is trained, its own loss is {loss:.3g}, and is frozen from now on.")
 
     def _train(self, part: TrainedFirst) -> float:
@@ -48,7 +51,7 @@ class TrainFirst(Callback):
         n_steps = self.n_epochs * len(dl)
         optimizer = torch.optim.Adam(part.parameters(), self.step_size, betas=(self.momentum, 0.999))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
-        with tqdm(total=n_steps, desc=part.what, leave=False, disable=None) as bar:
+        with tqdm(total=n_steps, desc=part.what, leave=False, disable=None if is_first() else True) as bar:
             for _ in range(self.n_epochs):
                 losses = []
                 for b in dl:

@@ -9,7 +9,10 @@ from functools import wraps
 
 import typer
 
-from selfsup_fastai.errors import SelfsupError
+from selfsup_fastai.errors import LostProcessError, SelfsupError
+
+LAUNCHED = "SELFSUP_LAUNCHED"  # Set where `selfsup --nproc` started this process
+LOST = 75  # Exit code of such a process that has lost another one
 
 
 class Terminated(KeyboardInterrupt):
@@ -25,6 +28,7 @@ def reported(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except KeyboardInterrupt as stop:
             line, code = "stopped", 143 if isinstance(stop, Terminated) else 130
+            _leave_quietly(code)
         except (typer.Exit, typer.BadParameter, BrokenPipeError):
             raise  # typer's own affair; where nobody reads on it ends quietly
         except Exception as error:
@@ -34,10 +38,23 @@ def reported(command: Callable) -> Callable:
             said = str(error).rpartition(":\n\t")[2]  # without fastai's line about the callback that it came through
             line = said if expected else f"{type(error).__name__}: {said} (selfsup --debug shows where)"
             code = 1
+            if isinstance(error, LostProcessError):
+                _leave_quietly(LOST)
         typer.echo(f"selfsup: {line}", err=True)
         raise typer.Exit(code)
 
     return run
+
+
+def _leave_quietly(code: int) -> None:
+    """If this is one of several processes that a command started (`runs.launching`): it tells what happened.
+
+    At once, as others may be gone: nobody is to be waited for.
+    """
+    if LAUNCHED in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def terminate(*_):

@@ -1,5 +1,6 @@
 """`selfsup pretrain` and `selfsup finetune`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from selfsup_fastai.cli.options import (
     parsed_settings,
     parsed_window,
 )
+from selfsup_fastai.cli.reporting import LAUNCHED, LOST
 from selfsup_fastai.errors import unknown
 from selfsup_fastai.pretext import TASKS
 
@@ -69,6 +71,10 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's run that was stopped or killed, if any.")
     ] = False,
+    nproc: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that train together, each on a GPU, or all on the CPU; --bs is of each."),
+    ] = 1,
     seed: SeedOption = 42,
 ) -> None:
     """Pretrain an encoder on a folder of unlabeled images.
@@ -81,14 +87,24 @@ def pretrain(
         if name not in TASKS:
             raise unknown("pretext task", name, TASKS)
     settings = parsed_settings(set_ or [])
+    from selfsup_fastai.processes import is_first, is_started
     from selfsup_fastai.runs import pretraining
+    from selfsup_fastai.runs.launching import end_with, launch
 
     out = out or (resume and _unfinished(Path("runs"), task)) or first_free(Path("runs") / task)
+    if nproc > 1 and not is_started():
+        code = launch(nproc, out, LAUNCHED, LOST)
+        if code:
+            raise typer.Exit(code)
+        return
+    if LAUNCHED in os.environ:
+        end_with(int(os.environ[LAUNCHED]), LOST)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
     data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume, paths=paths)
     data |= dict(window=parsed_window(window), split_by=split_by, precision=_asked(precision))
     pretraining.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
-    typer.echo(out / "encoder.safetensors")
+    if is_first():
+        typer.echo(out / "encoder.safetensors")
 
 
 def finetune(

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups
 from selfsup_fastai.data.usable import OURS, check_window, frames_in, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import quiet, say
+from selfsup_fastai.processes import first_here, join
 from selfsup_fastai.seeding import preserved_rng
 
 OF_SHARDS = ("shard", "offset", "size")
@@ -83,6 +85,7 @@ class UnlabeledDataLoaders(DataLoaders):
         settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
         settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
         settings |= {"cache": cache, "max_gb": max_gb, "window": window, "split_by": split_by}
+        join()
         _check_settings(**settings)
         files = find_files(path, recurse)
         if not files:
@@ -114,7 +117,8 @@ class UnlabeledDataLoaders(DataLoaders):
     ) -> "UnlabeledDataLoaders":
         _check_settings(**kwargs)
         files, side = as_paths(files), max(as_size(kwargs.get("size", 128)) or (128,))
-        with _keeping(files, **kwargs) as kept:
+        on_disk = kwargs.get("cache", True) is True  # of several processes one decodes, and the others find it done
+        with first_here() if on_disk else nullcontext(), _keeping(files, **kwargs) as kept:
             frames = None if facts is None else frames_in(facts)
             info, report = usable_items(files, kept, side, kwargs.get("n_in"), kwargs.get("window"), frames)
             if kept:

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import copy
@@ -31,6 +31,7 @@ from selfsup_fastai.data.shards import mixed_order
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.memory import keep_freed_memory
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import n_processes, rank
 from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seeded_item
 
 T = TypeVar("T")
@@ -52,10 +53,14 @@ class IndexedDL(TfmdDL):
 
     What else is known of the images, such as whose they are, are its `facts`. An image may bring others of its dataset
     along (`companions`): they are opened and cut by the very draws that it is cut by, and follow it in the batch.
+
+    Where several processes train (`take_part`), all draw the same order, and each has its part of every batch.
+    Loaders that are made of this one have all images.
     """
 
     with_index = False  # True: the last element of every batch is a `TensorIndex`
     companions: Companions | None = None  # Each is a `TensorCompanion` behind the images of a batch
+    part: tuple[int, int] | None = None  # Of several processes: the number of this one, from 0, and how many there are
 
     def __init__(
         self,
@@ -122,6 +127,31 @@ class IndexedDL(TfmdDL):
         rows = None if source.rows is None else source.rows[places]
         facts = None if source.facts is None else source.facts.iloc[places]
         return self.new(chosen, store=source.store, rows=rows, facts=facts, **kwargs)
+
+    def take_part(self, training: bool) -> None:
+        """From now on batches are the part of this process: k-th of n, it has rows k * bs to (k + 1) * bs of n * bs.
+
+        In training a last short batch is dropped, so all parts are equal; in validation each image comes once, and
+        parts of the last batch differ by one image at most.
+        """
+        self.part = rank(), n_processes()
+        self.drop_last = training
+        if not training:
+            self.bs = none_left_out(self.n, self.bs)
+
+    def get_idxs(self) -> list[int]:
+        idxs = super().get_idxs()
+        return idxs if self.part is None else self._own(idxs)
+
+    def __len__(self) -> int:
+        return super().__len__() if self.part is None else -(-len(self._own(range(self.n))) // self.bs)  # rounded up
+
+    def _own(self, idxs: Sequence[int]) -> list[int]:
+        (k, n), whole = self.part, self.bs * self.part[1]
+        full = len(idxs) - len(idxs) % whole
+        own = [i for start in range(k * self.bs, full, whole) for i in idxs[start : start + self.bs]]
+        rest = [] if self.drop_last else idxs[full:]
+        return own + list(rest[len(rest) * k // n : len(rest) * (k + 1) // n])
 
     def _has_items_of(self, dataset) -> bool:
         if (self.store is None and self.facts is None) or dataset is None or dataset is self.dataset:
@@ -261,16 +291,46 @@ def fit_batch_size(bs: int, n_train: int) -> int:
     """The largest batch size up to `bs` that leaves out no more than a quarter of the training images in an epoch.
 
     fastai drops the last short batch: of 113 images in batches of 64 it would take 64 an epoch, of 40 images none.
+    Of several processes each has its share of the images.
     """
-    fitting = min(bs, n_train)
-    while n_train % fitting > n_train / 4:
+    share = n_train // n_processes()
+    if not share:
+        raise DataError(f"{n_train} training images are too few for {n_processes()} processes: start fewer of them.")
+    fitting = min(bs, share)
+    while share % fitting > share / 4:
         fitting -= 1
-    if n_train < bs:
-        say(f"Batch size {bs} cut to {fitting}: there are no more training images.")
+    if share < bs:
+        each = " for each process" * (n_processes() > 1)
+        say(f"Batch size {bs} cut to {fitting}: there are no more training images{each}.")
     elif fitting < bs:
-        used = n_train - n_train % fitting
+        used = n_processes() * (share - share % fitting)
         say(f"Batch size {bs} cut to {fitting}: an epoch then takes {used} of {n_train} training images.")
     return fitting
+
+
+def none_left_out(n: int, bs: int) -> int:
+    """The batch size nearest to `bs`, from there down and then up, whose last batch gives each process two images, or
+    one.
+
+    Raises `DataError` where there are fewer images than processes.
+    """
+    together = n_processes()
+    if n < together:
+        fix = "Keep more of them (valid_pct), or start fewer processes."
+        raise DataError(f"{together} processes need as many validation images, there are {n}. {fix}")
+    sizes = *range(bs, 0, -1), *range(bs + 1, n + 1)
+    last = {size: n % (size * together) or size * together for size in sizes}  # images in the last batch
+    return next(size for each in (2, 1) for size in sizes if last[size] >= each * together)
+
+
+def take_parts(dls: DataLoaders) -> None:
+    """Where several processes train, the loaders give each its part of the batches, on its own GPU."""
+    if n_processes() == 1:
+        return
+    for i, dl in enumerate(dls.loaders):
+        dl.take_part(training=i == 0)
+    if dls.device is not None and dls.device.type == "cuda":
+        dls.device = torch.device("cuda", torch.cuda.current_device())
 
 
 def check_dls(dls: object) -> None:

@@ -30,15 +30,20 @@ def write_tensors(
     what: str = "encoder",  # What is kept, for people
 ) -> Path:
     """Write them and return the path. The old file stays whole until the new one is complete."""
-    path = Path(file)
-    if not path.name:
-        raise EncoderFileError(f"{str(file)!r} names no file to save the {what} in.")
-    path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+    path = with_suffix(file, what)
     card = {**card, "digest": digest(card, tensors)}
     header = {key: json.dumps(card, sort_keys=True, allow_nan=False)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_bytes(tensors, header))
     return path
+
+
+def with_suffix(file: str | os.PathLike, what: str = "encoder") -> Path:
+    """Where `file` is written to."""
+    path = Path(file)
+    if not path.name:
+        raise EncoderFileError(f"{str(file)!r} names no file to save the {what} in.")
+    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:

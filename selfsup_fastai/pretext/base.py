@@ -138,12 +138,13 @@ class PretextTask(ABC):
         idx: Tensor | None = None,
         known: Tensor | None = None,
         others: Tensor | None = None,
+        common: torch.Generator | None = None,
     ) -> tuple[Tensor, ...]:
         """`make_batch` with its input checked and its output typed: (*inputs, *targets)."""
         float_images(x)
         x = x.as_subclass(Tensor)
         self.check_shape(x.shape)
-        extras = self.wanted(known=known, others=others)
+        extras = self.wanted(known=known, others=others, common=common)
         inputs, targets = self.make_batch(x, generator=generator, train=train, idx=idx, **extras)
         self._check_made(inputs, targets, len(x))
         images = zip(inputs, self.normalized, strict=True)
@@ -177,7 +178,12 @@ class PretextTask(ABC):
         if set(rows) != {n}:
             raise TaskError(f"{said}, in which axis 0 is the image; from {n} images it made {rows} rows.")
 
-    def wanted(self, known: Tensor | None = None, others: Tensor | None = None) -> dict[str, Tensor | None]:
+    def wanted(
+        self,
+        known: Tensor | None = None,
+        others: Tensor | None = None,
+        common: torch.Generator | None = None,  # Where several processes train: the same in all of them
+    ) -> dict:
         """What make_batch takes of these."""
         facts = {"known": known} if "facts" in self.needs else {}
         return {**facts, "others": others} if self.items == "companions" else facts

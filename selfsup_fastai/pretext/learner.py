@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import fastai.callback.progress
 import fastai.callback.schedule  # noqa: F401  (brings fit_one_cycle, lr_find and so on)
+import torch
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, defaults
+from fastai.torch_core import to_detach
+from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -18,6 +22,7 @@ from selfsup_fastai.callbacks.accumulation import RefuseAccumulation
 from selfsup_fastai.callbacks.collapse import CollapseAlarm
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
+from selfsup_fastai.callbacks.data_parallel import DataParallel, ShareMetrics
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.speed import sped_up
 from selfsup_fastai.callbacks.syncs import LossesThere
@@ -31,19 +36,22 @@ from selfsup_fastai.data.loader import (
     n_in_of,
     needs_resize,
     seen_as,
+    take_parts,
 )
 from selfsup_fastai.encoders.card import ROUND
 from selfsup_fastai.encoders.checkpoint import copied_encoder, get_encoder, is_fresh, save_encoder
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
-from selfsup_fastai.errors import TaskError
+from selfsup_fastai.encoders.tensor_files import with_suffix
+from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.base import PretextLoss, PretextTask
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
 from selfsup_fastai.pretext.multi import SeveralTasks
-from selfsup_fastai.seeding import preserved_rng
+from selfsup_fastai.processes import alone, is_first, join, n_processes, of_all, rank, shared, told
+from selfsup_fastai.seeding import part_seed, preserved_rng
 
 LINE = "\n       "  # Between the answers of several tasks
 LEAST_SAID = 0.01  # of a network's parameters: less is a norm, which is not random before it is trained
@@ -79,8 +87,11 @@ def pretext_learner(
     says so. An encoder, learner or module that is given stays as it is, too: a copy is trained.
     What precision='auto' takes depends on how busy the machine is, and results differ by rounding: that is why it is
     not the default. For the same result from the same seed name a precision.
+    In several processes (started by `torchrun`, `accelerate launch` or `selfsup pretrain --nproc`) the same call trains
+    one model in all of them, each with a part of every batch, `bs` images.
     Raises `TaskError` for settings that the task does not have and for arguments that ask for two nets at once.
     """
+    join()
     check_dls(dls)
     task = _task_of(dls, task, settings)
     if isinstance(dls.train_ds, Datasets) and len(dls.train_ds.tls) > dls.train_ds.n_inp:
@@ -97,6 +108,7 @@ def pretext_learner(
     pretext = derive_loaders(plain, dl_type=PretextDL, stats=(encoder.mean, encoder.std), add=asked)
     if are_scans(plain):
         _suit_scans(task, settings)
+    take_parts(pretext)
     task.setup(pretext, encoder)
     if len(measured[0]) == 1:  # the mean of one channel
         _say_idle(task)
@@ -109,8 +121,22 @@ def pretext_learner(
     fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": [*faster, *L(cbs)]}
     if consistency is not None:
         consistency.setup(task, model, pretext)
+    take_parts(pretext)  # a task may have changed the loaders
     data = _data_print(pretext, measured)
+    _meet(model, data)
     return PretextLearner(pretext, task, model, data=data, consistency=consistency, **fastai_args)
+
+
+def _meet(model: nn.Module, data: dict) -> None:
+    """Several processes begin with one model, and draw each its own from now on. Raises `DataError` where they see
+    different images."""
+    if n_processes() == 1:
+        return
+    if any(other != data for other in of_all(data)):
+        raise DataError("The processes do not see the same images. Give all of them the same folder and settings.")
+    shared(model)
+    if not is_first():
+        torch.manual_seed(part_seed(torch.initial_seed(), rank()))
 
 
 def _task_of(dls: DataLoaders, task, settings: dict) -> PretextTask:
@@ -280,10 +306,29 @@ class PretextLearner(Learner):
         passes, own = task.passes, task.callbacks()
         if consistency is not None:
             passes, own, metrics = passes + 1, own + consistency.callbacks(), [*L(metrics), consistency.metric()]
-        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), LossesThere(), CollapseAlarm()]
+        always = [DataParallel(), ShareMetrics()]
+        always += [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), LossesThere(), CollapseAlarm()]
         cbs = [*always, *own, *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), metrics=metrics, cbs=cbs, **kwargs)
         self.task = task
+        if not is_first():  # who speaks
+            self.remove_cb(ProgressCallback)
+            self.logger = noop
+
+    def fit(self, *args, **kwargs) -> None:
+        """fastai's; where another process has ended, a `LostProcessError`."""
+        with told():
+            super().fit(*args, **kwargs)
+
+    def get_preds(self, *args, dl=None, **kwargs):
+        """fastai's, of all images, in one process by itself."""
+        dl = dl.new() if getattr(dl, "part", None) else dl
+        with alone():
+            return super().get_preds(*args, dl=dl, **kwargs)
+
+    def to_detach(self, b, cpu=True, gather=False):
+        """fastai's, of the images of this process: `ShareMetrics` adds up what it comes to."""
+        return to_detach(b, cpu, gather=False)
 
     @property
     def encoder(self) -> Encoder:
@@ -305,8 +350,11 @@ class PretextLearner(Learner):
         return Answer(self.task, *dl.question(b), pred, decoded)
 
     def save_encoder(self, file: str | Path) -> Path:
-        """The encoder and its card (`read_card(file)`) in a .safetensors file; returns its path."""
-        return save_encoder(self.encoder, file, **self._card())
+        """The encoder and its card (`read_card(file)`) in a .safetensors file; returns its path.
+
+        Of several processes the first one writes.
+        """
+        return save_encoder(self.encoder, file, **self._card()) if is_first() else with_suffix(file)
 
     def this_round(self) -> dict:
         """What the lineage of an encoder tells of its training by this learner."""

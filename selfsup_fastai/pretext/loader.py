@@ -16,6 +16,7 @@ from selfsup_fastai.data.loader import IndexedDL, TensorIndex, without
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PretextTask
+from selfsup_fastai.seeding import part_seed
 
 
 class PretextTransform(Transform):
@@ -36,12 +37,15 @@ class PretextTransform(Transform):
     ):
         super().__init__()
         self.task, self.consistency = get_task(task, **settings), consistency
-        self.seed = self._generator = None
+        self.seed = self._generator = self._common = None  # the last: what several processes draw together
         self.known: Tensor | None = None  # Of each image of the loader's dataset, as `PretextTask.known` gives it
 
-    def reseed(self, seed: int) -> None:
-        """What follows is drawn as `seed` says, whatever was drawn before."""
-        self.seed, self._generator = seed, None
+    def reseed(self, seed: int, part: int | None = None) -> None:
+        """What follows is drawn as `seed` says, whatever was drawn before. `part`: which of several processes it is."""
+        self.seed, self._generator, self._common = seed, None, None
+        if part is not None:
+            self.seed = part_seed(seed, part)
+            self._common = torch.Generator().manual_seed(part_seed(seed, "common"))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """What the task draws from; made anew after `reseed`, and on another device."""
@@ -57,6 +61,7 @@ class PretextTransform(Transform):
         x, generator = items[0], self.generator(items[0].device)
         others = [t.as_subclass(Tensor) for t in items[1:] if isinstance(t, TensorCompanion)]
         extras = {"known": self.known_of(idx), "others": torch.stack(others, 1) if others else None}
+        extras["common"] = self._common
         made = self.task.batch(x, generator=generator, train=split_idx == 0, idx=idx, **extras)
         return made if self.consistency is None else (*made, *self.consistency.extras(x, idx, generator))
 
@@ -74,7 +79,8 @@ class PretextTransform(Transform):
         return f"PretextTransform({self.task!r})"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_generator": None, "known": None}  # a torch.Generator is tied to its device
+        generators = {"_generator": None, "_common": None}  # tied to their device
+        return {**self.__dict__, **generators, "known": None}
 
 
 class PretextDL(IndexedDL):
@@ -141,7 +147,7 @@ class PretextDL(IndexedDL):
 
     def before_iter(self):
         super().before_iter()
-        self.transform.reseed(self.pass_seed)
+        self.transform.reseed(self.pass_seed, self.part and self.part[0])
         self.transform.known = self.known
 
     def question(self, b) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

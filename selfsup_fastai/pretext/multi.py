@@ -134,12 +134,16 @@ class SeveralTasks(PretextTask):
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def make_batch(self, x, *, generator, train, idx=None, known=None):
+    def wanted(self, known=None, others=None, common=None):
+        return {**super().wanted(known, others), "common": common}
+
+    def make_batch(self, x, *, generator, train, idx=None, known=None, common=None):
         asked, n = None, len(self.tasks)
         widths = [task.n_known for task in self.tasks]
         learned = [None] * n if known is None else known.split(widths, 1)
         if train and not self._ask_all and generator.initial_seed() != VALID_SEED:  # else somebody only looks
-            asked = torch.randint(n, (1,), generator=generator, device=x.device).item()
+            draws = common or generator  # all processes are asked the same
+            asked = torch.randint(n, (1,), generator=draws, device=draws.device).item()
         inputs, targets = (), ()
         for i, task in enumerate(self.tasks):
             if asked in (None, i):

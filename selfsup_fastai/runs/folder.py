@@ -34,6 +34,7 @@ from selfsup_fastai.downstream.learner import DownstreamLearner
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import plot_history, save_picture
+from selfsup_fastai.processes import is_first
 from selfsup_fastai.writing import write_csv
 
 RESUMES = " The same command with --resume goes on."
@@ -126,20 +127,22 @@ def write_table(table: pd.DataFrame, file: Path, paths: bool) -> None:
 def finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterator[None]:
     """Lines instead of bars while the learner is fitted; at the end, or stopped, what was trained is saved.
 
-    After any other error nothing is saved: the weights may be anything.
+    After any other error nothing is saved: the weights may be anything. Of several processes the first one saves, and
+    asks no other one for anything: those may be gone.
     """
     learn.add_cb(lines := EpochLines())
     try:
         with learn.no_bar():
             yield
     except KeyboardInterrupt:
-        if (out / "metrics.csv").exists():
+        if is_first() and (out / "metrics.csv").exists():
             _save(learn, out, chance)
             say("Stopped; the encoder is saved as it is." + RESUMES * is_unfinished(out))
         raise
     finally:
         learn.remove_cb(lines)
-    _save(learn, out, chance)
+    if is_first():
+        _save(learn, out, chance)
 
 
 def _save(learn: Learner, out: Path, chance: float | dict | None) -> None:

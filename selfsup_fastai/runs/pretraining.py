@@ -15,6 +15,7 @@ from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
+from selfsup_fastai.processes import agreed, is_first, join, n_processes
 from selfsup_fastai.runs.folder import LEFT_OUT, STATE, check_out, finished, is_unfinished, run_folder
 
 
@@ -38,7 +39,10 @@ def pretrain(
     """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner.
 
     While it trains its state is kept (`callbacks.resume`). With `resume` and no state it begins at the beginning.
+    Several processes (torchrun, accelerate, `selfsup pretrain --nproc`) train one encoder; the first one writes.
     """
+    join()
+    out = agreed(str(out))
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
     goes_on = resume and is_unfinished(out)
@@ -59,16 +63,25 @@ def pretrain(
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
     if not goes_on:
         state.clear()
-    out = run_folder(out, [folder], learn, dls.report, {**args, "seed": seed, **data}, paths)
+    out = Path(out)
+    if is_first():
+        run_folder(out, [folder], learn, dls.report, {**args, "seed": seed, "processes": n_processes(), **data}, paths)
     learn.show_batch()
-    save_picture(out / "batch.png")
+    if is_first():
+        save_picture(out / "batch.png")
     chance = learn.task.levels() if isinstance(learn.task, SeveralTasks) else learn.task.chance()
     with finished(learn, out, chance):
         learn.fit_one_cycle(epochs, lr, cbs=[MetricsFile(out / "metrics.csv"), state])
     state.clear()
+    if is_first():
+        _pictures(learn, dls, out)
+    return learn
+
+
+def _pictures(learn: PretextLearner, dls: UnlabeledDataLoaders, out: Path) -> None:
+    """What the network answers, and which images it finds alike."""
     with learn.no_bar(), learn.no_logging():
         learn.show_results()
     save_picture(out / "results.png")
     nearest_neighbors(learn.encoder, dls.valid)
     save_picture(out / "neighbors.png")
-    return learn

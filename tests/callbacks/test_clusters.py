@@ -10,7 +10,6 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
 
-from selfsup_fastai.callbacks import clusters as module
 from selfsup_fastai.callbacks.clusters import EqualShares
 from selfsup_fastai.callbacks.collapse import Signals
 from selfsup_fastai.encoders.clusters import Clusters
@@ -163,17 +162,6 @@ def test_columns_of_two_callbacks_stand_once_however_often_one_trains():
             learn.fit(1, 1e-2, cbs=Signals(16))
             assert sorted(learn.recorder.metric_names) == sorted(once)
     assert len(learn.validate()) == 4
-
-
-def test_several_processes_are_refused(monkeypatch):
-    learn = learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
-    monkeypatch.setattr(module, "n_processes", lambda: 2)
-    said = "deep_cluster sorts all images in one process; these are 2. Start it in one, or take swav or nat"
-    with pytest.raises(TaskError, match=said):  # where they were started after the learner was made
-        learn.fit(1)
-    assert not learn.recorder.losses
-    with pytest.raises(TaskError, match=said):
-        learner("deep_cluster", n=100, valid_pct=0.2, clusters=5)
 
 
 def test_a_net_that_has_diverged_is_named():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.clock import SetClocks
-from selfsup_fastai.callbacks.clusters import ClusterColumns, Recluster, check_one_process
+from selfsup_fastai.callbacks.clusters import ClusterColumns, Recluster
 from selfsup_fastai.checks import check_flag, check_number
 from selfsup_fastai.data.recipes import CROP_FLIP
 from selfsup_fastai.data.views import center_square
@@ -63,9 +63,9 @@ class DeepCluster(JointTask):
     at a constant rate.
 
     Suits a thousand images or more of things that differ as wholes, and small batches. Does not suit very unequal
-    classes, which clusters of one size cut to pieces, nor fewer than a few hundred images, nor several processes
-    (refused: each would sort for itself). Costs, beside one pass for each image, another in evaluation for each
-    clustering, and k-means, one thread's work.
+    classes, which clusters of one size cut to pieces, nor fewer than a few hundred images. Costs, beside one pass for
+    each image, another in evaluation for each clustering, and k-means, one thread's work. With several processes each
+    computes the features of a part of the images, and the first one sorts them all.
     """
 
     name = "deep_cluster"
@@ -101,7 +101,6 @@ class DeepCluster(JointTask):
         self.n_clusters, self.lasts = clusters or LEAST, every or 1  # these four are known after `setup`
 
     def setup(self, dls, encoder):
-        check_one_process(self.name)
         super().setup(dls, encoder)
         self.n_images = len(dls.train_ds)
         self.n_dim = min(self.dim, max(2, self.n_images // TO_A_DIRECTION))

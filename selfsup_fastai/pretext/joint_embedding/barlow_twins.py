@@ -8,7 +8,7 @@ from selfsup_fastai.data.recipes import BYOL_1, BYOL_2
 from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import off_diagonal_squares
 from selfsup_fastai.pretext.joint import JointTask, ViewByView, of_batch
-from selfsup_fastai.processes import n_processes, summed
+from selfsup_fastai.processes import n_rows, summed
 
 EPSILON = 1e-5  # Of the batch norm that standardizes features
 
@@ -71,12 +71,12 @@ def barlow_loss(
     """How far the correlations of the features of two views are from the identity; over all processes."""
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (_standardized(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))
-        correlations = summed(z1.T @ z2) / (len(z1) * n_processes())
+        correlations = summed(z1.T @ z2) / n_rows(z1)
         return (1 - correlations.diagonal()).square().sum() + redundancy * off_diagonal_squares(correlations)
 
 
 def _standardized(z: Tensor) -> Tensor:
     """Each feature with mean 0 and variance 1 over the images of all processes."""
-    n = len(z) * n_processes()
+    n = n_rows(z)
     z = z - summed(z.sum(0)) / n
     return z * (summed(z.square().sum(0)) / n + EPSILON).rsqrt()

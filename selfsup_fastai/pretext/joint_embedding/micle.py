@@ -15,6 +15,7 @@ from selfsup_fastai.messages import say
 from selfsup_fastai.pretext.base import PerView, per_image
 from selfsup_fastai.pretext.facts import groups, need_facts
 from selfsup_fastai.pretext.joint import JointTask, embeddings
+from selfsup_fastai.processes import n_rows
 
 
 def found_group(pred: Tensor, target: Tensor, owner: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class MICLe(JointTask):
         return PerView(encoder, mlp(*sizes, batchnorm=True, last_batchnorm="affine"))
 
     def loss(self, pred, target, owner, reduction="mean"):
-        if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
+        if n_rows(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
             return per_image(pred.new_zeros(1), reduction)  # the formula's value where there is nobody else
         return nt_xent(pred[:, 0], pred[:, 1], self.temperature, reduction, alike=owner)
 

@@ -8,6 +8,7 @@ from selfsup_fastai.encoders.heads import mlp
 from selfsup_fastai.losses import nt_xent
 from selfsup_fastai.pretext.base import PerView, per_image
 from selfsup_fastai.pretext.joint import JointTask
+from selfsup_fastai.processes import n_rows
 
 
 class SimCLR(JointTask):
@@ -55,6 +56,6 @@ class SimCLR(JointTask):
         return PerView(encoder, mlp(*sizes, batchnorm=True, last_batchnorm="affine"))
 
     def loss(self, pred, target, reduction="mean"):
-        if len(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
+        if n_rows(pred) == 1 and not torch.is_grad_enabled():  # the last batch of a validation set, or `predict`
             return per_image(pred.new_zeros(1), reduction)  # the formula's value where there is nobody else
         return nt_xent(pred[:, 0], pred[:, 1], self.temperature, reduction)
