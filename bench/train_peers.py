@@ -108,7 +108,7 @@ def text(method: str, seconds: pd.DataFrame) -> str:
     others = [name for name in seconds if name.startswith(("lightly", "fastai"))]
     shares = {OURS: BARE, HALF: BARE_HALF}
     said = [
-        f"{name} has {medians[bare] / medians[name]:.2f} of the speed of the {bare}" for name, bare in shares.items()
+        f"{name} has {medians[bare] / medians[name]:.2f} of the speed of its {bare}" for name, bare in shares.items()
     ]
     best = [
         against_best(seconds, name, [n for n in others if n.startswith(kind)])

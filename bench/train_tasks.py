@@ -86,6 +86,6 @@ def described(args: argparse.Namespace) -> str:
             f"net and settings; whole epochs without validation, medians of {args.rounds} rounds. Images in a second",
             "of training and of bare steps (forward, loss, backward, torch's fused AdamW, on one batch made before).",
             "Then shares of the time of training: the bare steps, batches that are only made, questions and all, and",
-            "what is left to the loop, callbacks and fastai's Adam.",
+            "what is left to fastai's loop, the callbacks, and an optimizer other than that.",
         ]
     )
