@@ -46,6 +46,7 @@ from selfsup_fastai.data.recipes import (
     simclr_recipe,
 )
 from selfsup_fastai.data.scanning import scan_dicoms
+from selfsup_fastai.data.shard_writing import write_shards
 from selfsup_fastai.data.showing import show_views
 from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, assert_disjoint, duplicates_across
 from selfsup_fastai.data.views import apply_views, multi_crop, random_view
@@ -178,5 +179,6 @@ OURS = [
     "volumes_of",
     "whole_verdict",
     "write_report",
+    "write_shards",
 ]
 __all__ = [*OURS, *(name for name in dir(_fastai) if not name.startswith("_"))]

@@ -6,6 +6,7 @@ Blocks run as they stand but for sizes and epochs (`SMALLER`), in one folder and
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -26,6 +27,7 @@ from tests.dicoms import slices
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guide.md", "docs/evidence.md", "docs/dicom.md"]
+PAGES += ["docs/scaling.md"]
 PAGES += [*(f"docs/tasks/{name}.md" for name in TASKS)]
 COMPARE = "selfsup compare photos --labeled labeled --out report"
 AT_ONCE = ("rotation", "inpainting", "simclr", "mae", "nat")  # a page of each kind; those of all tasks take minutes
@@ -218,7 +220,7 @@ def test_every_replacement_is_needed():
 def test_every_shell_line_is_one_we_know():
     """What the tests below do not run, they would have to be taught."""
     lines = {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()}
-    names = "pretrain|finetune|predict|embed|neighbors|probe|compare|export|scan"
+    names = "pretrain|finetune|predict|embed|neighbors|probe|compare|export|scan|shards"
     known = rf"(selfsup ({names}) |make [a-z-]+|pip install -e (\.|\"\.\[dicom\]\")$)"
     unknown = [line for line in lines if not re.match(known, line)]
     assert unknown == []
@@ -249,6 +251,25 @@ def test_guide_python(workplace):
     encoder = names["load_encoder"]("rotation.safetensors").eval()
     assert torch.equal(names["net"].eval()(x), encoder(x))  # timm reads the file as we do
     assert list(names["learn"].fine_tune_log["epoch"]) == [0, 1]
+
+
+def test_scaling_python(workplace, monkeypatch):
+    names = run_python("docs/scaling.md")
+    assert [len(dl.dataset) for dl in names["dls"].loaders] == [22, 2]
+    assert len(list(Path("shards_in_use").glob("*.tar"))) == 1
+    _train_alone()
+    assert Path("rotation.safetensors").exists()
+    lines = [line for line in commands("docs/scaling.md") if "--nproc" not in line]
+    assert [line.split()[1] for line in lines] == ["shards", "pretrain"]
+    assert run_command(f"{lines[0]} --overwrite", monkeypatch) == 0
+    assert run_command(f"{lines[1]} --size 40 --bs 8 --arch resnet10t --epochs 1 --workers 0", monkeypatch) == 0
+    assert json.loads(Path("runs/rotation/settings.json").read_text())["epochs"] == 1
+
+
+def _train_alone() -> None:
+    """The program that a launcher starts, started once."""
+    Path("train.py").write_text(smaller(blocks("docs/scaling.md", "python")[0]))
+    runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("name", OF_TASKS)

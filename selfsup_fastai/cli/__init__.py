@@ -15,10 +15,11 @@ from selfsup_fastai.cli.judging import compare, probe
 from selfsup_fastai.cli.kept import cache_ls, cache_rm
 from selfsup_fastai.cli.looking import demo, scan, tasks
 from selfsup_fastai.cli.reporting import reported, terminate
+from selfsup_fastai.cli.sharding import shards
 from selfsup_fastai.cli.training import finetune, pretrain
 from selfsup_fastai.cli.using import embed, export, neighbors, predict
 
-COMMANDS = (tasks, scan, pretrain, finetune, predict, embed, neighbors, probe, compare, export, demo)
+COMMANDS = (tasks, scan, pretrain, finetune, predict, embed, neighbors, probe, compare, export, shards, demo)
 """In the order in which `--help` lists them."""
 
 app = typer.Typer(

@@ -81,7 +81,12 @@ def compare(
             min=1, help="Images that each task may look at in pretraining.", show_default="a lunch break's worth"
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Times that everything is repeated with other draws.")] = 5,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Times that everything is repeated with other draws.", show_default="5, or what time allows"
+        ),
+    ] = None,
     labels: Annotated[
         str, typer.Option(help="How many labels to try: shares of the labeled images, 0.1,1.0, or 5,20 a class.")
     ] = "0.05,0.2,1.0",

@@ -38,7 +38,7 @@ def check_unseen(
 
     Images are compared by their decoded pixels in full size (a copy in another format without loss is found, one that
     was resized or compressed anew is not), scans by their instance number, too. Test images that are also among the
-    labeled training images are counted and said.
+    labeled training images, or whose patient (study, group) is, are counted and said: splitting them is your choice.
     """
     check_dls(dls)
     check_dls(labeled)
@@ -50,16 +50,29 @@ def check_unseen(
     found = {"checked": _in_words(seen, test, names), "pretraining images": len(seen), "test images": len(test)}
     found |= {"test images seen in pretraining": int(_rows_of(test, seen, ["pixel_hash", _ALSO]).sum())}
     found |= {f"{_PLURALS.get(name, name)} on both sides": len(_shared(seen, test, name)) for name in names}
-    twice = duplicates_across(train, test)
-    again = len({row for rows in twice["valid"] for row in rows})
-    found["test images that are also labeled training images"] = again
-    if again:
-        say(f"{again:,} of {len(test):,} test images are among the labeled training images, too: scores flatter all.")
+    found |= _between_labeled(train, test, groups)
     bad = copies | related
     found["left out of pretraining"] = int(bad.sum()) if exclude else 0
     if bad.any() and not exclude:
         raise DataError(_leak(found, int(bad.sum())))
     return Unseen(_without(dls, bad) if bad.any() else dls, found)
+
+
+def _between_labeled(train: pd.DataFrame, test: pd.DataFrame, groups: str | None) -> dict:
+    """Test images that are among the labeled training images, or whose patient is; says how many there are."""
+    twice = duplicates_across(train, test)
+    again = len({row for rows in twice["valid"] for row in rows})
+    if again:
+        say(f"{again:,} of {len(test):,} test images are among the labeled training images, too: scores flatter all.")
+    found = {"test images that are also labeled training images": again}
+    names = [name for name in (*LEVELS, *([groups] if groups else [])) if name in train and name in test]
+    if names:
+        related = int(_rows_of(test, train, names).sum())
+        found["test images of patients or groups that are in labeled training"] = related
+        if related:
+            what = f"share their {' or '.join(names)} with labeled training images"
+            say(f"{related:,} of {len(test):,} test images {what}: scores flatter all. Split by patient, or group.")
+    return found
 
 
 def _leak(found: dict, n: int) -> str:

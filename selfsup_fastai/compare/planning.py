@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders
 
 from selfsup_fastai.compare.pretraining import Entrant, reason_for, speed_of
 from selfsup_fastai.compare.starts import Start
-from selfsup_fastai.compare.trial import Budget, budget_for, fine_tuned, labeled_with, predicted
+from selfsup_fastai.compare.trial import BATCH, Budget, budget_for, fine_tuned, labeled_with, predicted
 from selfsup_fastai.messages import say
 
 LUNCH = 45 * 60
@@ -16,6 +16,9 @@ LUNCH = 45 * 60
 
 FOR_PRETRAINING, SHOWN = 0.6, 40
 """Its share for pretraining; and times that all images are shown to the encoder, at most."""
+
+SEEDS, LEAST_SEEDS = 5, 3
+"""Times that everything is repeated where nothing is said: as many of them as there is time for."""
 
 
 class Rung(NamedTuple):
@@ -74,20 +77,35 @@ def trial_seconds(
     steps: int | None,
     epochs: int | None,
 ) -> float:
-    """What one start takes for all numbers of labels, with one seed: by a run of a few steps."""
+    """What one start takes for all numbers of labels, with one seed: by a short run and a longer one."""
     n = len(dls.train_ds)
     budgets = [(count, budget_for(count, dls.train.bs, steps, epochs)) for count in amounts]
-    count = min(n, 4 * dls.train.bs)
-    few = Budget(max(1, min(dls.train.bs, count // 2)), 2, 1)
-    some = labeled_with(dls, np.random.default_rng(0).permutation(n)[:count], few)
+    count = min(n, 4 * BATCH)
+    places, seconds = np.random.default_rng(0).permutation(n)[:count], []
+    for epochs in (1, 1, 4):  # the first one warms up
+        few = Budget(max(1, min(BATCH, count // 2)), epochs, 1)
+        began = time.perf_counter()
+        learn = fine_tuned(labeled_with(dls, places, few), start, 0, few)
+        seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
-    learn = fine_tuned(some, start, 0, few)
-    trained = time.perf_counter()
     predicted(learn, kind)
-    tested = time.perf_counter()
-    an_image = (trained - began) / (2 * len(learn.dls.train) * learn.dls.train.bs)
-    images = sum(budget.epochs * budget.repeats * count for count, budget in budgets)
-    return images * an_image + len(amounts) * (tested - trained)
+    tested = time.perf_counter() - began
+    trained_on = len(learn.dls.train) * learn.dls.train.bs
+    an_image = max(0.0, seconds[2] - seconds[1]) / (3 * trained_on)
+    once = max(0.0, seconds[1] - trained_on * an_image) + tested
+    return len(amounts) * once + an_image * sum(budget.epochs * budget.repeats * count for count, budget in budgets)
+
+
+def seeds_for(
+    asked: int | None,
+    a_seed: float,  # Seconds of the label curves
+    hurried: bool,  # Whether all is to fit a lunch break
+) -> int:
+    """As asked; else as many as the break has time for beside the pretraining, from three to five."""
+    if asked is not None:
+        return asked
+    fitting = int((1 - FOR_PRETRAINING) * LUNCH / max(a_seed, 1e-9))
+    return min(SEEDS, max(LEAST_SEEDS, fitting)) if hurried else SEEDS
 
 
 def lunch_budget(

@@ -17,6 +17,7 @@ from selfsup_fastai.compare.planning import (
     lunch_budget,
     pretraining_seconds,
     rungs_for,
+    seeds_for,
     speeds_of,
     trial_seconds,
 )
@@ -33,7 +34,7 @@ class Asked(NamedTuple):
     """What `compare_pretexts` was asked for."""
 
     arch: Any
-    seeds: int
+    seeds: int | None
     finalists: int
     budget: int | None  # Images
     seconds: float | None  # Instead
@@ -51,7 +52,7 @@ def planned(
     """Speeds and grants are measured now or, after a stop, were measured then: so that the same comes out."""
     plan = _plan(dls, racing, asked, known, starts, folder / PLAN, print_)
     chooses = known is not None and known.kind != "mask" and len(known.dls.train_ds) >= LEAST
-    rungs = rungs_for(max(1, len(plan["speeds"])), asked.seeds, asked.finalists, chooses)
+    rungs = rungs_for(max(1, len(plan["speeds"])), plan["seeds"], asked.finalists, chooses)
     if "grants" not in plan:
         plan["grants"] = _grants(plan, rungs, asked, len(dls.train_ds))
         write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
@@ -79,11 +80,16 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
         plan = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         plan = None
-    if isinstance(plan, dict) and plan.get("about") == key and {"speeds", "failed", "grants", "curves"} <= set(plan):
+    if (
+        isinstance(plan, dict)
+        and plan.get("about") == key
+        and {"speeds", "failed", "grants", "curves", "seeds"} <= set(plan)
+    ):
         return plan
     speeds, failed = speeds_of(dls, racing, asked.arch)
-    curves = _curve_seconds(known, starts, asked.seeds, min(asked.finalists, len(speeds)))
-    return {"about": key, "speeds": speeds, "failed": failed, "curves": curves}
+    a_seed = _curve_seconds(known, starts, min(asked.finalists, len(speeds)))
+    seeds = seeds_for(asked.seeds, a_seed, asked.budget is None and asked.seconds is None)
+    return {"about": key, "speeds": speeds, "failed": failed, "seeds": seeds, "curves": seeds * a_seed}
 
 
 def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, int]:
@@ -96,14 +102,14 @@ def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, in
     return dict.fromkeys(plan["speeds"], images)
 
 
-def _curve_seconds(known: Labeled | None, starts: list[Start], seeds: int, finalists: int) -> float:
-    """Of the label curves of all starts; tasks take as long as scratch."""
+def _curve_seconds(known: Labeled | None, starts: list[Start], finalists: int) -> float:
+    """Of the label curves of all starts, with one seed; tasks take as long as scratch."""
     if known is None:
         return 0.0
     n = len(known.dls.train_ds)
     counts = [len(draw_labels(n, amount, 0, known.classes, known.groups)) for amount in known.amounts]
     own = [trial_seconds(known.dls, s, known.kind, counts, known.curve["steps"], known.curve["epochs"]) for s in starts]
-    return seeds * (sum(own) + finalists * own[0])
+    return sum(own) + finalists * own[0]
 
 
 def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None) -> None:
@@ -114,7 +120,8 @@ def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None) -> None:
     most = max(plan["grants"].values())
     granted = f"{most:,} images through the encoder" if seconds is None else f"{seconds:,.0f} seconds"
     whole = in_words(pretraining + plan["curves"])
+    n_rungs, n_seeds = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((len(rungs), "rung"), (plan["seeds"], "seed")))
     say(
-        f"{len(plan['speeds'])} tasks, {len(rungs)} rung{'s' * (len(rungs) > 1)}, up to {granted} a run. It will take "
-        f"{whole}: {in_words(pretraining)} to pretrain, {in_words(plan['curves'])} to fine-tune and test."
+        f"{len(plan['speeds'])} tasks, {n_rungs}, {n_seeds}, up to {granted} a run. It will take {whole}: "
+        f"{in_words(pretraining)} to pretrain, {in_words(plan['curves'])} to fine-tune and test."
     )

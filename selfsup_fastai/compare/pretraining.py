@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import fastai.callback.progress  # noqa: F401  (brings no_bar to Learner)
@@ -104,11 +105,11 @@ def _granted(learn: PretextLearner, images: int) -> int:
 
 
 def _shorten(dl: Any, steps: int) -> None:
-    """An epoch of so many steps, over images drawn anew each time."""
+    """An epoch of so many steps, over images drawn anew each time; loaders made of this one take all images."""
     if steps >= len(dl):
         return
     total, dl.n = dl.n, steps * dl.bs
-    dl.get_idxs = lambda: dl.rng.sample(range(total), dl.n)
+    dl.get_idxs = MethodType(lambda self: self.rng.sample(range(total), self.n), dl)  # fastai's `new` keeps no methods
 
 
 def _rate(model: nn.Module) -> float:
@@ -129,7 +130,9 @@ def speed_of(dls: DataLoaders, entrant: Entrant, arch: Any) -> float:
 
 def reason_for(error: Exception) -> str:
     """Why a task could not take part: our own errors in full; of others, which may name a file, the kind alone."""
-    return str(error) if isinstance(error, SelfsupError) else f"failed with {type(error).__name__}"
+    if isinstance(error, SelfsupError):
+        return str(error)
+    return f"failed with {type(error).__name__}; pretraining by it alone would show where"
 
 
 class _Bar(Callback):

@@ -101,6 +101,8 @@ def _gain(row: pd.Series, summary: pd.DataFrame) -> str:
     text = f"with {_labels(row)} {change} {unit}"
     if not np.isfinite(row["all_low"]):
         return text
+    if times == 100 and row["all_high"] - row["all_low"] >= 1:  # as wide as all that scores can be
+        return f"{text} (how much of that is chance, so few seeds cannot tell)"
     low, high = (f"{times * row[end]:+{digits}}" for end in ("all_low", "all_high"))
     return f"{text} ({100 * summary.attrs['confidence']:.3g} % interval {low} to {high})"
 

@@ -23,6 +23,7 @@ from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.messages import quiet
 
 STEPS, EPOCHS, LEAST_EPOCHS = 200, 20, 5
+BATCH, STEPS_AN_EPOCH = 16, 40  # larger batches would take longer for as many steps
 RATE, RATE_WITHOUT_BATCH_NORM = 5e-3, 1e-3
 
 
@@ -43,7 +44,7 @@ def budget_for(
     """With few labels, small batches, and epochs in which each image comes several times: so that the stages of a
     fine-tuning, which are counted in epochs, are no single steps. With neither given, 200 steps, and 5 passes at least.
     """
-    bs = max(1, min(bs, n, max(8, n // 4)))
+    bs = max(1, min(bs, n, max(8, min(n // 4, max(BATCH, n // STEPS_AN_EPOCH)))))
     if epochs is not None:
         return Budget(bs, epochs, 1)
     least = LEAST_EPOCHS if steps is None else 2

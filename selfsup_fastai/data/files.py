@@ -34,6 +34,7 @@ _START_SECONDS = 60.0  # a cold start from a network disk takes many seconds
 _FILES_PER_WORKER = 32  # starting a child costs about as much as trying this many files
 _listed_in = ContextVar("listed_in", default="dls.report")
 _IN_WORDS = {"no_permission": "without permission", "not_a_file": "not a regular file", "dicom": "DICOM"}
+_IN_WORDS |= {"shard": "damaged or missing shards"}
 
 
 def find_files(

@@ -19,14 +19,20 @@ from PIL import Image
 from selfsup_fastai.data.albumentations import wrap_albumentations
 from selfsup_fastai.data.blocks import Cover, OpenChecked, OpenCovered
 from selfsup_fastai.data.crops import crops, picture
+from selfsup_fastai.data.fetching import Fetch
 from selfsup_fastai.data.files import as_paths, find_files
 from selfsup_fastai.data.keeping import Keeping, check_cache, keeping, stored
 from selfsup_fastai.data.loader import IndexedDL, fit_batch_size
+from selfsup_fastai.data.shard_index import all_shards, usable_in_shards
+from selfsup_fastai.data.shards import MIXED
 from selfsup_fastai.data.splitters import GroupSplitter, PatientSplitter, groups_of
 from selfsup_fastai.data.usable import OURS, check_window, frames_in, seen_in, usable_items, with_columns
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.seeding import preserved_rng
+
+OF_SHARDS = ("shard", "offset", "size")
+"""Columns that say where an image lies: `split_by` may name them, but they tell nothing of it."""
 
 _NO_REPORT = {"file": [], "code": [], "message": []}
 
@@ -34,8 +40,9 @@ _NO_REPORT = {"file": [], "code": [], "message": []}
 class UnlabeledDataLoaders(DataLoaders):
     """fastai `DataLoaders` of images without labels: batches are `(x,)`, x (B, C, H, W) float in [0, 1].
 
-    Made by `from_folder`, `from_files`, `from_df`, `from_array` and `from_single_image`. Of each image comes the
-    largest part of the shape that `size` asks for, resized: in training at a random place, in validation the center.
+    Made by `from_folder`, `from_files`, `from_df`, `from_shards`, `from_array` and `from_single_image`. Of each image
+    comes the largest part of the shape that `size` asks for, resized: in training at a random place, in validation the
+    center.
     Beside what every `DataLoaders` has: `report`, a DataFrame of what was left out (file, code, message), and
     `items_df`, one row an image. Making them draws one number per loader from Python's `random`, and nothing else.
     """
@@ -70,6 +77,8 @@ class UnlabeledDataLoaders(DataLoaders):
         While it is tried, each image is decoded once and kept, resized, in the pixel cache (`$SELFSUP_CACHE`; see
         `selfsup cache ls`): later epochs and runs read no files. `item_tfms` see whole images, so with them, and with
         `size=None`, every epoch decodes anew.
+
+        A folder of shards (.tar files, and their index) and nothing else is read as `from_shards` does.
         """
         settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
         settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
@@ -79,6 +88,8 @@ class UnlabeledDataLoaders(DataLoaders):
         if not files:
             where = "" if recurse else " itself (recurse=False)"
             raise DataError(f"There is no file in the folder {os.fspath(path)!r}{where}.")
+        if all_shards(files):
+            return cls.from_shards(path, **settings)
         return cls.from_files(files, **settings)
 
     @classmethod
@@ -137,6 +148,37 @@ class UnlabeledDataLoaders(DataLoaders):
             raise DataError(f"{names.isna().sum()} of {len(names)} rows hold no file name: drop them, df.dropna().")
         facts = df.drop(columns=[df.columns[fn_col] if isinstance(fn_col, int) else fn_col])
         return cls._from_table([Path(path) / f"{name}{suff}" for name in names], facts, **kwargs)
+
+    @classmethod
+    def from_shards(
+        cls,
+        path: str | os.PathLike | Iterable,  # Folder of .tar files, the index of such, or a list of files or names
+        fetch: Fetch | None = None,  # Where they lie elsewhere: a command with {name} and {path}, or a function of both
+        local: str | os.PathLike | None = None,  # With `fetch`: folder on a local disk for the shards in use
+        keep_gb: float = 50.0,  # How many GB of them may lie there; the least recently used give way
+        mixed: int = MIXED,  # Shards whose images come mixed in training
+        cache: bool | str = False,  # As in `from_folder`: True pays where the resized pixels of all images fit on disk
+        split_by: str | None = None,  # 'shard': validate with whole shards; None: that with `fetch`, else 'random'
+        **kwargs,  # As in `from_folder`
+    ) -> "UnlabeledDataLoaders":
+        """Loaders over images in shards: tar files, as WebDataset and `write_shards` make them.
+
+        An image is a place in a shard. Everything else is as with files: each has an index, is tried beforehand, and is
+        opened as `from_folder` opens it; what is in no image format by its suffix is never read. Without an index.csv
+        beside the shards, what is found in each is remembered. In training, shards take turns in random order, and
+        images come mixed from `mixed` of them, so that each shard is fetched once an epoch. DICOM is left out: whose
+        images are in a shard is not known.
+        """
+        _check_settings(cache=cache, split_by=split_by, **kwargs)
+        side = max(as_size(kwargs.get("size", 128)) or (128,))
+        info, report = usable_in_shards(path, fetch, local, keep_gb, mixed, side)
+        if fetch is not None and split_by is None and info["shard"].nunique() > 1:
+            split_by = "shard"
+        items = list(info["source"])
+        with _keeping(items, cache=cache, **kwargs) as kept:
+            if kept:
+                kept.fill(info.index)
+            return cls._from_items(items, info, report, kept, cache=cache, split_by=split_by, **kwargs)
 
     @classmethod
     def from_array(
@@ -322,7 +364,7 @@ def _default_split(info: pd.DataFrame) -> str:
 
 def _facts(info: pd.DataFrame) -> pd.DataFrame | None:
     """The columns that tell more than what the files are; None where there are none."""
-    facts = info.drop(columns=list(OURS - {"frame", "are_scans", "flags"}), errors="ignore")
+    facts = info.drop(columns=[*(OURS - {"frame", "are_scans", "flags"}), *OF_SHARDS], errors="ignore")
     return facts if len(facts.columns) else None
 
 

@@ -27,6 +27,7 @@ from selfsup_fastai.data.companions import Companions, TensorCompanion
 from selfsup_fastai.data.opening import image_size, open_image
 from selfsup_fastai.data.pixels import LUMA, is_grey
 from selfsup_fastai.data.pixelstore import PixelStore, deep_to_255
+from selfsup_fastai.data.shards import mixed_order
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.memory import keep_freed_memory
 from selfsup_fastai.messages import say
@@ -145,6 +146,12 @@ class IndexedDL(TfmdDL):
         super().before_iter()
         random_pass = self.is_training and self.shuffle  # an unshuffled pass is an evaluation: it must repeat
         self.pass_seed = self.rng.getrandbits(62) if random_pass else VALID_SEED
+
+    def shuffle_fn(self, idxs: list[int]) -> list[int]:
+        """A random order; of images in shards one that goes from shard to shard."""
+        images = _images_of(self.dataset)
+        order = mixed_order(images.items, idxs, self.rng) if images else None
+        return super().shuffle_fn(idxs) if order is None else order
 
     def __iter__(self):
         if self.is_fast and not self._pins:

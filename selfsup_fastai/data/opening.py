@@ -312,10 +312,24 @@ def answer(asked: dict) -> tuple[dict[str, object], np.ndarray | None]:
 
 
 def _image(asked: dict) -> tuple[Facts, np.ndarray | None]:
+    if "offset" in asked:
+        return _reported(lambda: describe(_member(asked), asked.get("min_side", 128))), None
     source = _frame(asked) if "frame" in asked else _NoDicom(asked["path"])
     if asked["size"] is None:
         return describe(source, asked.get("min_side", 128)), None
     return decode(source, tuple(asked["size"]), asked["channels"])
+
+
+def _member(asked: dict) -> bytes:
+    """A part of a file: of a tar file, an image."""
+    with open(asked["path"], "rb") as file:
+        file.seek(asked["offset"])
+        data = file.read(asked["bytes"])
+    if len(data) < asked["bytes"]:
+        raise bad("truncated")
+    if data[128:132] == b"DICM":
+        raise bad("dicom")
+    return data
 
 
 def _quantiles(asked: dict) -> tuple[Facts, None]:

@@ -32,6 +32,7 @@ REASONS = {
     "too_large": f"The image has more than {MAX_PIXELS:,} pixels: cut it into tiles or make it smaller.",
     "too_small": "The image is one pixel wide or high: there is nothing to learn from.",
     "unsupported": "The image is of a kind that cannot be turned into grey or RGB pixels.",
+    "shard": "The tar file that images are in is damaged, incomplete, compressed or out of reach.",
     "timeout": "Decoding took too long and was stopped.",
     "crashed": "The decoder crashed on this file.",
     "out_of_memory": "Decoding needs more memory than there is (or than the check allows).",

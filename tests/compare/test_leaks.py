@@ -79,6 +79,19 @@ def test_another_column_tells_whose_an_image_is(tmp_path):
     assert check_unseen(dls, labeled).found["left out of pretraining"] == 0  # nobody said that owners matter
 
 
+def test_people_in_labeled_training_and_test_are_said(tmp_path, capsys):
+    owners = [f"o{i // 3}" for i in range(14)] + ["o0", "", "o8", "o8"]
+    owners[12:14] = ["o7", "o7"]
+    labeled = labeled_loaders(stripes_table(tmp_path / "labeled", 12, 6).assign(owner=owners), 1, 32, 4)
+    dls = UnlabeledDataLoaders.from_folder(unlabeled(tmp_path / "u"), size=32, bs=4)
+    said = "test images of patients or groups that are in labeled training"
+    assert said not in check_unseen(dls, labeled).found  # nobody said that owners matter
+    assert check_unseen(dls, labeled, groups="owner").found[said] == 1
+    err = capsys.readouterr().err
+    assert "1 of 6 test images share their owner with labeled training images" in err
+    assert str(tmp_path) not in err and "o0" not in err
+
+
 def test_patients_of_scans(tmp_path):
     write_scans(tmp_path / "scans", 6)
     dls = UnlabeledDataLoaders.from_folder(tmp_path / "scans", size=32, bs=4)

@@ -12,17 +12,21 @@ from selfsup_fastai.compare import halving
 from selfsup_fastai.compare.choosing import _folds, training_score
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.keeping import data_print
-from selfsup_fastai.compare.planning import lunch_budget, pretraining_seconds, rungs_for
-from selfsup_fastai.compare.pretraining import entrants, pretrained
+from selfsup_fastai.compare.planning import lunch_budget, pretraining_seconds, rungs_for, seeds_for
+from selfsup_fastai.compare.pretraining import _shorten, entrants, pretrained, speed_of
 from selfsup_fastai.compare.published import published_encoder
-from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.compare.race import TASKS, compare_pretexts
 from selfsup_fastai.compare.scores import SCORES
+from selfsup_fastai.compare.trial import budget_for
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.encoders.checkpoint import read_card
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import DataError, TaskError, UnknownNameError
+from selfsup_fastai.pretext import get_task
+from selfsup_fastai.pretext.learner import pretext_learner
 from tests.compare.labeled_images import stripes, stripes_table
+from tests.conftest import write_images
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,47 @@ def test_a_budget_is_images_through_the_encoder(unlabeled, tmp_path, task, budge
     assert again == facts
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """48 to train with in color: several batches, as a short epoch is not the whole of them."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_images(folder, 60, size=(48, 48))
+    return UnlabeledDataLoaders.from_folder(folder, size=48, bs=8, valid_pct=0.2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_of_the_default_race_takes_part(photos, task, tmp_path):
+    """Also those that look at all images before an epoch, which is shorter in a race."""
+    (entrant,) = entrants([task])
+    assert speed_of(photos, entrant, "resnet10t") > 0
+    images = 32 * get_task(task).passes
+    facts = pretrained(photos, entrant, "resnet10t", images, 0, tmp_path / "x.safetensors")
+    assert facts["images"] == pytest.approx(images, rel=0.25)  # whole steps; deep_cluster's pass over all comes on top
+
+
+def test_a_short_epoch_does_not_shorten_what_is_made_of_its_loader(photos):
+    learn = pretext_learner(photos, "rotation", "resnet10t")
+    dl = learn.dls.train
+    _shorten(dl, 2)
+    assert len(dl) == 2 and len(set(dl.get_idxs())) == 16 and dl.get_idxs() != dl.get_idxs()
+    assert sorted(dl.new().get_idxs()) == list(range(48)) and len(dl.new()) == 6
+
+
+def test_seeds_where_nothing_is_said():
+    break_ = 0.4 * 45 * 60
+    assert seeds_for(7, 1e6, hurried=True) == 7
+    assert [seeds_for(None, break_ / n, hurried=True) for n in (1.5, 3.2, 4.7, 5.5, 50)] == [3, 3, 4, 5, 5]
+    assert seeds_for(None, break_, hurried=False) == 5
+
+
+def test_a_run_takes_as_many_steps_over_fewer_images():
+    """200 steps where nothing is said; batches of 16 until there are many labels, which are passed five times."""
+    for n, bs, images in ((10, 8, 1600), (40, 10, 2000), (200, 16, 3200), (640, 16, 3200), (2560, 64, 12800)):
+        budget = budget_for(n, 64)
+        assert budget.bs == bs
+        assert budget.epochs * (n * budget.repeats // bs) * bs == pytest.approx(images, rel=0.1)
+
+
 def test_entrants_have_names_of_their_own():
     named = entrants(["rotation", ("rotation", {"turns": "one"}), "rotation+simclr"])
     assert [e.name for e in named] == ["rotation", "rotation (2)", "rotation+simclr"]
@@ -100,7 +145,7 @@ def test_a_race_with_a_task_that_fails(unlabeled, labeled, tmp_path, capsys):
     assert found.verdict.endswith("Of 3 tasks 2 fell out before the end; the table of the race says why.")
     assert found.data["n_test"] == 20 and found.data["classes"] == {"a": 10, "b": 10}
     said = capsys.readouterr().err
-    assert re.search(r"2 tasks, 2 rungs, up to 32 images through the encoder a run. It will take about", said)
+    assert re.search(r"2 tasks, 2 rungs, 2 seeds, up to 32 images through the encoder a run. It will take about", said)
     assert str(tmp_path) not in json.dumps({**found.data, **found.leaks, **found.settings}, default=str)
     assert Comparison.load(tmp_path).verdict == found.verdict
 
@@ -138,7 +183,7 @@ def test_a_task_that_breaks_in_the_middle_is_told_without_what_it_said(unlabeled
     monkeypatch.setattr(halving, "pretrained", broken)
     found = compare_pretexts(unlabeled, ["rotation", "autoencoder"], labeled, out=tmp_path, **QUICK)
     row = found.race[found.race["task"] == "autoencoder"].iloc[0]
-    assert row["reason"] == "failed with RuntimeError" and not row["kept"]
+    assert row["reason"].startswith("failed with RuntimeError;") and not row["kept"]
     assert list(found.encoders) == ["rotation"]
 
 

@@ -115,6 +115,13 @@ def test_sentences():
     assert "simclr is worse than training from scratch: with" in harm and "less of 100 test images" in harm
 
 
+def test_an_interval_as_wide_as_all_scores_is_no_interval():
+    few, more = (whole_verdict(summarize(runs({"x": [0.05, 0.0]}, seeds=seeds))) for seeds in (2, 6))
+    assert "(how much of that is chance, so few seeds cannot tell)" in few and "interval" not in few
+    assert "take more of them" in few
+    assert "% interval" in more
+
+
 def test_what_is_no_task_is_told_apart():
     table = summarize(runs({"simclr": [0.0, 0.0], "published weights": [0.3, 0.3]}, seeds=6))
     said = whole_verdict(table, ["simclr"])
