@@ -38,7 +38,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], str]] = {
 SETTINGS = {"images": 320, "size": 96, "bs": 64, "arch": "resnet18", "rounds": 3}
 SETTINGS |= {"task-size": 64, "task-bs": 32, "task-steps": 4, "few": 1_000, "many": 50_000}
 QUICK = {"images": 32, "size": 32, "bs": 16, "arch": "resnet10t", "rounds": 1}
-QUICK |= {"task-size": 48, "task-bs": 8, "task-steps": 2, "few": 100, "many": 1_000}
+QUICK |= {"task-size": 48, "task-bs": 8, "task-steps": 2, "few": 500, "many": 2_000}
 ABOUT = {
     "images": "photographs in an epoch",
     "size": "pixels a side",

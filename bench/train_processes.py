@@ -45,7 +45,7 @@ def seconds_an_image(folder: Path, work: Path, args: argparse.Namespace, n_proce
 def run(folder: Path, work: Path, args: argparse.Namespace, n_processes: int, threads: int, epochs: int) -> float:
     """Seconds of one."""
     settings = {"task": "simclr", "arch": args.arch, "size": args.size, "valid-pct": 0, "epochs": epochs}
-    settings |= {"bs": args.bs, "out": work / "run", "nproc": n_processes}
+    settings |= {"bs": args.bs // n_processes, "out": work / "run", "nproc": n_processes}  # it is of each process
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
     began = time.perf_counter()
     output(*COMMAND, "pretrain", folder, *options, "--overwrite", OMP_NUM_THREADS=str(threads))
