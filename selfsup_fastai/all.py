@@ -73,6 +73,7 @@ from selfsup_fastai.features import (
     uniformity,
 )
 from selfsup_fastai.losses import nt_xent
+from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.plots import ShownFrame, plot_label_curve, plot_probe
 from selfsup_fastai.pretext import TASKS, get_task, list_tasks
 from selfsup_fastai.pretext.base import PretextTask
@@ -107,6 +108,7 @@ OURS = [
     "DownstreamLearner",
     "Encoder",
     "EpochLines",
+    "FusedAdam",
     "GroupSplitter",
     "KeepBest",
     "MetricsFile",

@@ -39,7 +39,8 @@ def nt_xent(
         others = torch.cat([gathered(z1), gathered(z2)])  # (2N, D), N images in all processes
         similarity = torch.cat([z1, z2]) @ others.T / temperature  # (2B, 2N)
         first, n = first_row(z1), len(others) // 2
-        own = torch.cat([torch.arange(b), torch.arange(b) + n]).to(z1.device) + first
+        own = torch.arange(b, device=z1.device) + first
+        own = torch.cat([own, own + n])
         partner, left_out = own.roll(b), F.one_hot(own, 2 * n).bool()
         if alike is not None:
             same = alike.repeat(2).unsqueeze(1) == gathered(alike).repeat(2)

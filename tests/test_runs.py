@@ -7,12 +7,14 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from selfsup_fastai.callbacks import precision
 from selfsup_fastai.callbacks.log import MetricsFile
+from selfsup_fastai.cli import training
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card
 from selfsup_fastai.errors import DataError, ResumeError, TaskError, UnknownNameError
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
-from selfsup_fastai.runs import folder, pretraining
+from selfsup_fastai.runs import finetuning, folder, pretraining
 from selfsup_fastai.runs.finetuning import finetune
 from selfsup_fastai.runs.folder import check_out
 from selfsup_fastai.runs.pretraining import pretrain
@@ -38,6 +40,25 @@ def test_a_run_never_writes_over_an_encoder_unasked(images, tmp_path):
     short(out, images, seed=1, overwrite=True)
     assert (out / "encoder.safetensors").read_bytes() != kept
     assert json.loads((out / "settings.json").read_text())["seed"] == 1
+
+
+def test_settings_say_which_precision_was_taken(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "fastest", lambda *_: precision.Way("bf16", True))
+    taken = []
+    for asked in (None, "bf16", "auto"):
+        short(tmp_path / str(asked), images, precision=asked)
+        taken.append(json.loads((tmp_path / str(asked) / "settings.json").read_text())["precision"])
+    assert taken == ["fp32", "bf16", "bf16 with channels last"]
+
+
+@pytest.mark.parametrize(("word", "asked"), [("fp32", None), ("auto", "auto"), ("bf16", "bf16")])
+def test_commands_hand_the_precision_on(word, asked, tmp_path, monkeypatch):
+    given = []
+    for module, name in ((pretraining, "pretrain"), (finetuning, "finetune")):
+        monkeypatch.setattr(module, name, lambda *_, **kwargs: given.append(kwargs["precision"]))
+    training.pretrain(tmp_path, out=tmp_path / "out", precision=training.Precision(word))
+    training.finetune(tmp_path, "resnet18", out=tmp_path / "out", precision=training.Precision(word))
+    assert given == [asked, asked]
 
 
 class Dying(MetricsFile):

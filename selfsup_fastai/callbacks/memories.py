@@ -28,6 +28,7 @@ class KeepMemories(OfModel):
     def _forget(self) -> None:
         for memory in self._memories():
             memory.forget()
+            memory.look_again()
 
     def _memories(self) -> list[Memory]:
         return [m for m in self.task_model.modules() if isinstance(m, Memory)]

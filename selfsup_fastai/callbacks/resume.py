@@ -11,6 +11,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 
 from selfsup_fastai.callbacks.log import OnlyInFit
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.state import (
     State,
     StateFolder,
@@ -222,6 +223,7 @@ def _print_of(learn: Learner, about: dict) -> dict:
         "settings of the task": task and task.settings(),
         "network": [[name, list(p.shape)] for name, p in learn.model.named_parameters()],
         "optimizer": [getattr(step, "__name__", "") for step in getattr(learn.opt, "cbs", [])],
+        "precision": [cb.asked for cb in learn.cbs if isinstance(cb, AutoPrecision)] or None,
         "hyperparameters": plain(fixed),
         "schedule": {name: [plain(np.ravel(curve(at))) for at in SAMPLED] for name, curve in curves.items()},
         **about,

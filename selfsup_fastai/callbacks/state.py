@@ -134,12 +134,12 @@ def _scaler(learn: Learner):
 
 
 def _tracked(cb) -> dict:
-    """What fastai's callbacks that watch a metric know of the epochs so far."""
-    return {name: plain(vars(cb)[name]) for name in ("best", "wait") if name in vars(cb)}
+    """What fastai's callbacks that watch a metric know of the epochs so far, and what `AutoPrecision` chose."""
+    return {name: plain(vars(cb)[name]) for name in ("best", "wait", "chosen", "laid_out") if name in vars(cb)}
 
 
 def _stacked(losses: list) -> Tensor:
-    return torch.stack([torch.as_tensor(loss) for loss in losses]) if losses else torch.zeros(0)
+    return torch.stack([torch.as_tensor(loss, device="cpu") for loss in losses]) if losses else torch.zeros(0)
 
 
 def plain(value):

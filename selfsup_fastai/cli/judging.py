@@ -15,6 +15,7 @@ from selfsup_fastai.cli.options import (
     LabeledArgument,
     MaxGbOption,
     PathsOption,
+    Precision,
     SeedOption,
     SizeOption,
     SplitOption,
@@ -104,6 +105,12 @@ def compare(
         bool, typer.Option("--pretrained", help="Compare with timm's weights, too, if need be by downloading them.")
     ] = False,
     bs: BatchOption = 64,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="auto: what a few timed steps prefer. fp16 needs a GPU.", show_default="fp32; without --budget auto"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the same command's comparison that was stopped.")
     ] = False,
@@ -132,6 +139,7 @@ def compare(
     from selfsup_fastai.runs.comparing import compare_folders, summary
 
     asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch, pretrained=pretrained or None)
+    asked |= dict(precision=precision and precision.value)
     asked |= dict(leaks="exclude" if exclude_tested else "raise", command=shlex.join(["selfsup", *sys.argv[1:]]))
     data = dict(num_workers=workers, cache=cache.argument, max_gb=max_gb, paths=paths, seed=seed, resume=resume)
     found, page = compare_folders(folder, labeled, out, size, bs, valid_pct, split_by, **data, **asked)

@@ -38,6 +38,15 @@ class Consistency(str, Enum):
     pi = "pi"
 
 
+class Precision(str, Enum):
+    """The kinds of `AutoPrecision`."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    auto = "auto"
+
+
 class Target(str, Enum):
     """Programs that an encoder is exported to."""
 
@@ -46,6 +55,13 @@ class Target(str, Enum):
     onnx = "onnx"
 
 
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="auto: bf16, channels last in memory, or both, where timed steps are faster; then the same seed may give "
+        "another result on a busier machine. fp16 needs a GPU."
+    ),
+]
 CacheOption = Annotated[
     Cache, typer.Option(help="Where decoded pixels are kept: on disk for later runs, in memory, on the GPU, nowhere.")
 ]

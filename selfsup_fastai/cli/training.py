@@ -12,6 +12,8 @@ from selfsup_fastai.cli.options import (
     LabeledArgument,
     MaxGbOption,
     PathsOption,
+    Precision,
+    PrecisionOption,
     Schedule,
     SeedOption,
     SplitOption,
@@ -61,6 +63,7 @@ def pretrain(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    precision: PrecisionOption = Precision.fp32,
     paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     resume: Annotated[
@@ -83,7 +86,7 @@ def pretrain(
     out = out or (resume and _unfinished(Path("runs"), task)) or first_free(Path("runs") / task)
     data = dict(size=size, bs=bs, valid_pct=valid_pct, n_in=n_in, num_workers=workers, overwrite=overwrite)
     data |= dict(cache=cache.argument, max_gb=max_gb, resume=resume, paths=paths)
-    data |= dict(window=parsed_window(window), split_by=split_by)
+    data |= dict(window=parsed_window(window), split_by=split_by, precision=_asked(precision))
     pretraining.pretrain(folder, out, task, epochs, lr, arch, encoder, pretrained, seed, settings, **data)
     typer.echo(out / "encoder.safetensors")
 
@@ -128,6 +131,7 @@ def finetune(
     cache: CacheOption = Cache.disk,
     max_gb: MaxGbOption = 20,
     workers: WorkersOption = None,
+    precision: PrecisionOption = Precision.fp32,
     paths: PathsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --out.")] = False,
     seed: SeedOption = 42,
@@ -144,8 +148,14 @@ def finetune(
     out = out or first_free(Path("runs/finetune"))
     data = dict(num_workers=workers, overwrite=overwrite, cache=cache.argument, max_gb=max_gb, paths=paths)
     data |= dict(split_by=split_by, consistency=consistency, consistency_kind=consistency_kind.value)
+    data |= dict(precision=_asked(precision))
     finetuning.finetune(labeled, out, encoder, epochs, lr, schedule.value, valid_pct, size, bs, seed, **data)
     typer.echo(out)
+
+
+def _asked(precision: Precision) -> str | None:
+    """For learners: None is plain fp32."""
+    return None if precision is Precision.fp32 else precision.value
 
 
 def _unfinished(folder: Path, task: str) -> Path | None:

@@ -10,6 +10,7 @@ import pandas as pd
 from fastai.data.core import DataLoaders
 from tqdm.auto import tqdm
 
+from selfsup_fastai.callbacks.precision import KINDS
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.compare.draws import check_amounts, classes_in, draw_labels, groups_in, say_cut
 from selfsup_fastai.compare.keeping import Runs, data_print, key_of
@@ -41,6 +42,7 @@ class _Setup(NamedTuple):
     score: Score
     method: str
     budget: dict  # steps, epochs, lr
+    how: dict  # precision, channels_last
     classes: np.ndarray | None
     groups: np.ndarray | None  # Of the training images
     test_groups: np.ndarray
@@ -63,6 +65,8 @@ def label_curve(
     lr: float | None = None,  # Peak rate from scratch, and of pretrained heads; None: 5e-3, without batch norm 1e-3
     metric: str | None = None,  # None: accuracy, mAP, R2 or dice, by the labels; or another name in `compare.scores`
     groups: str | None = None,  # Column that tells whose an image is; None: the patient, where the loaders know them
+    precision: str | None = None,  # Of fine-tuning, the same for all starts: 'bf16', 'fp16', 'fp32'; None: fp32
+    channels_last: bool = False,  # Likewise, in memory
     folder: str | Path | None = None,  # Where finished runs are kept: the same call goes on where it was stopped
 ) -> ShownFrame:
     """One row a run: start, labels, n_labels, seed, score, metric; `.show()` draws it, `summarize` says what it bears.
@@ -73,7 +77,10 @@ def label_curve(
 
     Pretrained nets are fine-tuned; new ones are trained by one cycle, all layers at one rate, for as many steps.
     """
-    setup = _set_up(dls, method, steps, epochs, lr, metric, groups, folder)
+    check_choice("precision", precision, (None, *KINDS))  # 'auto' could choose otherwise from run to run
+    how = {} if precision in (None, "fp32") else {"precision": precision}
+    how |= {"channels_last": True} if channels_last else {}
+    setup = _set_up(dls, method, dict(steps=steps, epochs=epochs, lr=lr), how, metric, groups, folder)
     amounts = check_amounts(labels)
     check_number("seeds", seeds, 1, whole=True)
     starts = starts_of(encoders)
@@ -94,21 +101,21 @@ def label_curve(
     return _table(setup, rows)
 
 
-def _set_up(dls, method, steps, epochs, lr, metric, groups, folder) -> _Setup:
+def _set_up(dls, method, budget, how, metric, groups, folder) -> _Setup:
     kind = kind_of(dls)
     check_choice("method", method, METHODS)
-    check_length(steps, epochs)
-    if lr is not None:
-        check_number("lr", lr, above=0)
+    check_length(budget["steps"], budget["epochs"])
+    if budget["lr"] is not None:
+        check_number("lr", budget["lr"], above=0)
     check_tested(dls)
     score, classes, truth = score_for(kind, metric), classes_in(dls.train, kind), truth_of(dls, kind)
     known = [values for values in (classes, truth) if values is not None]
-    budget = {"steps": steps, "epochs": epochs, "lr": lr} if method == "fine_tune" else {}
+    budget, how = (budget, how) if method == "fine_tune" else ({}, {})
     whose = groups_in(dls.train, groups)
     print_ = data_print(dls, *known, *([] if whose is None else [whose]))
     of_test = groups_in(dls.valid, groups)
     of_test = np.arange(len(truth)) if of_test is None else of_test
-    return _Setup(dls, kind, score, method, budget, classes, whose, of_test, truth, print_, Runs(folder))
+    return _Setup(dls, kind, score, method, budget, how, classes, whose, of_test, truth, print_, Runs(folder))
 
 
 class _Features:
@@ -125,7 +132,7 @@ class _Features:
 def _row(setup: _Setup, start: Start, content: str, features: _Features, amount: float | int, seed: int) -> dict:
     """A run, made or found."""
     settings = {"content": content, "fresh": start.fresh, "about": start.about, "seed": seed, "labels": repr(amount)}
-    key = key_of(**settings, method=setup.method, data=setup.print, **setup.budget)
+    key = key_of(**settings, method=setup.method, data=setup.print, **setup.budget, **setup.how)
     facts = setup.runs.facts(key)
     if facts is None:
         places = draw_labels(len(setup.dls.train_ds), amount, seed, setup.classes, setup.groups)
@@ -141,7 +148,7 @@ def _row(setup: _Setup, start: Start, content: str, features: _Features, amount:
 
 def _fine_tuned(setup: _Setup, start: Start, features: _Features, places: np.ndarray, seed: int):
     budget = budget_for(len(places), setup.dls.train.bs, setup.budget["steps"], setup.budget["epochs"])
-    learn = fine_tuned(labeled_with(setup.dls, places, budget), start, seed, budget, setup.budget["lr"])
+    learn = fine_tuned(labeled_with(setup.dls, places, budget), start, seed, budget, setup.budget["lr"], **setup.how)
     steps = budget.epochs * len(learn.dls.train)
     return predicted(learn, setup.kind), {"steps": steps, "images": steps * learn.dls.train.bs}
 

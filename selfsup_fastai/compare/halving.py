@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Race:
     rungs: list[Rung]
     grants: dict[str, int]  # Images through the encoder for each task, on the last rung
     print: str  # Of the images
+    how: dict = field(default_factory=dict)  # `precision` and `channels_last` of all learners
     judge: Callable[[Path], float] | None = None  # A score of an encoder, from training labels only
     judged_by: str = ""  # Tells these labels, and this score, from others
     rows: list[dict] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Race:
 
     def run(self, racing: list[Entrant]) -> None:
         """All rungs, one after the other."""
+        racing = [replace(entrant, how=self.how) for entrant in racing]
         most = [sorted((self._granted(rung, e) for e in racing), reverse=True)[: rung.tasks] for rung in self.rungs]
         total = sum(rung.seeds * sum(images) for rung, images in zip(self.rungs, most))
         with tqdm(total=total, unit="image", unit_scale=True, disable=None, leave=False) as bar:

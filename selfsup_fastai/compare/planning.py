@@ -4,8 +4,10 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from fastai.data.core import DataLoaders
 
+from selfsup_fastai.callbacks.precision import fastest, ways
 from selfsup_fastai.compare.pretraining import Entrant, reason_for, speed_of
 from selfsup_fastai.compare.starts import Start
 from selfsup_fastai.compare.trial import BATCH, Budget, budget_for, fine_tuned, labeled_with, predicted
@@ -47,6 +49,26 @@ def rungs_for(
     return rungs
 
 
+def how_to(
+    dls: DataLoaders,
+    entrants: list[Entrant],
+    arch: Any,
+    precision: str | None,  # 'auto': by timed steps, once for all runs
+) -> dict:
+    """`precision` and `channels_last` of all learners; none where it is plain fp32."""
+    if precision != "auto":
+        return {} if precision in (None, "fp32") else {"precision": precision}
+    for entrant in entrants:
+        try:
+            learn = entrant.learner(dls, arch, 0)
+        except Exception:  # it is told why where its speed is measured
+            continue
+        way = fastest(learn, torch.device(learn.dls.device or "cpu").type, ways(learn))
+        how = {} if way.kind == "fp32" else {"precision": way.kind}
+        return how | ({"channels_last": True} if way.channels_last else {})
+    return {}
+
+
 def speeds_of(
     dls: DataLoaders,
     entrants: list[Entrant],
@@ -76,16 +98,17 @@ def trial_seconds(
     amounts: list[int],  # Numbers of labeled images
     steps: int | None,
     epochs: int | None,
+    **how,  # `precision` and `channels_last`
 ) -> float:
     """What one start takes for all numbers of labels, with one seed: by a short run and a longer one."""
     n = len(dls.train_ds)
     budgets = [(count, budget_for(count, dls.train.bs, steps, epochs)) for count in amounts]
     count = min(n, 4 * BATCH)
     places, seconds = np.random.default_rng(0).permutation(n)[:count], []
-    for epochs in (1, 1, 4):  # the first one warms up
-        few = Budget(max(1, min(BATCH, count // 2)), epochs, 1)
+    for times in (1, 1, 4):  # the first one warms up
+        few = Budget(max(1, min(BATCH, count // 2)), times, 1)
         began = time.perf_counter()
-        learn = fine_tuned(labeled_with(dls, places, few), start, 0, few)
+        learn = fine_tuned(labeled_with(dls, places, few), start, 0, few, **how)
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
     predicted(learn, kind)

@@ -1,6 +1,7 @@
 """A race before it starts: what is granted, and how long it will take; said, and kept for the case of a stop."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from selfsup_fastai.compare.halving import Race
 from selfsup_fastai.compare.keeping import data_print, key_of
 from selfsup_fastai.compare.planning import (
     Rung,
+    how_to,
     in_words,
     lunch_budget,
     pretraining_seconds,
@@ -38,6 +40,12 @@ class Asked(NamedTuple):
     finalists: int
     budget: int | None  # Images
     seconds: float | None  # Instead
+    precision: str | None
+
+    @property
+    def hurried(self) -> bool:
+        """Whether all is to fit a lunch break."""
+        return self.budget is None and self.seconds is None
 
 
 def planned(
@@ -57,7 +65,7 @@ def planned(
         plan["grants"] = _grants(plan, rungs, asked, len(dls.train_ds))
         write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
     _say_plan(plan, rungs, asked.seconds)
-    race = Race(dls, asked.arch, folder / "encoders", rungs, plan["grants"], print_)
+    race = Race(dls, asked.arch, folder / "encoders", rungs, plan["grants"], print_, plan["how"])
     if chooses:
         score = score_for(known.kind, known.metric)
         race.judge = lambda file: training_score(file, known.dls, known.kind, score, known.groups)
@@ -75,6 +83,7 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
     """The plan of a race that was stopped, or the beginning of a new one."""
     about = {"tasks": [e.about() for e in racing], "arch": content_of(asked.arch), "data": print_}
     about |= {"seeds": asked.seeds, "finalists": asked.finalists, "budget": asked.budget, "seconds": asked.seconds}
+    about |= {"precision": asked.precision}
     key = key_of(**about)
     try:
         plan = json.loads(file.read_text("utf-8"))
@@ -83,13 +92,14 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
     if (
         isinstance(plan, dict)
         and plan.get("about") == key
-        and {"speeds", "failed", "grants", "curves", "seeds"} <= set(plan)
+        and {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan)
     ):
         return plan
-    speeds, failed = speeds_of(dls, racing, asked.arch)
-    a_seed = _curve_seconds(known, starts, min(asked.finalists, len(speeds)))
-    seeds = seeds_for(asked.seeds, a_seed, asked.budget is None and asked.seconds is None)
-    return {"about": key, "speeds": speeds, "failed": failed, "seeds": seeds, "curves": seeds * a_seed}
+    how = how_to(dls, racing, asked.arch, asked.precision or ("auto" if asked.hurried else None))
+    speeds, failed = speeds_of(dls, [replace(entrant, how=how) for entrant in racing], asked.arch)
+    a_seed = _curve_seconds(known, starts, min(asked.finalists, len(speeds)), how)
+    seeds = seeds_for(asked.seeds, a_seed, asked.hurried)
+    return {"about": key, "how": how, "speeds": speeds, "failed": failed, "seeds": seeds, "curves": seeds * a_seed}
 
 
 def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, int]:
@@ -102,13 +112,14 @@ def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, in
     return dict.fromkeys(plan["speeds"], images)
 
 
-def _curve_seconds(known: Labeled | None, starts: list[Start], finalists: int) -> float:
+def _curve_seconds(known: Labeled | None, starts: list[Start], finalists: int, how: dict) -> float:
     """Of the label curves of all starts, with one seed; tasks take as long as scratch."""
     if known is None:
         return 0.0
     n = len(known.dls.train_ds)
     counts = [len(draw_labels(n, amount, 0, known.classes, known.groups)) for amount in known.amounts]
-    own = [trial_seconds(known.dls, s, known.kind, counts, known.curve["steps"], known.curve["epochs"]) for s in starts]
+    length = known.curve["steps"], known.curve["epochs"]
+    own = [trial_seconds(known.dls, start, known.kind, counts, *length, **how) for start in starts]
     return sum(own) + finalists * own[0]
 
 

@@ -33,17 +33,18 @@ class Entrant:
     name: str  # What it is called in tables
     task: Any  # What `get_task` takes
     settings: dict = field(default_factory=dict)
+    how: dict = field(default_factory=dict)  # `precision` and `channels_last` of its learners
 
     def about(self) -> dict:
         """What tells it from other tasks."""
         task = get_task(self.task, **dict(self.settings))
-        return {"name": task.name, "settings": task.settings()}
+        return {"name": task.name, "settings": task.settings(), **self.how}
 
     def learner(self, dls: DataLoaders, arch: Any, seed: int) -> PretextLearner:
         """A new one. Raises what `pretext_learner` does."""
         set_seed(seed, reproducible=True)
         with quiet():
-            return pretext_learner(dls, self.task, arch, **self.settings)
+            return pretext_learner(dls, self.task, arch, **self.how, **self.settings)
 
 
 def entrants(

@@ -9,6 +9,7 @@ import pandas as pd
 from fastai.data.core import DataLoaders
 
 from selfsup_fastai.callbacks.consistency_loss import ConsistencyLoss
+from selfsup_fastai.callbacks.precision import KINDS, Way
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.curves import label_curve
@@ -66,6 +67,7 @@ def compare_pretexts(
     metric: str | None = None,  # Likewise
     groups: str | None = None,  # Column that tells whose an image is; None: the patient, where that is known
     leaks: str = "raise",  # Images to pretrain on that are tested on: 'raise' an error, or 'exclude' them
+    precision: str | None = None,  # Of all runs: 'bf16', 'fp16', 'fp32', 'auto'; None: fp32, for a lunch break 'auto'
     pretrained: bool | None = None,  # Published weights: True downloads them; None: if they are on this machine
     out: str | Path | None = None,  # Folder for encoders and runs: the same call goes on after a stop; None: a new one
     command: str | None = None,  # The shell command that does it again, for the report
@@ -78,12 +80,13 @@ def compare_pretexts(
     stand beside those of the same net from scratch, from scratch with a consistency loss on the unlabeled images
     (FixMatch), and from published weights. Test labels choose nothing.
 
-    Steps are timed first, and one line says how long it will take. A task that fails is in `race` with the reason.
+    Steps are timed first, and one line says how long it will take; what follows from the times is kept in `out`, and
+    says in `settings` what it was. A task that fails is in `race` with the reason.
     Without `labeled` there are signals only (effective rank, alignment, ...), which choose nothing.
     Raises `DataError` where pretraining would see the test images.
     """
     check_dls(dls)
-    _check(seeds, finalists, budget, seconds, baselines, leaks)
+    _check(seeds, finalists, budget, seconds, baselines, leaks, precision)
     arch, racing = arch or ARCH, entrants(list(TASKS if tasks is None else tasks))
     names, found = [entrant.name for entrant in racing], {}
     known = None if labeled is None else known_of(labeled, labels, metric, groups, steps, epochs)
@@ -94,7 +97,7 @@ def compare_pretexts(
         say(f"Encoders and runs are kept in {folder}; with out= the same call could go on after a stop.")
     print_ = data_print(dls)
     starts = [] if known is None else _baselines(dls, known, arch, baselines, pretrained)
-    asked = Asked(arch, seeds if known else 1, finalists, budget, seconds)
+    asked = Asked(arch, seeds if known else 1, finalists, budget, seconds, precision)
     race = planned(dls, racing, asked, known, starts, folder, print_)
     seeds = race.rungs[-1].seeds
     race.run([entrant for entrant in racing if entrant.name in race.grants])
@@ -106,6 +109,7 @@ def compare_pretexts(
         "budget": granted_in_words(race.grants),
         "seeds": seeds,
         "finalists": finalists,
+        "precision": str(Way(race.how.get("precision", "fp32"), race.how.get("channels_last", False))),
     }
     settings |= {"rungs": len(race.rungs), "baselines": [start.name for start in starts]}
     if known is None:
@@ -118,7 +122,8 @@ def compare_pretexts(
     return comparison
 
 
-def _check(seeds, finalists, budget, seconds, baselines, leaks) -> None:
+def _check(seeds, finalists, budget, seconds, baselines, leaks, precision) -> None:
+    check_choice("precision", precision, (None, "auto", *KINDS))
     if seeds is not None:
         check_number("seeds", seeds, 1, whole=True)
     check_number("finalists", finalists, 1, whole=True)
@@ -152,7 +157,8 @@ def _compared(race: Race, known: Labeled, starts: list[Start], seeds: int, setti
     """Label curves of the tasks that are left, the baselines, and what they bear."""
     own = [Start(name, tuple(files)) for name, files in race.files.items()]
     encoders = {start.name: start for start in [*starts, *own]}
-    runs = label_curve(encoders, known.dls, known.amounts, seeds, folder=race.folder.parent / "runs", **known.curve)
+    kept = race.folder.parent / "runs"
+    runs = label_curve(encoders, known.dls, known.amounts, seeds, folder=kept, **known.curve, **race.how)
     summary = summarize(runs)
     verdict = whole_verdict(summary, list(race.files))
     dropped = sum(1 for name in settings["tasks"] if name not in race.files)

@@ -82,11 +82,12 @@ def fine_tuned(
     seed: int,
     budget: Budget,
     lr: float | None = None,  # Peak rate of new weights; twice it that of a pretrained net's head while alone
+    **how,  # `precision` and `channels_last` of the learner
 ) -> DownstreamLearner:
     """The learner after its last step. Test images are not looked at."""
     set_seed(seed, reproducible=True)
     with quiet():
-        learn = downstream_learner(dls, made(start.source(seed)))
+        learn = downstream_learner(dls, made(start.source(seed)), **how)
         lr = lr or _rate(learn.model)
         cbs = [SkipValidation(), *(start.cbs() if start.cbs else [])]
         with learn.no_bar(), learn.no_logging():

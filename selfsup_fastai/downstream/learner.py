@@ -13,7 +13,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
-from fastai.optimizer import Adam, Optimizer, OptimWrapper
+from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.vision.core import TensorPoint
 from fastai.vision.data import get_grid
 from fastcore.foundation import L
@@ -22,6 +22,8 @@ from matplotlib.axes import Axes
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import LossesAsNumbers
+from selfsup_fastai.callbacks.speed import sped_up
+from selfsup_fastai.callbacks.syncs import LossesThere
 from selfsup_fastai.callbacks.whole_run import WholeRun, whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
@@ -48,6 +50,7 @@ from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
+from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import ShownFrame
 from selfsup_fastai.seeding import preserved_rng
@@ -67,7 +70,8 @@ class DownstreamLearner(Learner):
         **kwargs,  # Passed to `Learner`
     ):
         self.epochs_done, self.images_seen, self.last_values, self.target = 0, 0, {}, target
-        super().__init__(dls, model, splitter=layer_groups, cbs=[CountImages(), LossesAsNumbers(), *L(cbs)], **kwargs)
+        cbs = [CountImages(), LossesAsNumbers(), LossesThere(), *L(cbs)]
+        super().__init__(dls, model, splitter=layer_groups, cbs=cbs, **kwargs)
         self.fine_tune_log = pd.DataFrame()  # the last run of `fine_tune`: stage, epoch, losses, metrics
 
     def create_opt(self) -> None:
@@ -295,12 +299,17 @@ def downstream_learner(
     n_in: int | None = None,  # For a new net: channels; None: 1 if the first images are all grey, else 3
     dropout: float = 0.0,  # Before the head's linear layer
     loss_func: Callable | None = None,  # None: what the labels need
-    opt_func: Optimizer | OptimWrapper | Callable = Adam,  # As in `Learner`
+    opt_func: Optimizer | OptimWrapper | Callable = FusedAdam,  # As in `Learner`; it is fastai's Adam, in one go
     lr: float | slice = defaults.lr,  # Default rate of `fit`; `fine_tune` has its own
     wd: float | None = None,  # Weight decay; None: the optimizer's
     cbs: Callback | MutableSequence | None = None,  # As in `Learner`
     path: str | PathLike | None = None,  # For fastai's `save` and `export`; None: the current folder
     model_dir: str | PathLike = "models",  # Folder below `path`
+    *,
+    precision: str | None = None,  # 'bf16', 'fp16', 'fp32' or 'auto': what a few timed steps prefer; None: fp32
+    channels_last: bool | None = None,  # In memory; None: with precision='auto' where it pays, else not
+    compile: bool = False,  # By torch.compile: minutes at first and after each stage, then faster steps
+    checkpointing: bool = False,  # Less memory, slower; for more images in a step also fastai's GradientAccumulation
 ) -> DownstreamLearner:
     """A learner that trains a copy of `encoder` with a head on labeled images; `fine_tune` is its main call.
 
@@ -310,6 +319,8 @@ def downstream_learner(
     channels and normalize with its statistics (those of the training images where it has none). Images of different
     sizes that nothing in `dls` resizes are resized to the encoder's size; for a new net to 128 pixels, 224 with
     published weights. One line says so.
+    What precision='auto' takes depends on how busy the machine is, and results differ by rounding: that is why it is
+    not the default.
     Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on.
     """
     ignored = ignored_value(loss_func)
@@ -319,6 +330,7 @@ def downstream_learner(
     path = Path.cwd() if path is None else path  # never the folder of images that the dls bring
     model = DownstreamModel(encoder, head_maker(target, encoder, dropout)())
     cbs = [*L(cbs), *([KnownCodes(target.n_out, ignored)] if target.kind == "mask" else [])]
+    cbs += sped_up(model, loaders.device, precision, channels_last, compile, checkpointing)
     training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
     return DownstreamLearner(loaders, model, target, metrics=metrics, path=path, model_dir=model_dir, **training)
 

@@ -14,6 +14,7 @@ from selfsup_fastai.downstream.pyramid import Level, Pyramid, resized
 from selfsup_fastai.encoders.decoders import group_norm
 from selfsup_fastai.errors import DataError
 
+EVERY = 50  # Batches after which a GPU is waited for, to see whether masks were right
 FINE, WIDEST = 32, 256  # Channels of the decoder at the finest level, twice as many at each coarser one, and at most
 
 
@@ -63,7 +64,11 @@ def _mixed(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class KnownCodes(Callback):
-    """Says which values masks hold beyond the codes, before the loss fails on them in words of its own."""
+    """Says which values masks hold beyond the codes, before the loss fails on them in words of its own.
+
+    On a GPU, which would have to be waited for, foreign values are taken for code 0 at first, and said within some
+    batches.
+    """
 
     run_after_fit = False
 
@@ -71,15 +76,40 @@ class KnownCodes(Callback):
         self,
         n: int,  # How many codes there are
         ignored: int | None = None,  # A value that the loss leaves out
+        every: int | None = None,  # Batches between two looks at what was found; None: 1 on a CPU, else 50
     ):
-        self.n, self.ignored = n, ignored
+        self.n, self.ignored, self.every, self.found = n, ignored, every, []
 
     def before_batch(self):
         """Every mask is looked at: those looked at before may not hold all values."""
-        for y in self.learn.yb:
-            foreign = (y < 0) | (y >= self.n)
-            if self.ignored is not None:
-                foreign &= y != self.ignored
-            if foreign.any():
-                value = int(y[foreign].flatten()[0])
-                raise DataError(f"A mask holds the value {value}; expected 0 to {self.n - 1}, the number of a code.")
+        every = self.every or (1 if self.learn.xb[0].device.type == "cpu" else EVERY)
+        if every == 1:
+            self.found = [self._foreign(y)[1] for y in self.learn.yb]
+            self._say()
+            return
+        looked = [self._foreign(y) for y in self.learn.yb]
+        self.learn.yb = tuple(y.masked_fill(foreign, 0) for y, (foreign, _) in zip(self.learn.yb, looked))
+        self.found += [value for _, value in looked]
+        if self.iter % every == every - 1:
+            self._say()
+
+    def after_train(self):
+        self._say()
+
+    def after_validate(self):
+        self._say()
+
+    def _foreign(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a mask holds a value that is no code, and one such value; 0, which is a code, if there is none."""
+        foreign = (y < 0) | (y >= self.n)
+        if self.ignored is not None:
+            foreign &= y != self.ignored
+        values = torch.where(foreign, y, 0).flatten()
+        return foreign, values[values.abs().argmax()]
+
+    def _say(self) -> None:
+        found, self.found = self.found, []
+        values = [value for value in (torch.stack(found).tolist() if found else []) if value]
+        if values:
+            value = int(values[0])
+            raise DataError(f"A mask holds the value {value}; expected 0 to {self.n - 1}, the number of a code.")

@@ -2,6 +2,7 @@
 
 import torch
 from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -128,4 +129,5 @@ def _placed(body: VisionTransformer, patches: Tensor) -> Tensor:
 
 def through_blocks(body: VisionTransformer, tokens: Tensor) -> Tensor:
     """What the network makes of tokens that have their positions, (B, N, D)."""
-    return body.norm(body.blocks(body.norm_pre(tokens)))
+    tokens = body.norm_pre(tokens)
+    return body.norm(checkpoint_seq(body.blocks, tokens) if body.grad_checkpointing else body.blocks(tokens))

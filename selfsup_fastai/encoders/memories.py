@@ -25,6 +25,7 @@ class Memory(nn.Module, ABC):
     def __init__(self):
         super().__init__()
         self._noted: list[tuple[Tensor, ...]] = []
+        self._settled = False
 
     def note(self, *values: Tensor) -> None:
         """Remember this, (B, ...) each, when the step is taken; nothing outside of training."""
@@ -46,8 +47,21 @@ class Memory(nn.Module, ABC):
     def remember(self, *values: Tensor) -> None:
         """Change the buffers."""
 
+    def settled(self) -> bool:
+        """Whether `settles` is so. Once it is, a GPU is not waited for again, until `look_again`."""
+        self._settled = self._settled or bool(self.settles())
+        return self._settled
+
+    def settles(self) -> Tensor:
+        """What becomes true of the buffers while it is trained, and stays true."""
+        return torch.tensor(True)
+
+    def look_again(self) -> None:
+        """The buffers may be others now: those of a file."""
+        self._settled = False
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_noted": []}  # half a step is not worth keeping
+        return {**self.__dict__, "_noted": [], "_settled": False}  # half a step is not worth keeping
 
 
 class FeatureQueue(Memory):
@@ -66,7 +80,10 @@ class FeatureQueue(Memory):
     @property
     def is_full(self) -> bool:
         """Whether all rows are embeddings, none a random start."""
-        return bool(self.entered >= len(self.rows))
+        return bool(self.settles())
+
+    def settles(self) -> Tensor:
+        return self.entered >= len(self.rows)
 
     def remember(self, z: Tensor) -> None:
         self.entered += len(z)
@@ -145,13 +162,16 @@ class ContrastBank(FeatureBank):
             self.log_z.copy_(self._estimate(self._measured))
         super().commit()
 
+    def settles(self) -> Tensor:
+        return self.log_z.isfinite()
+
     def forget(self) -> None:
         super().forget()
         self._measured = []
 
     def _log_z(self, scores: Tensor, measures: bool) -> Tensor:
         """log Z as it was fixed; until then the estimate from the step at hand, outside of training from the batch."""
-        if self.log_z.isfinite():
+        if self.settled():
             return self.log_z.to(scores.dtype)
         training = self.training and torch.is_grad_enabled()
         measured = self._measured if training else []

@@ -11,7 +11,6 @@ import fastai.callback.progress
 import fastai.callback.schedule  # noqa: F401  (brings fit_one_cycle, lr_find and so on)
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, defaults
-from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -20,6 +19,8 @@ from selfsup_fastai.callbacks.collapse import CollapseAlarm
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.log import LossesAsNumbers
+from selfsup_fastai.callbacks.speed import sped_up
+from selfsup_fastai.callbacks.syncs import LossesThere
 from selfsup_fastai.data.blocks import OpenImage
 from selfsup_fastai.data.loader import (
     IndexedDL,
@@ -37,6 +38,7 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
+from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.pretext import TASKS, get_task
 from selfsup_fastai.pretext.base import PretextLoss, PretextTask
 from selfsup_fastai.pretext.loader import PretextDL, PretextTransform
@@ -57,7 +59,11 @@ def pretext_learner(
     n_in: int | None = None,  # Channels, 1 or 3; None: what the images need
     consistency: float | Consistency | None = None,  # Beside the task's loss: its weight, or a `Consistency`
     metrics=None,  # None: the task's
-    opt_func: Callable = Adam,
+    precision: str | None = None,  # 'bf16', 'fp16', 'fp32' or 'auto': what a few timed steps prefer; None: fp32
+    channels_last: bool | None = None,  # In memory; None: with precision='auto' where it pays, else not
+    compile: bool = False,  # By torch.compile: minutes at first, then faster steps
+    checkpointing: bool = False,  # Less memory, slower; for more images in a step also fastai's GradientAccumulation
+    opt_func: Callable = FusedAdam,  # fastai's Adam, in one go
     lr: float = defaults.lr,
     wd: float | None = None,
     cbs=None,
@@ -71,6 +77,8 @@ def pretext_learner(
     statistics of at least 1,024 of the training images (or the pretrained encoder's), measured here. Images of
     different sizes that nothing in `dls` resizes are resized to the given encoder's size, or to 128 pixels; one line
     says so. An encoder, learner or module that is given stays as it is, too: a copy is trained.
+    What precision='auto' takes depends on how busy the machine is, and results differ by rounding: that is why it is
+    not the default. For the same result from the same seed name a precision.
     Raises `TaskError` for settings that the task does not have and for arguments that ask for two nets at once.
     """
     check_dls(dls)
@@ -96,8 +104,9 @@ def pretext_learner(
         _say_untrained(task, encoder)
     path = Path.cwd() if path is None else path  # never the folder of images that labeled dls bring
     fastai_args = {"opt_func": opt_func, "lr": lr, "wd": wd, "model_dir": model_dir, "path": path}
-    fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": cbs}
     model = task.model(encoder)
+    faster = sped_up(model, pretext.device, precision, channels_last, compile, checkpointing)
+    fastai_args |= {"metrics": task.metrics if metrics is None else metrics, "cbs": [*faster, *L(cbs)]}
     if consistency is not None:
         consistency.setup(task, model, pretext)
     data = _data_print(pretext, measured)
@@ -271,7 +280,7 @@ class PretextLearner(Learner):
         passes, own = task.passes, task.callbacks()
         if consistency is not None:
             passes, own, metrics = passes + 1, own + consistency.callbacks(), [*L(metrics), consistency.metric()]
-        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), CollapseAlarm()]
+        always = [RefuseAccumulation(), CountImages(passes), LossesAsNumbers(), LossesThere(), CollapseAlarm()]
         cbs = [*always, *own, *L(cbs)]
         super().__init__(dls, model, loss_func=PretextLoss(task), metrics=metrics, cbs=cbs, **kwargs)
         self.task = task

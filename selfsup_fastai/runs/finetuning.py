@@ -43,6 +43,7 @@ def finetune(
     split_by: str | None = None,  # 'patient' or 'random', as in `labeled_files`
     consistency: str | Path | None = None,  # A folder of images without labels, for `ConsistencyLoss`
     consistency_kind: str = "fixmatch",
+    precision: str | None = None,  # As in `downstream_learner`; settings.json says what was chosen
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
     check_count("epochs", epochs, 1)
@@ -64,7 +65,7 @@ def finetune(
     set_seed(seed, reproducible=True)
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, n_in, side, bs, workers, cache, max_gb)
-    learn = downstream_learner(dls, source, metrics=accuracy, path=out)
+    learn = downstream_learner(dls, source, metrics=accuracy, path=out, precision=precision)
     cbs = []
     if consistency is not None:
         with listed_in(LEFT_OUT):

@@ -27,6 +27,7 @@ from fastai.learner import Learner
 
 from selfsup_fastai import __version__
 from selfsup_fastai.callbacks.log import EpochLines
+from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.callbacks.state import StateFolder
 from selfsup_fastai.data.files import find_files, result_folder
 from selfsup_fastai.downstream.learner import DownstreamLearner
@@ -37,6 +38,7 @@ from selfsup_fastai.writing import write_csv
 
 RESUMES = " The same command with --resume goes on."
 ENCODER, MODEL, STATE, LEFT_OUT = "encoder.safetensors", "model.safetensors", "resume", "left_out.csv"
+SETTINGS = "settings.json"
 
 
 def is_unfinished(out: str | Path) -> bool:
@@ -82,9 +84,20 @@ def run_folder(
     settings["earlier rounds"] = [card.get("task") for card in encoder.lineage]
     packages = {"fastai": fastai, "timm": timm, "torch": torch}
     settings["versions"] = {"selfsup_fastai": __version__, **{n: str(p.__version__) for n, p in packages.items()}}
-    (out / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    settings["precision"] = _way(learn)
+    _write_settings(out, settings)
     write_left_out(report, folders, out, paths)
     return out
+
+
+def _write_settings(out: Path, settings: dict) -> None:
+    (out / SETTINGS).write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def _way(learn: Learner) -> str | None:
+    """How its steps are computed; None while `AutoPrecision` has not chosen."""
+    found = [cb.way for cb in learn.cbs if isinstance(cb, AutoPrecision)]
+    return found[0] if found else "fp32"
 
 
 def joined(*reports: pd.DataFrame) -> pd.DataFrame:
@@ -130,6 +143,7 @@ def finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterator
 
 
 def _save(learn: Learner, out: Path, chance: float | dict | None) -> None:
+    _write_settings(out, json.loads((out / SETTINGS).read_text()) | {"precision": _way(learn)})
     learn.save_encoder(out / ENCODER)
     if isinstance(learn, DownstreamLearner):
         learn.save_model(out / MODEL)

@@ -32,6 +32,7 @@ def pretrain(
     overwrite: bool = False,  # Replace what an earlier run left in `out`
     resume: bool = False,  # Go on with the run of these arguments that was stopped or killed in `out`
     paths: bool = False,  # Write names of DICOM files, too: they may identify patients
+    precision: str | None = None,  # As in `pretext_learner`; settings.json says what was chosen
     **data,  # Arguments of `UnlabeledDataLoaders.from_folder`
 ) -> PretextLearner:
     """Pretrains an encoder on a folder of images and leaves a run folder; returns the learner.
@@ -45,6 +46,7 @@ def pretrain(
     task = get_task(task, **(settings or {}))  # names and settings first: checking the images may take minutes
     run = dict(task=task.name, settings=task.settings(), epochs=epochs, lr=lr, arch=arch, pretrained=pretrained)
     run |= {name: value for name, value in data.items() if name not in ("num_workers", "cache", "max_gb")}
+    run |= {"precision asked for": precision}
     state = Resume(Path(out) / STATE, about={**run, "seed": seed})
     if goes_on:
         state.check_about()
@@ -53,7 +55,7 @@ def pretrain(
     with listed_in(LEFT_OUT):
         dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
-    learn = pretext_learner(dls, task, arch, pretrained=pretrained, **given)
+    learn = pretext_learner(dls, task, arch, pretrained=pretrained, precision=precision, **given)
     args = dict(task=learn.task.name, settings=learn.task.settings(), epochs=epochs, lr=lr, pretrained=pretrained)
     if not goes_on:
         state.clear()

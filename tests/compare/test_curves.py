@@ -118,7 +118,7 @@ def test_a_budget_of_steps_is_kept():
         assert abs(b.epochs * per_epoch - 200) <= per_epoch / 2  # epochs are whole
         assert b.bs <= min(n, 64)
     assert budget_for(10_000, 64).epochs == 5  # at least so many passes where nothing is said
-    assert budget_for(100, 64, epochs=7) == Budget(25, 7, 1)
+    assert budget_for(100, 64, epochs=7) == Budget(16, 7, 1)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
-from selfsup_fastai.compare import halving
+from selfsup_fastai.callbacks.precision import Way
+from selfsup_fastai.compare import halving, planning
 from selfsup_fastai.compare.choosing import _folds, training_score
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.keeping import data_print
-from selfsup_fastai.compare.planning import lunch_budget, pretraining_seconds, rungs_for, seeds_for
+from selfsup_fastai.compare.planning import how_to, lunch_budget, pretraining_seconds, rungs_for, seeds_for
 from selfsup_fastai.compare.pretraining import _shorten, entrants, pretrained, speed_of
 from selfsup_fastai.compare.published import published_encoder
 from selfsup_fastai.compare.race import TASKS, compare_pretexts
@@ -97,6 +99,31 @@ def test_a_short_epoch_does_not_shorten_what_is_made_of_its_loader(photos):
     _shorten(dl, 2)
     assert len(dl) == 2 and len(set(dl.get_idxs())) == 16 and dl.get_idxs() != dl.get_idxs()
     assert sorted(dl.new().get_idxs()) == list(range(48)) and len(dl.new()) == 6
+
+
+def test_precision_is_chosen_once_and_is_that_of_all_runs(photos, labeled, tmp_path, monkeypatch):
+    chosen = [Way("bf16", True), Way("fp32", True), Way("fp32")]
+    monkeypatch.setattr(planning, "fastest", lambda learn, device, tried: chosen.pop(0))
+    racing = entrants(["rotation"])
+    assert how_to(photos, racing, "resnet10t", "auto") == {"precision": "bf16", "channels_last": True}
+    assert how_to(photos, racing, "resnet10t", "auto") == {"channels_last": True}
+    assert how_to(photos, racing, "resnet10t", "auto") == {}
+    assert [how_to(photos, racing, "resnet10t", kind) for kind in (None, "fp32", "bf16")] == [
+        {},
+        {},
+        {"precision": "bf16"},
+    ]
+    chosen.append(Way("bf16"))
+    quick = {**QUICK, "budget": 32, "seeds": 1}
+    first = compare_pretexts(photos, ["rotation"], labeled, out=tmp_path / "a", precision="auto", **quick)
+    again = compare_pretexts(photos, ["rotation"], labeled, out=tmp_path / "a", precision="auto", **quick)  # as it was
+    assert not chosen and first.settings["precision"] == again.settings["precision"] == "bf16"
+    assert first.runs["run"].tolist() == again.runs["run"].tolist()
+    plain = compare_pretexts(photos, ["rotation"], labeled, out=tmp_path / "b", **quick)
+    assert plain.settings["precision"] == "fp32"
+    assert not set(plain.runs["run"]) & set(first.runs["run"])
+    weights = [load_file(found.encoders["rotation"][0])["conv1.0.weight"] for found in (first, plain)]
+    assert not weights[0].equal(weights[1])
 
 
 def test_seeds_where_nothing_is_said():

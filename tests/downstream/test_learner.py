@@ -176,7 +176,7 @@ def test_two_stage_is_fastais_fine_tune_step_for_step(color_classes):
     after = []
     for ours in (True, False):
         learn = make(color_classes, wd=0.05)
-        plain = Learner(learn.dls, learn.model, splitter=layer_groups, wd=0.05)
+        plain = Learner(learn.dls, learn.model, splitter=layer_groups, wd=0.05, opt_func=learn.opt_func)
         start = state_of(learn)
         set_seed(3)
         learn.dls.train.rng.seed(3)

@@ -200,7 +200,7 @@ def found(squares):
     dls = loaders(folder, PointBlock, lambda f: torch.tensor([places[f.stem]]), item_tfms=tfm, valid_pct=0.1)
     learn = downstream_learner(dls, "resnet10t")
     with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(40, 3e-3)
+        learn.fit_one_cycle(80, 3e-3)
     return learn
 
 

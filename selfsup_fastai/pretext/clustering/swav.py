@@ -144,7 +144,7 @@ class SwAVNet(nn.Module):
     def codes(self, cosines: Tensor, crop: int) -> Tensor:
         """(B, K) of one of the large crops, balanced together with its queue where that is in use."""
         rows = len(cosines)
-        if self.queues and self.clock.past(self.queue_epochs, QUEUED_FROM) and self.queues[crop].is_full:
+        if self.queues and self.clock.past(self.queue_epochs, QUEUED_FROM) and self.queues[crop].settled():
             earlier = self.prototypes(own_share(self.queues[crop].rows))
             cosines = torch.cat([cosines, earlier.to(cosines.dtype)])
         return sinkhorn(cosines, self.epsilon, self.rounds)[:rows]
