@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export NO_ALBUMENTATIONS_UPDATE := 1
 export MPLBACKEND := Agg
 
-.PHONY: help setup demo test test-slow check format docs bench-cifar bench-data clean
+.PHONY: help setup demo test test-slow check format docs bench-cifar bench-data bench-train clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ bench-cifar: setup  ## the figures of docs/benchmarks.md (long; needs the CIFAR-
 bench-data: setup  ## batches, views, cache and imports beside other libraries (about ten minutes; installs them)
 	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python bench/data.py
+
+bench-train: setup  ## training beside lightly, plain fastai and the bare step (one to two hours; installs them)
+	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python bench/train.py
 
 clean:  ## remove what the commands above made
 	rm -rf $(VENV) demo runs build dist *.egg-info .pytest_cache .ruff_cache

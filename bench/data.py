@@ -9,9 +9,6 @@ at hand (SELFSUP_DATA names the folder it is looked for in) is left out. Needs t
 
 import argparse
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +17,20 @@ import pandas as pd
 import torch
 from fastai.torch_core import default_device
 from fastai.vision.core import imagenet_stats
-from measure import Absent, against_best, data_set, machine, markdown, ratios, spread, tell, timed
+from measure import (
+    Absent,
+    against_best,
+    data_set,
+    empty_cache,
+    every_nth,
+    machine,
+    markdown,
+    output,
+    ratios,
+    spread,
+    tell,
+    timed,
+)
 from peers import (
     WORKERS,
     fastai_batches,
@@ -131,18 +141,15 @@ def cache(work: Path, rounds: int, full: bool) -> str:
 
 def first_epoch(folder: Path, work: Path, rounds: int) -> str:
     """Making the loaders and one epoch, with an empty cache, a full one, none."""
-    full_cache, kept, unkept = os.environ["SELFSUP_CACHE"], loaders(folder), loaders(folder, cache=False)
+    kept, unkept = loaders(folder), loaders(folder, cache=False)
 
-    def empty_cache() -> int:
-        with tempfile.TemporaryDirectory(dir=work) as fresh:
-            os.environ["SELFSUP_CACHE"] = fresh
-            epoch(loaders(folder).train)
-        os.environ["SELFSUP_CACHE"] = full_cache
-        return 1
+    def first() -> int:
+        with empty_cache(work):
+            return min(1, epoch(loaders(folder).train))
 
     plain = "made and run, cache=False"
     cases = {
-        "made and run, cache empty": empty_cache,
+        "made and run, cache empty": first,
         "made and run, cache full": lambda: min(1, epoch(loaders(folder).train)),
         plain: lambda: min(1, epoch(loaders(folder, cache=False).train)),
         "run, cache full": lambda: min(1, epoch(kept.train)),
@@ -186,15 +193,6 @@ def peak_memory(folders: dict[int, Path], rounds: int) -> str:
     return f"{about}\n\n{markdown(rows, 'process')}"
 
 
-def every_nth(folder: Path, n: int, into: Path) -> Path:
-    """A copy of a folder with every n-th of its files."""
-    for file in sorted(file for file in folder.rglob("*") if file.is_file())[::n]:
-        copy = into / file.relative_to(folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
-    return into
-
-
 # --- d: imports ---------------------------------------------------------------------------------------------------
 
 
@@ -210,12 +208,6 @@ def imports(work: Path, rounds: int, full: bool) -> str:
     seconds = timed(cases, rounds)
     table = spread(seconds).assign(ratio=ratios(seconds, fastai, "{:.2f}"))
     return f"Seconds of a fresh process, and the share of '{fastai}'.\n\n{markdown(table, 'process')}"
-
-
-def output(*arguments) -> str:
-    """What a fresh Python printed. Raises `CalledProcessError` where it failed."""
-    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 PARTS = {"a": batches, "b": views, "c": cache, "d": imports}

@@ -2,11 +2,15 @@
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +45,33 @@ def data_set(
     return folder
 
 
+def every_nth(folder: Path, n: int, into: Path) -> Path:
+    """A copy of a folder with every n-th of its files."""
+    for file in sorted(file for file in folder.rglob("*") if file.is_file())[::n]:
+        copy = into / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
+    return into
+
+
+@contextmanager
+def empty_cache(work: Path) -> Iterator[None]:
+    """Inside, no pixels are kept yet."""
+    usual = os.environ["SELFSUP_CACHE"]
+    with tempfile.TemporaryDirectory(dir=work) as fresh:
+        os.environ["SELFSUP_CACHE"] = fresh
+        try:
+            yield
+        finally:
+            os.environ["SELFSUP_CACHE"] = usual
+
+
+def output(*arguments, **environment: str) -> str:
+    """What a fresh Python printed. Raises `CalledProcessError` where it failed."""
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
+
+
 def tell(text: str) -> None:
     """A line of progress, apart from the results."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
@@ -51,14 +82,19 @@ def timed(
     rounds: int,
     measure: Callable[[Callable], float] | None = None,  # Gives a case's seconds a unit; None: of all that it does
 ) -> pd.DataFrame:  # Seconds a unit: a row a round, a column a case
-    """Every case once unmeasured, then all of them in turn, round after round: what slows one round slows them all."""
+    """Every case once unmeasured, then all of them in turn, round after round: what slows one round slows them all.
+
+    Every second round goes backwards, so that no case always comes first, or always after the same other.
+    """
     for name, case in cases.items():
         tell(f"warming up: {name}")
         case()
     table = []
     for i in range(rounds):
         tell(f"round {i + 1} of {rounds}")
-        table.append([(measure or _seconds_a_unit)(case) for case in cases.values()])
+        turns = list(cases)[:: -1 if i % 2 else 1]
+        row = {name: (measure or _seconds_a_unit)(cases[name]) for name in turns}
+        table.append([row[name] for name in cases])
     seconds = pd.DataFrame(table)
     seconds.columns = pd.Index(list(cases), tupleize_cols=False)
     return seconds

@@ -130,9 +130,9 @@ class Lightly:
         workers: int = max(WORKERS),
     ):
         files = list(dls.items_df["file"][~dls.items_df["is_valid"]])
-        self.batches, self.size = lightly_batches(method, files, args.size, args.bs, workers), args.size
+        make, views = LIGHTLY[method]
+        self.batches, self.size = lightly_batches(views(args.size), files, args.bs, workers), args.size
         schedule = {"steps": epochs * len(self.batches)} if method == "byol" else {}
-        make, _ = LIGHTLY[method]
         self.net = make(deepcopy(start.body), start.num_features, **SHARED[method], **schedule).to(default_device())
         self.opt = ADAM([p for p in self.net.parameters() if p.requires_grad], args.lr)
 

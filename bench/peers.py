@@ -1,4 +1,4 @@
-"""The same work done with other libraries: batches of files, SimCLR's views, and training by SimCLR and BYOL."""
+"""The same work done with other libraries: batches of files, SimCLR's views, and training by SimCLR, BYOL, rotation."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device
 from fastai.vision.augment import Resize
 from fastai.vision.core import imagenet_stats
@@ -57,9 +60,13 @@ class Twice(Dataset):
 
 def fastai_batches(files: list[Path], size: int, bs: int, workers: int) -> Iterable:
     """Batches of fastai's own loaders: resized, cut at random, normalized, on the device."""
-    tfms = dict(item_tfms=Resize(size), batch_tfms=Normalize.from_stats(*imagenet_stats))
-    settings = dict(valid_pct=0.0, bs=bs, num_workers=workers)
-    return ImageDataLoaders.from_lists(".", files, ["image"] * len(files), **settings, **tfms).train
+    return fastai_loaders(files, size, bs, workers, Normalize.from_stats(*imagenet_stats)).train
+
+
+def fastai_loaders(files: list[Path], size: int, bs: int, workers: int, batch_tfms=None) -> ImageDataLoaders:
+    """fastai's own loaders: resized, cut at random, on the device. All images are there to train, all of one class."""
+    settings = dict(valid_pct=0.0, bs=bs, num_workers=workers, item_tfms=Resize(size), batch_tfms=batch_tfms)
+    return ImageDataLoaders.from_lists(".", files, ["image"] * len(files), **settings)
 
 
 def torchvision_batches(files: list[Path], size: int, bs: int, workers: int) -> DataLoader:
@@ -157,14 +164,23 @@ def lightly_byol_views(size: int) -> Callable[[Image.Image], list[Tensor]]:
     return BYOLTransform(*(make(input_size=size, gaussian_blur=0.0) for make in makers))
 
 
+def lightly_default_views(method: str, size: int) -> Callable[[Image.Image], list[Tensor]]:
+    """lightly's transform of a method as its documentation makes it: blur and all, normalized by ImageNet's statistics.
+
+    The number of pixels is the only setting.
+    """
+    if method == "simclr":
+        return SimCLRTransform(input_size=size)
+    return BYOLTransform(*(make(input_size=size) for make in (BYOLView1Transform, BYOLView2Transform)))
+
+
 LIGHTLY = {"simclr": (LightlySimCLR, lightly_simclr_views), "byol": (LightlyBYOL, lightly_byol_views)}
 LIGHTLY_STATS = tuple(tuple(IMAGENET_NORMALIZE[name]) for name in ("mean", "std"))
 
 
-def lightly_batches(method: str, files: list[Path], size: int, bs: int, workers: int) -> DataLoader:
+def lightly_batches(views: Callable, files: list[Path], bs: int, workers: int) -> DataLoader:
     """Batches of two views of image files, in random order, on the CPU; whole batches only."""
-    _, views = LIGHTLY[method]
-    return _loader(Opened(files, views(size)), bs, workers, shuffle=True, drop_last=True)
+    return _loader(Opened(files, views), bs, workers, shuffle=True, drop_last=True)
 
 
 def lightly_steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> Iterator[None]:
@@ -176,6 +192,40 @@ def lightly_steps(net: nn.Module, optimizer: torch.optim.Optimizer, batches: Ite
         optimizer.step()
         optimizer.zero_grad()
         yield
+
+
+class TwoViews(Callback):
+    """In plain fastai, two views of each image instead of the image; the model says the loss, so no class matters."""
+
+    def __init__(self, size: int):
+        self.view = nn.Sequential(kornia_view(size), augmentation.Normalize(*map(torch.tensor, imagenet_stats)))
+
+    def before_batch(self):
+        (x,) = self.xb
+        x = x.as_subclass(Tensor)
+        self.learn.xb = self.view(x), self.view(x)
+
+
+class FourTurns(Callback):
+    """In plain fastai, each image in its four quarter turns, and the number of each turn instead of a class."""
+
+    def before_batch(self):
+        (x,) = self.xb
+        self.learn.xb = (torch.cat([torch.rot90(x, k, (-2, -1)) for k in range(4)]),)
+        self.learn.yb = (torch.arange(4, device=x.device).repeat_interleave(len(x)),)
+
+
+def fastai_learner(method: str, net: nn.Module, n_features: int, dls: ImageDataLoaders, **settings) -> Learner:
+    """What people write who train with plain fastai: its loaders, a callback that makes the question, its learner.
+
+    `net` with lightly's heads and loss for SimCLR and BYOL (`settings` are theirs), with a linear layer for rotation.
+    """
+    if method == "rotation":
+        model = nn.Sequential(net, nn.Linear(n_features, 4))
+        return Learner(dls, model, CrossEntropyLossFlat(), cbs=FourTurns())
+    make, _ = LIGHTLY[method]
+    (height, _) = dls.one_batch()[0].shape[-2:]
+    return Learner(dls, make(net, n_features, **settings), lambda loss, _: loss, cbs=TwoViews(height))
 
 
 class _Pair:

@@ -26,12 +26,12 @@ from cifar10 import cifar10
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import set_seed
 from measure import machine, markdown, tell
+from steps import skip_first_stage
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.data.labeled import labeled_loaders
 from selfsup_fastai.downstream.probes import linear_probe
 from selfsup_fastai.encoders.encoder import Encoder
-from selfsup_fastai.encoders.frozen import TrainedFirst
 from selfsup_fastai.features import embed, knn_accuracy
 from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext import TASKS, get_task
@@ -157,9 +157,7 @@ def speed(task: str, data: Data, args: argparse.Namespace) -> float:
         tell(f"{task}, speed")
         with quiet():
             learn, pace = data.learner(task, seed=0), Pace()
-            for part in learn.model.modules():
-                if isinstance(part, TrainedFirst):  # its training is not what is timed
-                    part.is_trained.fill_(True)
+            skip_first_stage(learn)
             with learn.no_bar(), learn.no_logging():
                 learn.fit(1, cbs=pace)
         warm_up, _ = TIMED

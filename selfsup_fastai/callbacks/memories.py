@@ -14,10 +14,11 @@ class KeepMemories(OfModel):
     order = 10
 
     def after_step(self):
-        for memory in self._memories():
+        for memory in self.memories:
             memory.commit()
 
     def before_train(self):
+        self.memories = self._memories()  # once: a network has hundreds of modules
         if self.epoch == 0:
             self._forget()
 

@@ -4,14 +4,13 @@ Those whose name ends in an underscore change their input. All are plain arithme
 remainder, no matrix product (which autocast and TF32 would round).
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views
+from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views, constant
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue in a grey image
 FRINGES = ("drop", "project", "keep")  # What `without_fringes` can do
@@ -36,7 +35,8 @@ def jitter_of(
     dtype: torch.dtype,  # Of the factors
 ) -> Jitter:
     """What `jitter_` needs to know."""
-    drawn = (views.jitter != views.jitter.new_tensor(NEUTRAL))[:, : 4 if channels == 3 else 2].any(1)
+    jittered = views.jitter != constant(NEUTRAL, views.jitter.dtype, views.jitter.device)
+    drawn = jittered[:, : 4 if channels == 3 else 2].any(1)
     is_hue = views.order == _HUE
     blends = views.order.gather(1, is_hue.long().argsort(dim=1, stable=True)[:, :3])  # the others in their order
     scale = views.jitter.gather(1, blends).to(dtype)
@@ -108,11 +108,10 @@ def turn_hue_(
     torch.addcmul(low, x, span, out=x)
 
 
-@cache
 def _wheel(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of `turn_hue_`, (3, 1, 1) each."""
     values = (0.0, 1.0, -1.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0)
-    return tuple(torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in values)
+    return tuple(constant(v, dtype, device).view(3, 1, 1) for v in values)
 
 
 def bend_saturation_value(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -99,6 +100,12 @@ def draw_views(
     )
 
 
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor, made once: to bring numbers to a GPU is to wait for it. Not to be changed in place."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 class Draw:
     """Random tensors from one generator, on its device."""
 
@@ -109,7 +116,8 @@ class Draw:
         return torch.zeros(shape, device=self.generator.device)
 
     def uniform(self, shape, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.generator.device) * (high - low) + low
+        drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return drawn if (low, high) == (0, 1) else drawn * (high - low) + low
 
     def chance(self, shape, p: float) -> Tensor:
         return self.uniform(shape) < p
@@ -165,11 +173,12 @@ def _center_box(ratio: tuple[float, float], h: int, w: int) -> tuple[int, int]:
 def _draw_jitter(recipe: Recipe, b: int, draw: Draw) -> Tensor:
     factors = [draw.uniform(b, max(0.0, 1 - s), 1 + s) for s in (recipe.brightness, recipe.contrast, recipe.saturation)]
     jitter = torch.stack([*factors, draw.uniform(b, -recipe.hue, recipe.hue)], dim=1)
-    return torch.where(draw.chance((b, 1), recipe.jitter_p), jitter, jitter.new_tensor(NEUTRAL))
+    return torch.where(draw.chance((b, 1), recipe.jitter_p), jitter, constant(NEUTRAL, jitter.dtype, jitter.device))
 
 
 def _draw_window(recipe: Recipe, b: int, draw: Draw) -> Tensor:
-    whole = draw.zeros((b, 2)) + torch.tensor([0.0, 1.0], device=draw.generator.device)
+    whole = draw.zeros((b, 2))
+    whole[:, 1] = 1.0
     if not recipe.window:
         return whole
     inward = draw.uniform((b, 2), 0, recipe.window / 2)

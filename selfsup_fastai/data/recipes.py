@@ -150,9 +150,10 @@ def adapted(
         recipe = replace(GREY_SCAN, scale=(low, high), blur_p=recipe.blur_p, blur_sigma=recipe.blur_sigma)
     elif kind == "microscopy":
         recipe = replace(recipe, flip=0.5, vertical_flip=0.5, turn=180.0)
-    if side < BLUR_FROM:
+    if side < BLUR_FROM and recipe.blur_p:
         recipe = replace(recipe, blur_p=0.0)
-    return replace(_colored(recipe, strength), **{name: _value(name, value) for name, value in changes.items()})
+    recipe = _colored(recipe, strength)
+    return replace(recipe, **{name: _value(name, value) for name, value in changes.items()}) if changes else recipe
 
 
 def for_scans(views: str | Mapping | None) -> str | Mapping:
@@ -165,6 +166,8 @@ def for_scans(views: str | Mapping | None) -> str | Mapping:
 def _colored(recipe: Recipe, strength: object) -> Recipe:
     """The recipe with its color strengths multiplied."""
     _in_range("strength", (_value("strength", strength),), 0, math.inf, "a factor of 0 or more")
+    if strength == 1:
+        return recipe
     names = ("brightness", "contrast", "saturation")
     return replace(
         recipe, hue=min(0.5, recipe.hue * strength), **{name: getattr(recipe, name) * strength for name in names}

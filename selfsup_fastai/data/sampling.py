@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_fastai.data.draws import Views
+from selfsup_fastai.data.draws import Views, constant
 
 
 class Straight(NamedTuple):
@@ -33,7 +33,7 @@ def sample_straight(
 ) -> Tensor:  # (B, C, size, size)
     """The view of each image before its colors are changed, where no view is turned or sheared."""
     size = places.rows.shape[1]
-    every_second = x.new_tensor([0.0, 1.0]).repeat(size)
+    every_second = constant((0.0, 1.0), x.dtype, x.device).repeat(size)
     grid = torch.addcmul(places.columns, places.rows, every_second).view(len(x), size, size, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 

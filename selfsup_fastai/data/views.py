@@ -109,7 +109,7 @@ def _where_drawn(x: Tensor, drawn: list[int], change: Callable[[Tensor, Tensor],
     """Replace the images where `drawn` is true by `change(images, rows)`."""
     order = [i for i, yes in enumerate(drawn) if yes]
     if order:
-        rows = torch.tensor(order, device=x.device)
+        rows = _placed(order, x.device)
         _put(x, order, change(x.index_select(0, rows), rows))
 
 
@@ -119,7 +119,13 @@ def _put(out: Tensor, rows: list[int], images: Tensor) -> None:
         for row, image in zip(rows, images):
             out[row].copy_(image)
     else:
-        out.index_copy_(0, torch.tensor(rows, device=out.device), images.to(out.dtype))
+        out.index_copy_(0, _placed(rows, out.device), images.to(out.dtype))
+
+
+def _placed(rows: list[int], device: torch.device) -> Tensor:
+    """Numbers of images on the device. A GPU is not waited for."""
+    places = torch.tensor(rows)
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 def random_view(
