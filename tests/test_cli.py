@@ -152,6 +152,7 @@ def test_debug_shows_where(tmp_path):
 def test_an_encoder_is_not_overwritten_unasked(pretrained, images):
     done = selfsup("pretrain", images, "--out", pretrained[1], *QUICK, cwd=images)
     assert done.returncode == 1 and "holds an encoder of an earlier run" in done.stderr
+    assert "--overwrite" in done.stderr
 
 
 def test_wrong_setting_of_a_task(images, tmp_path):
