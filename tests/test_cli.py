@@ -119,7 +119,11 @@ def test_finetune(pretrained, tmp_path):
         (["pretrain", ".", "--task", "jigsaw+rotaton"], "Did you mean 'rotation'", 1),
         (["pretrain", ".", "--size", "0"], "--size", 2),
         (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
-        (["finetune", "empty", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
+        (
+            ["finetune", "empty", "--encoder", "nothing.safetensors"],
+            "saved encoder 'nothing.safetensors'. Check the spelling; `selfsup pretrain`",
+            1,
+        ),
         (["finetune", "empty", "--encoder", "resnet18"], "found 0 such folders", 1),
         (["finetune", ".", "--encoder", "resnet18", "--valid-pct", "20"], "--valid-pct", 2),
         (["finetune", "."], "--encoder", 2),

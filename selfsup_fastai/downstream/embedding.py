@@ -182,5 +182,5 @@ def _pin(ax: Axes, place: np.ndarray, image: torch.Tensor, color: Any, marker: s
     ax.add_artist(AnnotationBbox(shown, place, pad=0.0, bboxprops=frame))
     if marker is not None:
         shift = ScaledTranslation(SIDE / 2 / 72, SIDE / 2 / 72, ax.figure.dpi_scale_trans)
-        rim = {"markeredgecolor": "white", "markeredgewidth": 0.7, "markersize": 7, "zorder": 4}
+        rim = {"markeredgecolor": "#333333", "markeredgewidth": 0.6, "markersize": 8, "zorder": 4}
         ax.plot(*place, marker, color=color, transform=ax.transData + shift, **rim)
