@@ -150,7 +150,7 @@ def test_finetune_learns_from_unlabeled_images_too_and_lists_what_it_could_not_r
     encoder = short(tmp_path / "pre", tmp_path / "more").save_encoder(tmp_path / "encoder")
     finetune(tmp_path / "labeled", out, encoder, consistency=tmp_path / "more", consistency_kind="pi", **args)
     assert "consistency" in pd.read_csv(out / "metrics.csv").columns
-    assert "(left_out.csv lists them)" in capsys.readouterr().err
+    assert f"({out / 'left_out.csv'} lists them)" in capsys.readouterr().err
     left_out = pd.read_csv(out / "left_out.csv")
     assert list(left_out["place"]) == [6, 13 + 8] and list(left_out["code"]) == ["empty", "empty"]
     settings = json.loads((out / "settings.json").read_text())

@@ -111,8 +111,8 @@ def untested(
     n = every - table["label"][table["is_valid"].astype(bool)].nunique()
     if not n:
         return ""
-    have = "classes have" if n > 1 else "class has"
-    return f" {n} of {every} {have} no image to test on: all this says nothing of {'them' if n > 1 else 'it'}."
+    have, them = ("have", "them") if n > 1 else ("has", "it")
+    return f" {n} of {every} classes {have} no image to test on: all this says nothing of {them}."
 
 
 def joined(*reports: pd.DataFrame) -> pd.DataFrame:
