@@ -181,11 +181,14 @@ class OfAll(Metric):
 
     @property
     def value(self) -> float | None:
-        """None of fewer than two images, or where they tell nothing."""
+        """None of fewer than two images, where they tell nothing, and where the network diverged."""
         if sum(map(len, self.truth)) < 2:
             return None
+        predicted, truth = torch.cat(self.predicted), torch.cat(self.truth)
+        if not (predicted.isfinite().all() and truth.isfinite().all()):
+            return None
         try:
-            return self.score(torch.cat(self.predicted).numpy(), torch.cat(self.truth).numpy())
+            return self.score(predicted.numpy(), truth.numpy())
         except TaskError:
             return None
 

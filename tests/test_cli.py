@@ -10,9 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from selfsup_fastai.cli import app
 from selfsup_fastai.cli.options import Consistency, Schedule, parsed_amounts, parsed_settings
 from selfsup_fastai.encoders.checkpoint import read_card
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.runs import comparing
 from tests.conftest import write_images
 
 QUICK = ["--epochs", "2", "--size", "32", "--bs", "8", "--arch", "resnet10t", "--workers", "0"]
@@ -185,6 +189,19 @@ def test_choices_are_those_of_the_library():
 
     assert [choice.value for choice in Schedule] == list(SCHEDULES)
     assert {choice.value for choice in Consistency} == set(KINDS)
+
+
+def test_compare_hands_the_length_of_fine_tuning_on(tmp_path, monkeypatch):
+    seen = []
+
+    def compared(*args, **asked):
+        seen.append((asked["steps"], asked["epochs"]))
+        raise DataError("enough")
+
+    monkeypatch.setattr(comparing, "compare_folders", compared)
+    for words in (["--steps", "40"], ["--epochs", "3"], []):
+        assert CliRunner().invoke(app, ["compare", str(tmp_path), *words]).exit_code == 1
+    assert seen == [(40, None), (None, 3), (None, None)]
 
 
 def test_closed_pipe_is_quiet(tmp_path):

@@ -698,5 +698,7 @@ def test_where_no_metrics_are_named_the_labels_decide(few_classes):
         column = torch.tensor(rows)[:, None]
         r2.accumulate(SimpleNamespace(pred=column + 1, yb=[column]))
     assert r2.value == pytest.approx(1 - 3 / 14)  # errors of 1; 4 + 1 + 9 from the mean, 2
+    r2.accumulate(SimpleNamespace(pred=torch.tensor([[float("nan")]]), yb=[torch.ones(1, 1)]))
+    assert r2.value is None  # diverged
     ranked.accumulate(SimpleNamespace(pred=torch.tensor([[0.1], [0.2]]), yb=[torch.ones(2, 1)]))
     assert ranked.value is None  # a label that all have
