@@ -2,7 +2,11 @@
 
 # ruff: noqa: F401  (everything here is imported to be passed on; ruff cannot read the `__all__` below)
 
-import fastai.vision.all as _fastai
+import warnings as _warnings
+
+with _warnings.catch_warnings():  # fastai compiles an activation while it is imported; nobody here can mend that
+    _warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    import fastai.vision.all as _fastai
 from fastai.vision.all import *
 
 from selfsup_fastai import __version__

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 _logger = logging.getLogger("selfsup_fastai")
 
 
@@ -21,6 +23,11 @@ class _CurrentStderr(logging.StreamHandler):
 
     @stream.setter
     def stream(self, _value): ...
+
+    def emit(self, record):
+        """Above a bar that is drawn just then, not into it."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 if not _logger.handlers:

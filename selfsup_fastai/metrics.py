@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.learner import Metric
 from torch import Tensor
+
+from selfsup_fastai.errors import TaskError
 
 
 class OfSums(Metric):
@@ -111,3 +114,84 @@ def _explained_around_0(error: Tensor, n: Tensor, total: Tensor, squares: Tensor
 
 def _share(right: Tensor, of: Tensor) -> Tensor:
     return right / of.clamp(min=1e-6)
+
+
+def image_dice(
+    predicted: np.ndarray,  # (n, H, W) class numbers
+    truth: np.ndarray,  # (n, H, W)
+    n_classes: int,
+    ignored: int | None = None,  # A value of `truth` that does not count
+) -> np.ndarray:  # (n,)
+    """The Dice coefficient of each image: the mean over the classes, but 0 (the background), that are in it or were
+    found in it. An image that rightly shows none of them gets 1.
+    """
+    kept = np.ones(truth.shape, bool) if ignored is None else truth != ignored
+    sums, counts = np.zeros(len(truth)), np.zeros(len(truth))
+    for c in range(1, n_classes):
+        found, there = (predicted == c) & kept, (truth == c) & kept
+        size = (found.sum((1, 2)) + there.sum((1, 2))).astype(float)
+        sums += 2 * (found & there).sum((1, 2)) / np.maximum(size, 1)
+        counts += size > 0
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
+
+
+class Dice(Metric):
+    """The mean of `image_dice` over all images."""
+
+    def __init__(
+        self,
+        n_classes: int,
+        ignored: int | None = None,  # A value of masks that does not count
+    ):
+        self.n_classes, self.ignored, self.found = n_classes, ignored, []
+
+    def reset(self):
+        self.found = []
+
+    def accumulate(self, learn):
+        masks = learn.pred.argmax(1), learn.yb[0]
+        self.found += [image_dice(*(mask.cpu().numpy() for mask in masks), self.n_classes, self.ignored)]
+
+    @property
+    def value(self) -> float | None:
+        return float(np.concatenate(self.found).mean()) if self.found else None
+
+    @property
+    def name(self) -> str:
+        return "dice"
+
+
+class OfAll(Metric):
+    """A score of all predictions together, such as one of ranks."""
+
+    def __init__(
+        self,
+        name: str,  # Of the column
+        score: Callable[[np.ndarray, np.ndarray], float],  # Predictions (N, n) and truth (N, n)
+    ):
+        self.__name__, self.score = name, score
+        self.reset()
+
+    def reset(self):
+        self.predicted, self.truth = [], []
+
+    def accumulate(self, learn):
+        for kept, values in ((self.predicted, learn.pred), (self.truth, learn.yb[0])):
+            kept.append(values.detach().as_subclass(Tensor).reshape(len(values), -1).cpu().double())
+
+    @property
+    def value(self) -> float | None:
+        """None of fewer than two images, where they tell nothing, and where the network diverged."""
+        if sum(map(len, self.truth)) < 2:
+            return None
+        predicted, truth = torch.cat(self.predicted), torch.cat(self.truth)
+        if not (predicted.isfinite().all() and truth.isfinite().all()):
+            return None
+        try:
+            return self.score(predicted.numpy(), truth.numpy())
+        except TaskError:
+            return None
+
+    @property
+    def name(self) -> str:
+        return self.__name__

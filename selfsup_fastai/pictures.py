@@ -201,10 +201,15 @@ def plot_rates(
     """The learning rate of each group over a run, on a scale of tens; a group that is frozen has none."""
     ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
     shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(rates.columns)).numpy())
-    for name, color in zip(rates.columns[::-1], shades):
-        ax.plot(rates.index, rates[name], color=color, label=name, linewidth=1.8)
     peaks = rates.max()
-    limits = peaks.min() / 30, 2 * peaks.max()  # each cycle ends near 0, far below what is to be seen
+    limits = peaks.min() / 30, 3 * peaks.max()
+    for name, color in zip(rates.columns[::-1], shades):
+        seen = rates[name].where(rates[name] > 1.2 * limits[0])  # each cycle ends near 0, far below the picture
+        ax.plot(rates.index, seen, color=color, label=name, linewidth=1.8)
+    for number, begun in enumerate(rates.attrs.get("stages", ()), start=1):
+        ax.axvline(begun, color="#6B6B6B", linewidth=0.8, linestyle=(0, (1, 3)))
+        name = f" stage {number}" if number == 1 else f" {number}"
+        ax.annotate(name, (begun, 0.985), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#4D4D4D")
     ax.set(xlabel="epoch", ylabel="learning rate", yscale="log", ylim=limits)
     ax.set_xlim(0, rates.index[-1] + (rates.index[1] - rates.index[0]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -10,9 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from selfsup_fastai.cli import app
 from selfsup_fastai.cli.options import Consistency, Schedule, parsed_amounts, parsed_settings
 from selfsup_fastai.encoders.checkpoint import read_card
+from selfsup_fastai.errors import DataError
+from selfsup_fastai.runs import comparing
 from tests.conftest import write_images
 
 QUICK = ["--epochs", "2", "--size", "32", "--bs", "8", "--arch", "resnet10t", "--workers", "0"]
@@ -119,7 +123,11 @@ def test_finetune(pretrained, tmp_path):
         (["pretrain", ".", "--task", "jigsaw+rotaton"], "Did you mean 'rotation'", 1),
         (["pretrain", ".", "--size", "0"], "--size", 2),
         (["pretrain", ".", "--set", "turns"], "NAME=VALUE", 2),
-        (["finetune", "empty", "--encoder", "nothing.safetensors"], "no saved encoder 'nothing.safetensors'", 1),
+        (
+            ["finetune", "empty", "--encoder", "nothing.safetensors"],
+            "saved encoder 'nothing.safetensors'. Check the spelling; `selfsup pretrain`",
+            1,
+        ),
         (["finetune", "empty", "--encoder", "resnet18"], "found 0 such folders", 1),
         (["finetune", ".", "--encoder", "resnet18", "--valid-pct", "20"], "--valid-pct", 2),
         (["finetune", "."], "--encoder", 2),
@@ -152,6 +160,7 @@ def test_debug_shows_where(tmp_path):
 def test_an_encoder_is_not_overwritten_unasked(pretrained, images):
     done = selfsup("pretrain", images, "--out", pretrained[1], *QUICK, cwd=images)
     assert done.returncode == 1 and "holds an encoder of an earlier run" in done.stderr
+    assert "--overwrite" in done.stderr
 
 
 def test_wrong_setting_of_a_task(images, tmp_path):
@@ -180,6 +189,19 @@ def test_choices_are_those_of_the_library():
 
     assert [choice.value for choice in Schedule] == list(SCHEDULES)
     assert {choice.value for choice in Consistency} == set(KINDS)
+
+
+def test_compare_hands_the_length_of_fine_tuning_on(tmp_path, monkeypatch):
+    seen = []
+
+    def compared(*args, **asked):
+        seen.append((asked["steps"], asked["epochs"]))
+        raise DataError("enough")
+
+    monkeypatch.setattr(comparing, "compare_folders", compared)
+    for words in (["--steps", "40"], ["--epochs", "3"], []):
+        assert CliRunner().invoke(app, ["compare", str(tmp_path), *words]).exit_code == 1
+    assert seen == [(40, None), (None, 3), (None, None)]
 
 
 def test_closed_pipe_is_quiet(tmp_path):

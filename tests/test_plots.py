@@ -10,7 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from scipy.stats import binomtest, t
 
+from selfsup_fastai.downstream.schedule import Rates, planned_rates, stages
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import BLACK, COLORS, ShownFrame, line_styles, plot_label_curve, plot_probe, wilson
 
 RUNS = [("scratch", 0.3, 0.4), ("simclr", 0.5, 0.7), ("mae", 0.4, 0.5)]
@@ -230,3 +232,15 @@ def test_wilson_covers_as_it_says():
         inside = [low <= share <= high for low, high in (wilson(int(k) / n, n) for k in rng.binomial(n, share, 4000))]
         assert 0.92 < np.mean(inside) < 0.985
     assert wilson(1.0, 5)[1] == pytest.approx(1) and wilson(1.0, 5)[0] < 0.6
+
+
+def test_rates_end_within_the_picture_and_stages_are_numbered():
+    run = stages(3, 4)
+    shapes = [dict(pct_start=0.3, div=5.0, div_final=1e5)] * len(run)
+    ax = plot_rates(planned_rates(run, ["stem", "body", "head"], Rates(1e-2), shapes))
+    low = ax.get_ylim()[0]
+    curves = [line.get_ydata() for line in ax.lines[:3]]
+    assert all(np.nanmin(curve) > low for curve in curves)
+    begun = np.cumsum([0, *(stage.epochs for stage in run[:-1])])
+    assert [text.xy[0] for text in ax.texts] == pytest.approx(begun)
+    assert [text.get_text().split()[-1] for text in ax.texts] == [str(i + 1) for i in range(len(run))]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import fastai.vision.all as fastai_all
 import pytest
@@ -130,3 +131,10 @@ def test_command_tells_the_version():
     code = "import sys; sys.argv = ['selfsup', '--version']; from selfsup_fastai.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"selfsup_fastai {selfsup_fastai.__version__}\n" and done.returncode == 0
+
+
+def test_importing_warns_of_nothing():
+    """fastai's import would, of torch.jit.script."""
+    command = [sys.executable, "-c", "import selfsup_fastai.all"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(selfsup_fastai.__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, "")

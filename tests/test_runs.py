@@ -15,8 +15,8 @@ from selfsup_fastai.errors import DataError, ResumeError, TaskError, UnknownName
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.pretext.learner import PretextLearner
 from selfsup_fastai.runs import finetuning, folder, pretraining
-from selfsup_fastai.runs.finetuning import finetune
-from selfsup_fastai.runs.folder import check_out
+from selfsup_fastai.runs.finetuning import _plot_confusion, finetune
+from selfsup_fastai.runs.folder import check_out, untested
 from selfsup_fastai.runs.pretraining import pretrain
 from tests.conftest import write_images
 
@@ -150,7 +150,7 @@ def test_finetune_learns_from_unlabeled_images_too_and_lists_what_it_could_not_r
     encoder = short(tmp_path / "pre", tmp_path / "more").save_encoder(tmp_path / "encoder")
     finetune(tmp_path / "labeled", out, encoder, consistency=tmp_path / "more", consistency_kind="pi", **args)
     assert "consistency" in pd.read_csv(out / "metrics.csv").columns
-    assert "(left_out.csv lists them)" in capsys.readouterr().err
+    assert f"({out / 'left_out.csv'} lists them)" in capsys.readouterr().err
     left_out = pd.read_csv(out / "left_out.csv")
     assert list(left_out["place"]) == [6, 13 + 8] and list(left_out["code"]) == ["empty", "empty"]
     settings = json.loads((out / "settings.json").read_text())
@@ -173,3 +173,14 @@ def test_a_run_of_several_tasks_pictures_all_of_them(images, tmp_path, monkeypat
         assert [block.get_suptitle() for block in figures[name].subfigs] == ["rotation", "autoencoder"]
     labels = [ax.get_ylabel() for ax in figures["history.png"].axes]
     assert labels == ["loss", "rotation accuracy", "autoencoder explained variance"]
+
+
+def test_figures_say_nothing_of_classes_without_a_test_image():
+    table = pd.DataFrame({"label": list("aabbc"), "is_valid": [False, True, False, True, False]})
+    assert untested(table) == " 1 of 3 classes has no image to test on: all this says nothing of it."
+    assert untested(table.iloc[:4]) == ""
+
+
+def test_confusion_has_a_number_in_every_cell():
+    _plot_confusion(pd.DataFrame([[3, 0], [1, 2]], index=["a", "b"], columns=["a", "b"]))
+    assert [text.get_text() for text in plt.gca().texts] == ["3", "0", "1", "2"]

@@ -78,7 +78,8 @@ class ConsistencyLoss(WholeRun):
 
     Columns: `consistency` (the loss before its weight), `confident` (share of the unlabeled images that count),
     `agreement` (share of these to which the other view gives the same answer); `history` has them by epoch. With
-    'mean_teacher' and 'pi' all images count, the labeled ones, too.
+    'mean_teacher' and 'pi' all images count, the labeled ones, too. While nothing is confident, as in the first epochs
+    of a new head, `consistency` is 0 and `agreement` empty; a line after the run says in how many epochs that was so.
     """
 
     order = 5.5  # in after_loss before gradient accumulation (6) divides, and mixed precision (10) leaves its context
@@ -134,6 +135,22 @@ class ConsistencyLoss(WholeRun):
             self.teacher = None
         self.learn.metrics = [m for m in self.learn.metrics if m not in self.columns]
         self.history, self.batches = pd.DataFrame(self.rows), None
+        self._say_unsure()
+
+    def _say_unsure(self) -> None:
+        """Whether there were epochs in which no unlabeled image counted, or the loss did nothing at all."""
+        none = sum(1 for row in self.rows if self.kind in STRONG_KINDS and not row["confident"])
+        if none and none == len(self.rows):
+            fix = f"Lower threshold, train longer, or take kind='mean_teacher'; {len(self.unlabeled.train_ds):,} images"
+            say(
+                f"{self.kind} did nothing: no unlabeled image was ever as sure as the threshold, "
+                f"{self.own.threshold:g}. {fix} without labels were seen in vain."
+            )
+        elif none:
+            say(
+                f"{self.kind}: in {none} of {len(self.rows)} epochs no unlabeled image was as sure as the threshold, "
+                f"{self.own.threshold:g}, so that consistency was 0 and there was no agreement."
+            )
 
     def before_train(self):
         self._step_back()

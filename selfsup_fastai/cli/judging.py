@@ -91,6 +91,14 @@ def compare(
     labels: Annotated[
         str, typer.Option(help="How many labels to try: shares of the labeled images, 0.1,1.0, or 5,20 a class.")
     ] = "0.05,0.2,1.0",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of each fine-tuning run.", show_default="200, and 5 epochs at least"),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead of steps: passes over the labeled images.", show_default="by steps"),
+    ] = None,
     valid_pct: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the labeled images to test on, where there is no valid/.")
     ] = 0.3,
@@ -139,7 +147,7 @@ def compare(
     from selfsup_fastai.runs.comparing import compare_folders, summary
 
     asked = dict(tasks=names, budget=budget, seeds=seeds, labels=amounts, arch=arch, pretrained=pretrained or None)
-    asked |= dict(precision=precision and precision.value)
+    asked |= dict(precision=precision and precision.value, steps=steps, epochs=epochs)
     asked |= dict(leaks="exclude" if exclude_tested else "raise", command=shlex.join(["selfsup", *sys.argv[1:]]))
     data = dict(num_workers=workers, cache=cache.argument, max_gb=max_gb, paths=paths, seed=seed, resume=resume)
     found, page = compare_folders(folder, labeled, out, size, bs, valid_pct, split_by, **data, **asked)

@@ -55,7 +55,7 @@ def check_unseen(
     found["left out of pretraining"] = int(bad.sum()) if exclude else 0
     if bad.any() and not exclude:
         raise DataError(_leak(found, int(bad.sum())))
-    return Unseen(_without(dls, bad) if bad.any() else dls, found)
+    return Unseen(_without(dls, bad, names if related.any() else []) if bad.any() else dls, found)
 
 
 def _between_labeled(train: pd.DataFrame, test: pd.DataFrame, groups: str | None) -> dict:
@@ -82,15 +82,20 @@ def _leak(found: dict, n: int) -> str:
     return (
         f"Pretraining would see the test set: {found['test images seen in pretraining']:,} of {found['test images']:,} "
         f"test images are among those to pretrain on{also}. That concerns {n:,} images to pretrain on. Leave them out: "
-        "check_unseen(dls, labeled, exclude=True).dls, or compare_pretexts(..., leaks='exclude')."
+        "in the shell with --exclude-tested, in Python "
+        "by check_unseen(dls, labeled, exclude=True).dls, or compare_pretexts(..., leaks='exclude')."
     )
 
 
-def _without(dls: DataLoaders, bad: np.ndarray) -> DataLoaders:
+def _without(dls: DataLoaders, bad: np.ndarray, names: list[str]) -> DataLoaders:
+    """`names`: what is on both sides beside images, such as patients."""
     kept = np.flatnonzero(~bad)
     if not len(kept):
-        raise DataError("All images to pretrain on are in the test set, or of its patients: none is left.")
-    say(f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining: they or their patients are tested on.")
+        also = f", or share their {' or '.join(names)} with it" if names else ""
+        raise DataError(f"All images to pretrain on are in the test set{also}: none is left.")
+    also = f", or share their {' or '.join(names)} with test images" if names else ""
+    left = f"{int(bad.sum()):,} of {len(bad):,} images are left out of pretraining"
+    say(f"{left}, because they are tested on{also}; {len(kept):,} remain.")
     return DataLoaders(subset(dls.train, kept), *dls.loaders[1:], path=dls.path, device=dls.device)
 
 

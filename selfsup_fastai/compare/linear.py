@@ -25,7 +25,7 @@ def frozen_features(
     """What the encoder makes of all images, before it has seen a label."""
     set_seed(seed, reproducible=True)
     with quiet():
-        learn = downstream_learner(dls, made(start.source(seed)))
+        learn = downstream_learner(dls, made(start.source(seed)), metrics=[])
         train, test = (embed(learn.model.encoder, dl) for dl in (learn.dls.train, learn.dls.valid))
     return finite(train.x).numpy(), train.y.numpy(), finite(test.x).numpy()
 

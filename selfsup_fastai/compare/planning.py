@@ -1,11 +1,13 @@
 """How long a race takes, and what is granted so that it fits: from a few timed steps, before anything long is begun."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
+from tqdm.auto import tqdm
 
 from selfsup_fastai.callbacks.precision import fastest, ways
 from selfsup_fastai.compare.pretraining import Entrant, reason_for, speed_of
@@ -18,6 +20,9 @@ LUNCH = 45 * 60
 
 FOR_PRETRAINING, SHOWN = 0.6, 40
 """Its share for pretraining; and times that all images are shown to the encoder, at most."""
+
+LONG = 60 * 60
+"""Seconds from which on it is said what would make a race shorter."""
 
 SEEDS, LEAST_SEEDS = 5, 3
 """Times that everything is repeated where nothing is said: as many of them as there is time for."""
@@ -69,20 +74,25 @@ def how_to(
     return {}
 
 
-def speeds_of(
+def add_speeds(
+    plan: dict,  # Is given `speeds`, images a second by task, and `failed`, why a task cannot take part
     dls: DataLoaders,
     entrants: list[Entrant],
     arch: Any,
-) -> tuple[dict[str, float], dict[str, str]]:  # Images a second by task; of tasks that cannot take part, why
-    """A few steps of each task. One that fails is found here, before hours are spent."""
-    speeds, failed = {}, {}
-    for entrant in entrants:
-        try:
-            speeds[entrant.name] = speed_of(dls, entrant, arch)
-        except Exception as error:  # whatever a task or network raises, the others go on
-            failed[entrant.name] = reason_for(error)
-            say(f"{entrant.name} does not take part: {failed[entrant.name]}")
-    return speeds, failed
+    keep: Callable[[], None],  # Called after each task
+) -> None:
+    """A few steps of each task that is not in the plan. One that fails is found here, before hours are spent."""
+    speeds, failed = plan.setdefault("speeds", {}), plan.setdefault("failed", {})
+    left = [entrant for entrant in entrants if entrant.name not in speeds | failed]
+    with tqdm(left, disable=None, leave=False) as bar:
+        for entrant in bar:
+            bar.set_description(f"timing {entrant.name}")
+            try:
+                speeds[entrant.name] = speed_of(dls, entrant, arch)
+            except Exception as error:  # whatever a task or network raises, the others go on
+                failed[entrant.name] = reason_for(error)
+                say(f"{entrant.name} does not take part: {failed[entrant.name]}")
+            keep()
 
 
 def pretraining_seconds(rungs: list[Rung], speeds: dict[str, float]) -> float:
@@ -141,6 +151,25 @@ def lunch_budget(
     images = min(left / a_second, SHOWN * n)
     digits = 10 ** max(0, len(str(int(images))) - 2)
     return max(n, int(images // digits * digits))
+
+
+def to_shorten(
+    pretraining: float,  # Seconds
+    curves: float,
+    granted_by: str,  # 'budget' or 'seconds'
+    length: str,  # 'steps' or 'epochs'
+    n_tasks: int,
+    seeds: int,
+) -> str:
+    """Of a long race, what to turn down; the words are arguments in Python and options in the shell."""
+    if pretraining + curves <= LONG:
+        return ""
+    less = f"fewer `seeds` ({seeds} now), fewer or smaller `labels`, fewer `{length}`"
+    if pretraining > curves:
+        fewer = f"fewer `tasks` ({n_tasks} now), " if n_tasks > 1 else ""
+        less = f"{fewer}a smaller `{granted_by}`, fewer `seeds` ({seeds} now)"
+    most = "pretraining" if pretraining > curves else "fine-tuning"
+    return f" Most of it is {most}. Shorter with {less}, or a smaller `size` of the images."
 
 
 def in_words(seconds: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastai.data.core import DataLoaders
+from tqdm.auto import tqdm
 
 from selfsup_fastai.compare.choosing import LEAST, training_score
 from selfsup_fastai.compare.draws import draw_labels
@@ -14,13 +15,14 @@ from selfsup_fastai.compare.halving import Race
 from selfsup_fastai.compare.keeping import data_print, key_of
 from selfsup_fastai.compare.planning import (
     Rung,
+    add_speeds,
     how_to,
     in_words,
     lunch_budget,
     pretraining_seconds,
     rungs_for,
     seeds_for,
-    speeds_of,
+    to_shorten,
     trial_seconds,
 )
 from selfsup_fastai.compare.pretraining import Entrant
@@ -63,8 +65,8 @@ def planned(
     rungs = rungs_for(max(1, len(plan["speeds"])), plan["seeds"], asked.finalists, chooses)
     if "grants" not in plan:
         plan["grants"] = _grants(plan, rungs, asked, len(dls.train_ds))
-        write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
-    _say_plan(plan, rungs, asked.seconds)
+        _keep(plan, folder / PLAN)
+    _say_plan(plan, rungs, asked.seconds, "epochs" if known and known.curve["epochs"] else "steps")
     race = Race(dls, asked.arch, folder / "encoders", rungs, plan["grants"], print_, plan["how"])
     if chooses:
         score = score_for(known.kind, known.metric)
@@ -80,26 +82,36 @@ def _known_numbers(known: Labeled) -> list:
 
 
 def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> dict:
-    """The plan of a race that was stopped, or the beginning of a new one."""
+    """The plan of a race that was stopped, gone on with where it is not whole, or a new one."""
     about = {"tasks": [e.about() for e in racing], "arch": content_of(asked.arch), "data": print_}
     about |= {"seeds": asked.seeds, "finalists": asked.finalists, "budget": asked.budget, "seconds": asked.seconds}
     about |= {"precision": asked.precision}
     key = key_of(**about)
+    plan = _kept(file, key) or {"about": key}
+    if {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan):
+        return plan
+    tasks = f"{len(racing)} task{'s' * (len(racing) != 1)}"
+    say(f"Timing a few steps of {tasks}{' and of fine-tuning' if known else ''}, to plan how long it will take.")
+    if "how" not in plan:
+        plan["how"] = how_to(dls, racing, asked.arch, asked.precision or ("auto" if asked.hurried else None))
+    timed = [replace(entrant, how=plan["how"]) for entrant in racing]
+    add_speeds(plan, dls, timed, asked.arch, lambda: _keep(plan, file))
+    a_seed = _curve_seconds(known, starts, min(asked.finalists, len(plan["speeds"])), plan["how"])
+    seeds = seeds_for(asked.seeds, a_seed, asked.hurried)
+    return plan | {"seeds": seeds, "curves": seeds * a_seed}
+
+
+def _kept(file: Path, key: str) -> dict | None:
+    """A plan for the same, whole or not."""
     try:
         plan = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
-        plan = None
-    if (
-        isinstance(plan, dict)
-        and plan.get("about") == key
-        and {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan)
-    ):
-        return plan
-    how = how_to(dls, racing, asked.arch, asked.precision or ("auto" if asked.hurried else None))
-    speeds, failed = speeds_of(dls, [replace(entrant, how=how) for entrant in racing], asked.arch)
-    a_seed = _curve_seconds(known, starts, min(asked.finalists, len(speeds)), how)
-    seeds = seeds_for(asked.seeds, a_seed, asked.hurried)
-    return {"about": key, "how": how, "speeds": speeds, "failed": failed, "seeds": seeds, "curves": seeds * a_seed}
+        return None
+    return plan if isinstance(plan, dict) and plan.get("about") == key else None
+
+
+def _keep(plan: dict, file: Path) -> None:
+    write_whole(file, (json.dumps(plan, indent=2) + "\n").encode())
 
 
 def _grants(plan: dict, rungs: list[Rung], asked: Asked, n: int) -> dict[str, int]:
@@ -119,11 +131,12 @@ def _curve_seconds(known: Labeled | None, starts: list[Start], finalists: int, h
     n = len(known.dls.train_ds)
     counts = [len(draw_labels(n, amount, 0, known.classes, known.groups)) for amount in known.amounts]
     length = known.curve["steps"], known.curve["epochs"]
-    own = [trial_seconds(known.dls, start, known.kind, counts, *length, **how) for start in starts]
+    timed = tqdm(starts, "timing fine-tuning", disable=None, leave=False)
+    own = [trial_seconds(known.dls, start, known.kind, counts, *length, **how) for start in timed]
     return sum(own) + finalists * own[0]
 
 
-def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None) -> None:
+def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None, length: str) -> None:
     if not plan["speeds"]:
         return
     slow = sorted((plan["grants"][name] / speed for name, speed in plan["speeds"].items()), reverse=True)
@@ -131,8 +144,10 @@ def _say_plan(plan: dict, rungs: list[Rung], seconds: float | None) -> None:
     most = max(plan["grants"].values())
     granted = f"{most:,} images through the encoder" if seconds is None else f"{seconds:,.0f} seconds"
     whole = in_words(pretraining + plan["curves"])
+    by, n_tasks = "budget" if seconds is None else "seconds", len(plan["speeds"])
+    shorter = to_shorten(pretraining, plan["curves"], by, length, n_tasks, plan["seeds"])
     n_rungs, n_seeds = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((len(rungs), "rung"), (plan["seeds"], "seed")))
     say(
-        f"{len(plan['speeds'])} tasks, {n_rungs}, {n_seeds}, up to {granted} a run. It will take {whole}: "
-        f"{in_words(pretraining)} to pretrain, {in_words(plan['curves'])} to fine-tune and test."
+        f"{n_tasks} task{'s' * (n_tasks > 1)}, {n_rungs}, {n_seeds}, up to {granted} a run. It will take {whole}: "
+        f"{in_words(pretraining)} to pretrain, {in_words(plan['curves'])} to fine-tune and test.{shorter}"
     )

@@ -25,7 +25,10 @@ def published_encoder(
         say(f"Published weights are left out: there are none known for {getattr(arch, '__name__', arch)}.")
         return None
     if not download and not at_hand(arch):
-        say(f"Published weights of {arch} are not on this machine and are left out; pretrained=True downloads them.")
+        say(
+            f"Published weights of {arch} are not on this machine and are left out; pretrained=True (in the "
+            "shell --pretrained) downloads them."
+        )
         return None
     try:
         with quiet():

@@ -123,25 +123,6 @@ def _dice(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.n
     return _mean(predicted, weights)
 
 
-def image_dice(
-    predicted: np.ndarray,  # (n, H, W) class numbers
-    truth: np.ndarray,  # (n, H, W)
-    n_classes: int,
-    ignored: int | None = None,  # A value of `truth` that does not count
-) -> np.ndarray:  # (n,)
-    """The Dice coefficient of each image: the mean over the classes, but 0 (the background), that are in it or were
-    found in it. An image that rightly shows none of them gets 1.
-    """
-    kept = np.ones(truth.shape, bool) if ignored is None else truth != ignored
-    sums, counts = np.zeros(len(truth)), np.zeros(len(truth))
-    for c in range(1, n_classes):
-        found, there = (predicted == c) & kept, (truth == c) & kept
-        size = (found.sum((1, 2)) + there.sum((1, 2))).astype(float)
-        sums += 2 * (found & there).sum((1, 2)) / np.maximum(size, 1)
-        counts += size > 0
-    return np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
-
-
 SCORES = {
     score.name: score
     for score in (

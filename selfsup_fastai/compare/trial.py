@@ -15,12 +15,12 @@ from torch import nn
 
 from selfsup_fastai.callbacks.log import SkipValidation
 from selfsup_fastai.checks import check_number
-from selfsup_fastai.compare.scores import image_dice
 from selfsup_fastai.compare.starts import Start, made
 from selfsup_fastai.data.subsets import labels_of, subset
 from selfsup_fastai.downstream.learner import DownstreamLearner, downstream_learner
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.messages import quiet
+from selfsup_fastai.metrics import image_dice
 
 STEPS, EPOCHS, LEAST_EPOCHS = 200, 20, 5
 BATCH, STEPS_AN_EPOCH = 16, 40  # larger batches would take longer for as many steps
@@ -87,7 +87,7 @@ def fine_tuned(
     """The learner after its last step. Test images are not looked at."""
     set_seed(seed, reproducible=True)
     with quiet():
-        learn = downstream_learner(dls, made(start.source(seed)), **how)
+        learn = downstream_learner(dls, made(start.source(seed)), metrics=[], **how)
         lr = lr or _rate(learn.model)
         cbs = [SkipValidation(), *(start.cbs() if start.cbs else [])]
         with learn.no_bar(), learn.no_logging():

@@ -11,6 +11,7 @@ from fastai.data.load import DataLoader
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.transforms import ScaledTranslation
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch.nn import functional as F
@@ -19,13 +20,14 @@ from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.downstream.suited import embedder
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.features import embed, embedded_images, finite
-from selfsup_fastai.plots import line_styles
+from selfsup_fastai.plots import BLACK, COLORS, MARKERS
 from selfsup_fastai.seeding import preserved_rng
 
 KINDS = ("pca", "tsne", "umap")
 MOST_CLASSES = 12  # With looks of their own; the rest are grey
 SIDE = 30  # Points (1/72 inch) of a thumbnail's longer side
 GREY = "#8C8C8C"
+PALETTE = (*COLORS, BLACK, "#F0E442")  # Okabe and Ito's eight, their yellow last: points have a dark rim
 
 
 def embedding_map(
@@ -52,13 +54,13 @@ def embedding_map(
         at, names = flattened(x, kind, seed)
     values = _values(color_by, dl, found.y, len(x))
     _, ax = plt.subplots(figsize=figsize, layout="constrained")
-    colors = _draw_points(ax, at, values)
+    colors, markers = _draw_points(ax, at, values)
     ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
     ax.margins(0.06)
     ax.figure.draw_without_rendering()  # only then is it known where on the sheet the points are
     rows = apart(ax.transData.transform(at), SIDE * ax.figure.dpi / 72 * 1.2, thumbnails, seed)
     for row, image in zip(rows, embedded_images(dl, rows) if rows else []):
-        _pin(ax, at[row], image, colors[row])
+        _pin(ax, at[row], image, colors[row], markers[row])
     return ax
 
 
@@ -122,26 +124,35 @@ def _are_numbers(values: pd.Series) -> bool:
     )
 
 
-def _draw_points(ax: Axes, at: np.ndarray, values: pd.Series | None) -> list:
-    """The points, and the color of each."""
+def class_looks(names: Sequence[str]) -> dict[str, dict]:
+    """Color and marker by name; eight colors, and where they begin anew the markers are others."""
+    n = len(PALETTE)
+    return {
+        name: {"color": PALETTE[i % n], "marker": MARKERS[(i + i // n) % len(MARKERS)]} for i, name in enumerate(names)
+    }
+
+
+def _draw_points(ax: Axes, at: np.ndarray, values: pd.Series | None) -> tuple[list, list]:
+    """The points, and the color and marker of each; no marker where classes are not told apart."""
     if values is None:
         ax.scatter(*at.T, s=16, color=GREY, linewidths=0)
-        return [GREY] * len(at)
+        return [GREY] * len(at), [None] * len(at)
     if values.dtype.kind in "fiu":
         drawn = ax.scatter(*at.T, c=values, s=22, cmap="cividis", linewidths=0)
         ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
-        return list(drawn.to_rgba(values))
+        return list(drawn.to_rgba(values)), [None] * len(at)
     names = list(values.value_counts().index)
-    looks = line_styles(sorted(names[:MOST_CLASSES]), baseline=None)
-    for name in sorted(names[:MOST_CLASSES]):
+    looks = class_looks(sorted(names[:MOST_CLASSES]))
+    for name, look in looks.items():
         chosen = (values == name).to_numpy()
-        look = {"color": looks[name]["color"], "marker": looks[name]["marker"]}
-        ax.scatter(*at[chosen].T, s=22, alpha=0.85, linewidths=0, label=name, **look)
+        ax.scatter(*at[chosen].T, s=26, alpha=0.85, linewidths=0.4, edgecolors="#333333", label=name, **look)
     rest = (~values.isin(list(looks))).to_numpy()
     if rest.any():
         ax.scatter(*at[rest].T, s=10, color=GREY, marker=".", linewidths=0, label=f"{len(names) - MOST_CLASSES} others")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    return [looks[name]["color"] if name in looks else GREY for name in values]
+    of_rest = {"color": GREY, "marker": None}
+    found = [looks.get(name, of_rest) for name in values]
+    return [look["color"] for look in found], [look["marker"] for look in found]
 
 
 def apart(
@@ -160,12 +171,16 @@ def apart(
     return chosen
 
 
-def _pin(ax: Axes, place: np.ndarray, image: torch.Tensor, color: Any) -> None:
-    """A small picture, framed in the color of its point."""
+def _pin(ax: Axes, place: np.ndarray, image: torch.Tensor, color: Any, marker: str | None) -> None:
+    """A small picture, framed in the color of its point, with the point's marker on its corner."""
     pixels = image.float().clamp(0, 1).permute(1, 2, 0).numpy()
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     smooth = {"interpolation": "hanning", "resample": True}  # small pictures of noise would be other noise
     shown = OffsetImage(pixels, zoom=SIDE / max(pixels.shape[:2]), cmap="gray", **smooth)
     shown.image.set_clim(0, 1)
-    frame = {"edgecolor": color, "linewidth": 1.5, "boxstyle": "square,pad=0.0"}
+    frame = {"edgecolor": color, "linewidth": 2, "boxstyle": "square,pad=0.0"}
     ax.add_artist(AnnotationBbox(shown, place, pad=0.0, bboxprops=frame))
+    if marker is not None:
+        shift = ScaledTranslation(SIDE / 2 / 72, SIDE / 2 / 72, ax.figure.dpi_scale_trans)
+        rim = {"markeredgecolor": "#333333", "markeredgewidth": 0.6, "markersize": 8, "zorder": 4}
+        ax.plot(*place, marker, color=color, transform=ax.transData + shift, **rim)

@@ -18,9 +18,10 @@ from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.features import embed, embedded_images
 from selfsup_fastai.pictures import draw, grid_axes, overlay
+from selfsup_fastai.seeding import preserved_rng
 
 KINDS = ("auto", "attention", "rollout", "gradcam", "activation")
-MOST_LAYERS = 4  # That are drawn where none is named
+MOST_LAYERS = 5  # That are drawn where none is named
 
 
 def nearest_neighbors(
@@ -45,7 +46,8 @@ def nearest_neighbors(
     axes = iter(grid_axes(len(rows) * (nearest.shape[1] + 1), None, figsize, columns=nearest.shape[1] + 1))
     drawn = []
     for row, *others in groups:
-        drawn.append(draw(next(axes), next(images), "query"))
+        of = f": {_named(dl, labels[row])}" if labels is not None else ""
+        drawn.append(draw(next(axes), next(images), f"query{of}"))
         for at in others:
             same = None if labels is None else bool(labels[at] == labels[row])
             cosine = F.cosine_similarity(found.x[at], found.x[row], dim=0)
@@ -64,7 +66,7 @@ def nearest_rows(x: torch.Tensor, rows: list[int], k: int) -> torch.Tensor:
 def attention_map(
     encoder: Any,  # An encoder, a fine-tuned learner, a saved file: whatever stands for an encoder
     images: DataLoader | Tensor | Sequence[Tensor],  # dls.valid; or images (C, H, W), floats in [0, 1]
-    layer: str | Sequence[str] | None = None,  # Of which layers; None: up to four, evenly spread, the last among them
+    layer: str | Sequence[str] | None = None,  # Of which layers; None: up to five, evenly spread, the last among them
     kind: str = "auto",  # 'attention', 'rollout', 'gradcam', 'activation'; 'auto': what suits the net
     target: int | str | None = None,  # Class that Grad-CAM explains; None: the predicted one of each image
     n: int = 4,  # Images of a loader, evenly spread
@@ -86,12 +88,31 @@ def attention_map(
     rows = [_seen(encoder, model, net, picture, kind, layer, target) for picture in pictures]
     columns = len(rows[0][1]) + 1
     axes = grid_axes(len(rows) * columns, None, figsize, columns=columns)
+    axes[0].figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9, wspace=0.04, hspace=0.3)
     cells = iter(axes)
-    for picture, (title, maps) in zip(pictures, rows):
-        draw(next(cells), picture, title)
+    for picture, (title, maps), truth in zip(pictures, rows, _truths(images, len(pictures))):
+        draw(next(cells), picture, f"{title}\ntrue: {truth}" if title and truth else title)
         for name, heat in maps.items():
             overlay(next(cells), picture, heat[0], name)
     return axes
+
+
+def _named(dl: DataLoader, label: Any) -> str:
+    """A class by its name, where the loader knows it."""
+    vocab = list(getattr(dl, "vocab", None) or [])
+    return str(vocab[int(label)]) if int(label) < len(vocab) else f"class {int(label)}"
+
+
+def _truths(images: DataLoader | Tensor | Sequence[Tensor], n: int) -> list[str]:
+    """The true classes of the images drawn, as far as a loader knows them."""
+    if not isinstance(images, DataLoader) or not getattr(images, "vocab", None):
+        return [""] * n
+    with preserved_rng():
+        labels = [images.dataset[at][-1] for at in spread(len(images.dataset), n)]
+    plain = [torch.as_tensor(label) for label in labels]
+    if any(label.ndim or label.is_floating_point() for label in plain):
+        return [""] * n
+    return [_named(images, label) for label in plain]
 
 
 def _pictures(images: DataLoader | Tensor | Sequence[Tensor], n: int) -> list[Tensor]:

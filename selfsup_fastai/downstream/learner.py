@@ -13,6 +13,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, defaults
+from fastai.metrics import accuracy
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.vision.core import TensorPoint
 from fastai.vision.data import get_grid
@@ -27,6 +28,7 @@ from selfsup_fastai.callbacks.syncs import LossesThere
 from selfsup_fastai.callbacks.whole_run import WholeRun, whole_run
 from selfsup_fastai.data.loader import derive_loaders, measure_stats, n_in_of, needs_resize, seen_as
 from selfsup_fastai.data.subsets import hold_out
+from selfsup_fastai.downstream.linear_models import score_of
 from selfsup_fastai.downstream.models import DownstreamModel, head_maker, layer_groups
 from selfsup_fastai.downstream.points import in_original
 from selfsup_fastai.downstream.saving import save_model
@@ -50,6 +52,7 @@ from selfsup_fastai.encoders.encoder import PUBLISHED, Encoder
 from selfsup_fastai.encoders.inputs import CHANNELS, ToInput
 from selfsup_fastai.errors import DataError, TaskError, unknown
 from selfsup_fastai.messages import say
+from selfsup_fastai.metrics import Dice, OfAll
 from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import ShownFrame
@@ -294,7 +297,7 @@ def downstream_learner(
     dls: DataLoaders,  # Labeled images: categories, several of them, numbers, points or masks
     encoder: Any,  # A file from `save_encoder`, a learner, an `Encoder`, an `nn.Module` or a timm name
     n_out: int | None = None,  # Outputs of the head; None: what the labels need
-    metrics: Callable | MutableSequence | None = None,  # As in `Learner`
+    metrics: Callable | MutableSequence | None = None,  # None: accuracy, mAP, R2 or Dice, by the labels; []: none
     pretrained: bool = False,  # For a timm name: start from timm's weights (downloaded)
     n_in: int | None = None,  # For a new net: channels; None: 1 if the first images are all grey, else 3
     dropout: float = 0.0,  # Before the head's linear layer
@@ -325,6 +328,7 @@ def downstream_learner(
     """
     ignored = ignored_value(loss_func)
     target = target_of(dls, n_out, ignored)
+    metrics = default_metrics(target, ignored) if metrics is None else metrics
     loss_func = loss_func or getattr(dls.train_ds, "loss_func", None) or KINDS[target.kind].loss()
     encoder, loaders = _adapt(dls, encoder, n_in, pretrained, target.kind)
     path = Path.cwd() if path is None else path  # never the folder of images that the dls bring
@@ -333,6 +337,19 @@ def downstream_learner(
     cbs += sped_up(model, loaders.device, precision, channels_last, compile, checkpointing)
     training = {"loss_func": loss_func, "opt_func": opt_func, "lr": lr, "wd": wd, "cbs": cbs}
     return DownstreamLearner(loaders, model, target, metrics=metrics, path=path, model_dir=model_dir, **training)
+
+
+def default_metrics(
+    target: Target,
+    ignored: int | None = None,  # A value of masks that does not count
+) -> list:
+    """What a comparison scores such labels by."""
+    if target.kind == "category":
+        return [accuracy]
+    if target.kind == "mask":
+        return [Dice(target.n_out, ignored)]
+    kind = "regression" if target.kind == "points" else target.kind
+    return [OfAll(KINDS[target.kind].score, partial(score_of, kind))]
 
 
 def _adapt(dls: DataLoaders, source: Any, n_in: int | None, pretrained: bool, kind: str) -> tuple[Encoder, DataLoaders]:

@@ -27,6 +27,7 @@ from selfsup_fastai.messages import quiet, say
 from selfsup_fastai.plots import ShownFrame, plot_probe
 
 METRICS = {kind: KINDS[kind].score for kind in ("category", "multicategory", "regression")}
+SEVERAL = (1, 5, 20, 200)  # Neighbors that vote where nothing is said
 WHOLE = "features"  # What a net is said to have for a layer where it names none: what it gives
 
 
@@ -67,7 +68,9 @@ def linear_probe(
 def knn_probe(
     encoder: Any,  # As for `linear_probe`
     dls: DataLoaders,  # Labeled: classes, several labels an image, or numbers
-    k: int | Sequence[int] = (1, 5, 20, 200),  # Neighbors; cut to the number of training images
+    k: int
+    | Sequence[int]
+    | None = None,  # Neighbors; cut to the training images. None: of 1, 5, 20, 200 what says much
     temperature: float = 0.07,  # τ
     seed: int = 42,  # Of an untrained net
 ) -> ShownFrame:  # Columns k, score, metric, n_test; one row a k
@@ -75,9 +78,12 @@ def knn_probe(
 
     By the cosine s of the features, each of the k nearest votes with weight exp(s / τ) (Wu et al. 2018). Several labels
     an image, and numbers: the weighted mean of the neighbors'; mAP and R2.
+
+    Where nothing is said of `k`, it stays below the smallest class and at most an eighth of the training images: a vote
+    of nearly all of them says little of who is near.
     """
     net, loaders, kind = _asked(encoder, dls, seed)
-    ks = [k] if isinstance(k, int) else list(k)
+    ks = list(SEVERAL) if k is None else [k] if isinstance(k, int) else list(k)
     for number in ks:
         check_number("k", number, least=1, whole=True)
     check_number("temperature", temperature, above=0)
@@ -85,6 +91,9 @@ def knn_probe(
     y, y_test = _labels(train, kind), _labels(test, kind)
     _check_labels(kind, y, y_test, few=True)
     values = torch.from_numpy(np.eye(y.max() + 1)[y] if kind == "category" else y).float()
+    if k is None:
+        most = len(y) // 8 if kind != "category" else min(len(y) // 8, np.unique(y, return_counts=True)[1].min() - 1)
+        ks = [number for number in ks if number <= max(1, most)]
     rows = []
     for number in sorted({min(number, len(y)) for number in ks}):
         means = knn_means(train.x, values, test.x, number, temperature)

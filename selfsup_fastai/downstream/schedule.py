@@ -154,7 +154,10 @@ def planned_rates(
     shapes: Sequence[dict],  # Of each stage `pct_start`, `div` and `div_final`
     points: int = 50,  # An epoch
 ) -> pd.DataFrame:
-    """The rate of each group over the run, a column a group, epochs as the index; NaN where a group is frozen."""
+    """The rate of each group over the run, a column a group, epochs as the index; NaN where a group is frozen.
+
+    `attrs["stages"]` says when each stage begins.
+    """
     parts, begun = [], 0
     for stage, shape in zip(run, shapes):
         peaks = np.array(stage_rates(stage, len(names), rates))
@@ -164,7 +167,9 @@ def planned_rates(
         table.iloc[:, : stage.first] = np.nan
         parts.append(table)
         begun += stage.epochs
-    return pd.concat(parts).rename_axis("epoch")
+    whole = pd.concat(parts).rename_axis("epoch")
+    whole.attrs["stages"] = [part.index[0] for part in parts]
+    return whole
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -102,7 +102,9 @@ def found(file: str | os.PathLike, what: str = "encoder") -> Path:
     if not path.is_file():
         beside = [p.name for p in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []
         near = get_close_matches(path.name, beside, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else f" `learn.save_{what}(name)` writes one."
+        command = "finetune" if what == "model" else "pretrain"
+        made = f" Check the spelling; `selfsup {command}` writes such files, in Python `learn.save_{what}(name)`."
+        hint = f" Did you mean {near[0]!r}?" if near else made
         raise EncoderFileError(f"There is no saved {what} {str(path)!r}.{hint}")
     return path
 

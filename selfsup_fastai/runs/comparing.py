@@ -15,7 +15,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
-from selfsup_fastai.runs.folder import LEFT_OUT, check_out, joined, write_left_out
+from selfsup_fastai.runs.folder import LEFT_OUT, check_out, joined, untested, write_left_out
 
 STATE = "comparison"  # Folder below `out` with encoders and runs, from which a stopped comparison goes on
 
@@ -37,37 +37,48 @@ def compare_folders(
     **asked,  # For `compare_pretexts`: tasks, budget, seeds, labels, arch, command
 ) -> tuple[Comparison, Path]:
     """Compares, and writes the page; returns both. Encoders and runs are kept in `out`: a stopped one can go on."""
-    folders = [folder] if labeled is None else [folder, labeled]
-    _check_out(Path(out), folders, resume)
-    data = dict(cache=cache, max_gb=max_gb)
-    with listed_in(LEFT_OUT):
-        kept = dict(num_workers=num_workers, split_by=split_by, **data)
-        dls = UnlabeledDataLoaders.from_folder(folder, size=size, bs=bs, seed=seed, **kept)
-        reports, tested = [dls.report], None
-        if labeled is not None:
-            table, report = labeled_files(labeled, valid_pct, seed, size, cache, max_gb, split_by)
-            reports.append(report)
-            tested = _loaders(table, size, bs, num_workers, **data)
-    out = result_folder(out)
-    write_left_out(joined(*reports), folders, out, paths)
-    comparison = compare_pretexts(dls, labeled=tested, out=out / STATE, **asked)
-    page = write_report(comparison, dls, tested, out, paths)
-    return comparison, page
+    folders, out = [folder] if labeled is None else [folder, labeled], Path(out)
+    _check_out(out, folders, resume)
+    data = dict(num_workers=num_workers, cache=cache, max_gb=max_gb)
+    try:
+        with listed_in(str(out / LEFT_OUT)):
+            kept = dict(split_by=split_by, **data)
+            dls = UnlabeledDataLoaders.from_folder(folder, size=size, bs=bs, seed=seed, **kept)
+            reports, tested = [dls.report], None
+            if labeled is not None:
+                table, report = labeled_files(labeled, valid_pct, seed, size, cache, max_gb, split_by)
+                reports.append(report)
+                tested = _loaders(table, size, bs, **data)
+        write_left_out(joined(*reports), folders, result_folder(out), paths)
+        comparison = compare_pretexts(dls, labeled=tested, out=out / STATE, **asked)
+        return comparison, write_report(comparison, dls, tested, out, paths)
+    except KeyboardInterrupt:
+        done = f"What is done is kept in {str(out)!r}." if _is_begun(out) else "No run was finished yet."
+        say(f"{done} The same command with --resume (in Python resume=True) goes on.")
+        raise
 
 
-def _loaders(table: pd.DataFrame, size: int, bs: int, num_workers: int | None, **data) -> DataLoaders:
+def _loaders(table: pd.DataFrame, size: int, bs: int, num_workers: int | None, cache, max_gb) -> DataLoaders:
     n_test = int(table["is_valid"].sum())
     counts = f"{len(table) - n_test:,} to draw labels from, {n_test:,} to test on"
-    say(f"{len(table):,} labeled images of {table['label'].nunique()} classes ({counts}).")
+    say(f"{len(table):,} labeled images of {table['label'].nunique()} classes ({counts}).{untested(table)}")
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
-    return labeled_loaders(table, int(table["channels"].max()), size, bs, workers, **data)
+    return labeled_loaders(table, int(table["channels"].max()), size, bs, workers, cache, max_gb)
 
 
 def _check_out(out: Path, folders: Sequence[str | os.PathLike], resume: bool) -> None:
     for folder in folders:
         check_out(out, folder)
-    if (out / STATE).exists() and not resume:
-        raise DataError(f"{str(out)!r} holds a comparison. Go on with it (--resume), or choose another folder.")
+    if _is_begun(out) and not resume:
+        raise DataError(
+            f"{str(out)!r} holds a comparison. Go on with it (--resume, in Python resume=True), or choose another "
+            "folder."
+        )
+
+
+def _is_begun(out: Path) -> bool:
+    """Whether anything of a comparison is kept in this folder."""
+    return (out / STATE).is_dir() and any(file.is_file() for file in (out / STATE).rglob("*"))
 
 
 def summary(comparison: Comparison) -> pd.DataFrame:

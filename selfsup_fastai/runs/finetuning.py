@@ -21,7 +21,7 @@ from selfsup_fastai.errors import unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
 from selfsup_fastai.plots import wilson
-from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, joined, run_folder, write_table
+from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, joined, run_folder, untested, write_table
 
 
 def finetune(
@@ -56,7 +56,8 @@ def finetune(
     fresh = is_fresh(encoder)
     source = encoder if fresh else get_encoder(encoder)
     side = size or (128 if fresh else source.size) or 128
-    with listed_in(LEFT_OUT):
+    listed = str(Path(out) / LEFT_OUT)
+    with listed_in(listed):
         table, report = labeled_files(folder, valid_pct, seed, side, cache, max_gb, split_by)
     n_valid = table["is_valid"].sum()
     counts = f"{len(table) - n_valid:,} to train, {n_valid:,} to validate"
@@ -68,7 +69,7 @@ def finetune(
     learn = downstream_learner(dls, source, metrics=accuracy, path=out, precision=precision)
     cbs = []
     if consistency is not None:
-        with listed_in(LEFT_OUT):
+        with listed_in(listed):
             data = dict(size=side, bs=bs, valid_pct=0, seed=seed, num_workers=num_workers, cache=cache, max_gb=max_gb)
             unlabeled = UnlabeledDataLoaders.from_folder(consistency, **data)
         report = joined(report, unlabeled.report)
@@ -115,7 +116,7 @@ def _write_predictions(learn: DownstreamLearner, table: pd.DataFrame, out: Path,
     right = int((named == truth).sum())
     low, high = wilson(right / len(truth), len(truth))
     share = f"{right / len(truth):.1%} (95 % interval {low:.1%} to {high:.1%})"
-    say(f"{right} of {len(truth)} validation images right: {share}.")
+    say(f"{right} of {len(truth)} validation images right: {share}.{untested(table)}")
 
 
 def _plot_confusion(counts: pd.DataFrame) -> None:
@@ -127,13 +128,5 @@ def _plot_confusion(counts: pd.DataFrame) -> None:
     ax.set_yticklabels(counts.index)
     for i, row in enumerate(counts.to_numpy()):
         for j, n in enumerate(row):
-            if n:
-                ax.text(
-                    j,
-                    i,
-                    n,
-                    ha="center",
-                    va="center",
-                    color="white" if n > counts.to_numpy().max() / 2 else "black",
-                    fontsize=8,
-                )
+            color = "white" if n > counts.to_numpy().max() / 2 else "black" if n else "#6B6B6B"
+            ax.text(j, i, n, ha="center", va="center", color=color, fontsize=8)

@@ -47,20 +47,23 @@ def is_unfinished(out: str | Path) -> bool:
     return StateFolder(Path(out) / STATE).is_there
 
 
-def check_out(out: str | Path, folder: str | Path, overwrite: bool = False) -> None:
+def check_out(
+    out: str | Path,
+    folder: str | Path,  # Of images
+    overwrite: bool | None = None,  # Replace what an earlier run left; None: that cannot be asked for
+) -> None:
     """Raises `DataError` unless a run over `folder` may write to `out`."""
+    replace = "" if overwrite is None else ", or have it overwritten (--overwrite, in Python overwrite=True)"
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{str(out)!r} is a file; the run needs a folder to write to.")
     if is_unfinished(out) and not overwrite:
         raise DataError(
-            f"{str(out)!r} holds a run that was stopped. Go on with it (resume), choose another folder, or have it "
-            "overwritten."
+            f"{str(out)!r} holds a run that was stopped. Go on with it (`selfsup pretrain` with --resume, in Python "
+            f"resume=True), choose another folder{replace}."
         )
     if (out / ENCODER).exists() and not overwrite:
-        raise DataError(
-            f"{str(out)!r} holds an encoder of an earlier run. Choose another folder, or have it overwritten."
-        )
+        raise DataError(f"{str(out)!r} holds an encoder of an earlier run. Choose another folder{replace}.")
     if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(
             f"{str(out)!r} lies in the folder of images: the pictures of the run would be taken for images."
@@ -101,6 +104,18 @@ def _way(learn: Learner) -> str | None:
     return found[0] if found else "fp32"
 
 
+def untested(
+    table: pd.DataFrame,  # Columns label and is_valid
+) -> str:
+    """Of classes without an image to test on: a sentence that figures are about the others; else nothing."""
+    every = table["label"].nunique()
+    n = every - table["label"][table["is_valid"].astype(bool)].nunique()
+    if not n:
+        return ""
+    have, them = ("have", "them") if n > 1 else ("has", "it")
+    return f" {n} of {every} classes {have} no image to test on: all this says nothing of {them}."
+
+
 def joined(*reports: pd.DataFrame) -> pd.DataFrame:
     """Reports on several folders as one."""
     whole = pd.concat(reports, ignore_index=True)
@@ -138,6 +153,8 @@ def finished(learn: Learner, out: Path, chance: float | dict | None) -> Iterator
         if is_first() and (out / "metrics.csv").exists():
             _save(learn, out, chance)
             say("Stopped; the encoder is saved as it is." + RESUMES * is_unfinished(out))
+        else:
+            say("Stopped before the first epoch was done: no encoder is saved." + RESUMES * is_unfinished(out))
         raise
     finally:
         learn.remove_cb(lines)

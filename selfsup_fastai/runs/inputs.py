@@ -74,7 +74,7 @@ def find_images(
 ) -> Unsplit:
     """All images that can be read. An earlier list is removed."""
     files, listed = named_files(inputs), left_out_file(out)
-    with listed_in(listed.name):
+    with listed_in(str(listed)):
         images = unsplit_images(files, n_in, size, **data)
     listed.unlink(missing_ok=True)
     if len(images.report):

@@ -56,7 +56,7 @@ def pretrain(
         state.check_about()
     source = get_encoder(encoder or arch or task.arch)  # a new net is made again later, to suit the images
     set_seed(seed, reproducible=True)
-    with listed_in(LEFT_OUT):
+    with listed_in(str(Path(out) / LEFT_OUT)):
         dls = UnlabeledDataLoaders.from_folder(folder, seed=seed, **data)
     given = {} if encoder is None else {"encoder": source}
     learn = pretext_learner(dls, task, arch, pretrained=pretrained, precision=precision, **given)

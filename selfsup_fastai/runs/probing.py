@@ -28,7 +28,7 @@ from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import save_picture
 from selfsup_fastai.plots import ShownFrame, wilson
-from selfsup_fastai.runs.folder import LEFT_OUT, check_out, write_left_out
+from selfsup_fastai.runs.folder import LEFT_OUT, check_out, untested, write_left_out
 from selfsup_fastai.runs.inputs import check_layer, saved, side_of
 from selfsup_fastai.seeding import preserved_rng
 from selfsup_fastai.writing import whole_file, write_csv
@@ -64,14 +64,16 @@ def probe_folder(
     net, origin, _ = saved(encoder)
     check_layer(net, layer)
     side = side_of(net, size)
-    with listed_in(LEFT_OUT):
+    with listed_in(str(Path(out) / LEFT_OUT)):
         table, report = labeled_files(labeled, valid_pct, seed, side, cache, max_gb, split_by)
     n_test = int(table["is_valid"].sum())
     counts = f"{len(table) - n_test:,} to fit, {n_test:,} to test on"
     say(f"{len(table):,} images of {table['label'].nunique()} classes ({counts}).")
     workers = auto_workers(len(table), table["pixels"].mean()) if num_workers is None else num_workers
     dls = labeled_loaders(table, net.image_channels, side, bs, workers, cache, max_gb)
-    found = probed({_name(origin["rounds"]): net, UNTRAINED: untrained(net, seed)}, dls, layer, seed)
+    starts = {_name(origin["rounds"]): net, UNTRAINED: untrained(net, seed)}
+    found = probed(starts, dls, layer, seed)
+    found.layers.attrs["untested"] = untested(table)
     out = result_folder(out)
     write_left_out(report, [labeled], out, paths)
     settings = {"encoder": origin, "size": side, "layer": layer, "valid_pct": valid_pct, "seed": seed}
@@ -148,8 +150,20 @@ def caution(found: Probes) -> str:
     low, high = wilson(best, n)
     return (
         f"guessing: {table.attrs['chance']:.3f}. With {n:,} test images the best, {best:.3f}, may stand for anything "
-        f"from {low:.2f} to {high:.2f}."
+        f"from {low:.2f} to {high:.2f}.{table.attrs.get('untested', '')}{_no_better(found)}"
     )
+
+
+def _no_better(found: Probes) -> str:
+    """Says where random weights do as well as the encoder."""
+    lost = []
+    for what, table in (("a linear classifier", found.layers), ("the vote of the nearest images", found.neighbors)):
+        new = table["start"] == UNTRAINED
+        random, own = table["score"][new].max(), table["score"][~new].max()
+        lost += [f"{what} ({random:.3f}, the encoder {own:.3f})"] if random >= own else []
+    if not lost:
+        return ""
+    return f" The untrained net is at least as good by {' and '.join(lost)}: there the encoder has not shown to help."
 
 
 def summary(found: Probes) -> pd.DataFrame:

@@ -424,3 +424,14 @@ def test_unlabeled_images_help_where_they_can(tmp_path):
             found.append(learn.validate()[1])
         gains.append(found[1] - found[0])
     assert np.mean(gains) > 0.02, gains
+
+
+@pytest.mark.parametrize("shares", [[0.0, 0.0], [0.0, 0.1, 0.0], [0.2]])
+def test_a_loss_that_did_nothing_says_so(unlabeled, capsys, shares):
+    loss = ConsistencyLoss(unlabeled)
+    loss.rows = [{"confident": share} for share in shares]
+    loss._say_unsure()
+    said = capsys.readouterr().err
+    wanted = {1: "", 2: "fixmatch did nothing: no unlabeled image was ever as sure as the threshold, 0.95. Lower"}
+    wanted[3] = "fixmatch: in 2 of 3 epochs no unlabeled image was as sure as the threshold, 0.95,"
+    assert said.startswith(wanted[len(shares)]) and bool(said) == (len(shares) > 1)

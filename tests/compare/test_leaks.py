@@ -39,7 +39,7 @@ def test_images_of_one_s_own_are_no_leak(tmp_path, labeled):
     assert (checked.found["pretraining images"], checked.found["test images"]) == (len(dls.train_ds), 6)
 
 
-def test_copies_of_test_images_are_found_and_left_out(tmp_path, labeled):
+def test_copies_of_test_images_are_found_and_left_out(tmp_path, labeled, capsys):
     files = list(labeled.valid_ds.tls[0].items)[:3]
     files += list(labeled.train_ds.tls[0].items)[:2]  # these may be seen
     folder = unlabeled(tmp_path / "u", copies=files)
@@ -48,7 +48,12 @@ def test_copies_of_test_images_are_found_and_left_out(tmp_path, labeled):
     with pytest.raises(DataError, match=f"{copies} of 6 test images are among those to pretrain on") as raised:
         check_unseen(dls, labeled)
     assert str(tmp_path) not in str(raised.value) and "copy" not in str(raised.value)
+    assert "in the shell with --exclude-tested" in str(raised.value)
+    capsys.readouterr()
     checked = check_unseen(dls, labeled, exclude=True)
+    n = len(dls.train_ds)
+    said = f"{copies} of {n} images are left out of pretraining, because they are tested on; {n - copies} remain."
+    assert said in capsys.readouterr().err  # of patients nothing is known
     kept = checked.dls.train_ds.tls[0].items
     assert len(kept) == len(dls.train_ds) - copies
     assert not any("copy" in str(item) and int(item.stem[4:]) < 3 for item in kept)
@@ -66,7 +71,7 @@ def test_train_and_test_with_the_same_image(tmp_path, capsys):
     assert "1 of 6 test images are among the labeled training images" in capsys.readouterr().err
 
 
-def test_another_column_tells_whose_an_image_is(tmp_path):
+def test_another_column_tells_whose_an_image_is(tmp_path, capsys):
     table = stripes_table(tmp_path / "labeled", 12, 6).assign(owner=[f"o{i // 3}" for i in range(18)])
     labeled = labeled_loaders(table, 1, 32, 4)
     files = sorted(unlabeled(tmp_path / "u").glob("*.png"))
@@ -76,6 +81,7 @@ def test_another_column_tells_whose_an_image_is(tmp_path):
         check_unseen(dls, labeled, groups="owner")
     rest = check_unseen(dls, labeled, exclude=True, groups="owner").dls
     assert not set(rest.train.facts["owner"]) & {"o4", "o5"}
+    assert "because they are tested on, or share their owner with test images;" in capsys.readouterr().err
     assert check_unseen(dls, labeled).found["left out of pretraining"] == 0  # nobody said that owners matter
 
 

@@ -14,7 +14,14 @@ from selfsup_fastai.compare import halving, planning
 from selfsup_fastai.compare.choosing import _folds, training_score
 from selfsup_fastai.compare.comparison import Comparison
 from selfsup_fastai.compare.keeping import data_print
-from selfsup_fastai.compare.planning import how_to, lunch_budget, pretraining_seconds, rungs_for, seeds_for
+from selfsup_fastai.compare.planning import (
+    how_to,
+    lunch_budget,
+    pretraining_seconds,
+    rungs_for,
+    seeds_for,
+    to_shorten,
+)
 from selfsup_fastai.compare.pretraining import _shorten, entrants, pretrained, speed_of
 from selfsup_fastai.compare.published import published_encoder
 from selfsup_fastai.compare.race import TASKS, compare_pretexts
@@ -172,6 +179,8 @@ def test_a_race_with_a_task_that_fails(unlabeled, labeled, tmp_path, capsys):
     assert found.verdict.endswith("Of 3 tasks 2 fell out before the end; the table of the race says why.")
     assert found.data["n_test"] == 20 and found.data["classes"] == {"a": 10, "b": 10}
     said = capsys.readouterr().err
+    assert said.index("Timing a few steps of 3 tasks and of fine-tuning, to plan") < said.index("does not take part")
+    assert "Shorter with" not in said  # seconds
     assert re.search(r"2 tasks, 2 rungs, 2 seeds, up to 32 images through the encoder a run. It will take about", said)
     assert str(tmp_path) not in json.dumps({**found.data, **found.leaks, **found.settings}, default=str)
     assert Comparison.load(tmp_path).verdict == found.verdict
@@ -197,6 +206,39 @@ def test_after_a_stop_the_same_comes_out(unlabeled, labeled, tmp_path, monkeypat
     same = list(whole.summary.columns)
     pd.testing.assert_frame_equal(whole.summary[same], resumed.summary[same])
     assert whole.verdict == resumed.verdict
+
+
+def test_what_makes_a_long_race_shorter_is_what_most_of_it_is():
+    assert to_shorten(1800, 1800, "budget", "steps", 10, 5) == ""  # an hour
+    pretraining = to_shorten(3000, 1000, "seconds", "steps", 10, 5)
+    assert "Most of it is pretraining" in pretraining
+    assert "fewer `tasks` (10 now), a smaller `seconds`, fewer `seeds` (5 now)" in pretraining
+    assert "steps" not in pretraining
+    tuning = to_shorten(1000, 3000, "budget", "epochs", 10, 5)
+    assert "Most of it is fine-tuning" in tuning and "budget" not in tuning
+    assert "fewer `seeds` (5 now), fewer or smaller `labels`, fewer `epochs`" in tuning
+    assert "`tasks`" not in to_shorten(9000, 0, "budget", "steps", 1, 5)
+
+
+def test_a_stop_while_steps_are_timed_keeps_the_speeds(unlabeled, labeled, tmp_path, monkeypatch):
+    true, timed = planning.speed_of, []
+
+    def stopped(dls, entrant, arch):
+        timed.append(entrant.name)
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return true(dls, entrant, arch)
+
+    monkeypatch.setattr(planning, "speed_of", stopped)
+    tasks = ["rotation", "autoencoder"]
+    with pytest.raises(KeyboardInterrupt):
+        compare_pretexts(unlabeled, tasks, labeled, out=tmp_path, **QUICK)
+    kept = json.loads((tmp_path / "plan.json").read_text())["speeds"]
+    assert list(kept) == ["rotation"]
+    compare_pretexts(unlabeled, tasks, labeled, out=tmp_path, **QUICK)
+    assert timed == ["rotation", "autoencoder", "autoencoder"]
+    whole = json.loads((tmp_path / "plan.json").read_text())
+    assert whole["speeds"]["rotation"] == kept["rotation"] and set(whole["grants"]) == set(tasks)
 
 
 def test_a_task_that_breaks_in_the_middle_is_told_without_what_it_said(unlabeled, labeled, tmp_path, monkeypatch):
@@ -298,7 +340,10 @@ def test_nothing_is_downloaded_unasked(monkeypatch, capsys):
     monkeypatch.setattr("selfsup_fastai.compare.published.create_encoder", refuse)
     monkeypatch.setattr("selfsup_fastai.compare.published.at_hand", lambda arch: False)
     assert published_encoder("resnet10t", 3, None) is None
-    assert "not on this machine and are left out; pretrained=True downloads them" in capsys.readouterr().err
+    assert (
+        "not on this machine and are left out; pretrained=True (in the shell --pretrained) downloads"
+        in capsys.readouterr().err
+    )
     assert published_encoder("resnet10t", 3, None, download=False) is None
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from selfsup_fastai.compare.scores import SCORES, image_dice, score_for
+from selfsup_fastai.compare.scores import SCORES, score_for
 from selfsup_fastai.errors import TaskError, UnknownNameError
+from selfsup_fastai.metrics import image_dice
 
 N = 60
 

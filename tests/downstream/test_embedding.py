@@ -9,15 +9,15 @@ import pytest
 import torch
 from fastai.data.core import Datasets
 from fastai.torch_core import TensorCategory, TensorImage
+from matplotlib.colors import to_hex
 from matplotlib.offsetbox import AnnotationBbox
 from sklearn.decomposition import PCA
 from torch import nn
 
-from selfsup_fastai.downstream.embedding import apart, embedding_map, flattened
+from selfsup_fastai.downstream.embedding import apart, class_looks, embedding_map, flattened
 from selfsup_fastai.encoders.checkpoint import save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.errors import DataError, TaskError
-from selfsup_fastai.plots import line_styles
 from selfsup_fastai.seeding import rng_state
 
 N = 40
@@ -121,8 +121,21 @@ def test_many_classes_keep_their_looks_and_the_rare_ones_are_grey():
     ax = embedding_map(Colors(), loader(), color_by=[f"c{min(i, 20):02d}" for i in range(N)], thumbnails=0)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(names) == 13 and names[-1] == "9 others"
-    looks = line_styles(names[:-1], baseline=None)
-    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
+    looks = list(class_looks(names[:-1]).values())
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)
+    assert len({look["color"] for look in looks[:8]}) == len({look["marker"] for look in looks[:8]}) == 8
+
+
+def test_thumbnails_have_the_color_and_the_marker_of_their_class():
+    ax = embedding_map(Colors(), loader(lambda i: TensorCategory(i % 2)), thumbnails=12)
+    looks = class_looks(["class 0", "class 1"])
+    pinned = [child for child in ax.get_children() if isinstance(child, AnnotationBbox)]
+    assert len(pinned) == len(ax.lines) > 1
+    for box, corner in zip(pinned, ax.lines):
+        red, _, blue = box.offsetbox.get_data().mean((0, 1))
+        look = looks["class 0" if red > blue else "class 1"]
+        assert to_hex(box.patch.get_edgecolor()) == look["color"].lower()
+        assert (corner.get_marker(), corner.get_color()) == (look["marker"], look["color"])
 
 
 @pytest.mark.parametrize("n", [3, 40])

@@ -79,7 +79,8 @@ def test_the_images_shown_are_those_embedded_and_labels_mark_right_and_wrong(fol
     axes = iter(nearest_neighbors(Corners(), dl, queries=3, k=2))
     for row in (0, 3, 7):
         ax = next(axes)
-        assert ax.get_title() == "query" and ax.title.get_color() == "black"
+        named = f"query: {files[row].parent.name}" if kind == "labeled" else "query"
+        assert ax.get_title() == named and ax.title.get_color() == "black"
         assert shown(ax) == pytest.approx(pictures[row], abs=1e-6)
         for other, cosine in neighbors(features, row, 2):
             ax = next(axes)
@@ -135,8 +136,9 @@ def test_a_row_an_image_and_a_column_a_layer():
     wanted = nn.functional.interpolate(wanted[None], (64, 64), mode="bilinear")[0, 0]
     assert heat(axes[5]) == pytest.approx(((wanted - wanted.min()) / (wanted.max() - wanted.min())).numpy(), abs=1e-4)
     assert np.asarray(axes[5].images[0].get_array()) == pytest.approx(photos()[1].mean(0).numpy())
-    assert len(attention_map(encoder, photos(1))) == 1 + 4  # four of five layers
-    assert [ax.get_title() for ax in attention_map(encoder, photos(1))][-1] == "layer4"
+    assert len(attention_map(encoder, photos(1))) == 1 + 5
+    titles = [ax.get_title() for ax in attention_map(encoder, photos(1))]
+    assert titles == ["", "act1", "layer1", "layer2", "layer3", "layer4"]  # none is left out
 
 
 def test_auto_is_what_suits_the_net(folder):
@@ -147,7 +149,8 @@ def test_auto_is_what_suits_the_net(folder):
     image = embedded_images(learn.dls.valid, [0])[0]
     maps, out = grad_cam(learn.model, learn.encoder.prepare(image[None]), ["layer4"])
     best = int(out.argmax())
-    assert axes[0].get_title() == f"predicted: {learn.dls.vocab[best]} ({out.softmax(1)[0, best]:.0%})"
+    true = learn.dls.valid.dataset.items[0].parent.name
+    assert axes[0].get_title() == f"predicted: {learn.dls.vocab[best]} ({out.softmax(1)[0, best]:.0%})\ntrue: {true}"
     wanted = nn.functional.interpolate(maps["layer4"][None], (32, 32), mode="bilinear")[0, 0]
     wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min()).clamp(min=1e-12)
     assert heat(axes[1]) == pytest.approx(wanted.numpy(), abs=1e-4)

@@ -1,6 +1,7 @@
 """Fine-tuning on labeled images: what moves when, what stays still, and that the numbers belong to the images."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,12 @@ from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from selfsup_fastai.data.images import UnlabeledDataLoaders
-from selfsup_fastai.downstream.learner import DownstreamModel, downstream_learner, layer_groups
+from selfsup_fastai.downstream.learner import DownstreamModel, default_metrics, downstream_learner, layer_groups
 from selfsup_fastai.downstream.schedule import SCHEDULES, FrozenNorms
+from selfsup_fastai.downstream.targets import Target
 from selfsup_fastai.encoders.checkpoint import load_encoder, read_card, save_encoder
 from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.encoders.inputs import to_input
@@ -421,7 +424,9 @@ def test_save_encoder_keeps_what_was_tuned(few_classes, tmp_path):
     assert (saved.mean, saved.std) == (learn.model.encoder.mean, learn.model.encoder.std)
     card = read_card(file)
     assert card["lineage"] == [{"task": "fine_tune", "epochs": 3, "images": 36}]  # 12 images, in batches of 6
-    assert card["metrics"] == pytest.approx(dict(learn.fine_tune_log[["train_loss", "valid_loss"]].iloc[-1]))
+    assert card["metrics"] == pytest.approx(
+        dict(learn.fine_tune_log[["train_loss", "valid_loss", "accuracy"]].iloc[-1])
+    )
 
 
 def test_the_card_counts_every_fit_and_keeps_its_last_values(few_classes, tmp_path):
@@ -672,3 +677,28 @@ def test_images_that_the_user_resizes_or_that_are_alike_keep_their_size(
         learn = downstream_learner(dls, encoder)
         assert learn.dls.one_batch()[0].shape[-2:] == (side, side)
     assert "resized" not in capsys.readouterr().err
+
+
+def test_where_no_metrics_are_named_the_labels_decide(few_classes):
+    learn = make(few_classes, "resnet10t")
+    learn.fit(1, 1e-3)
+    probabilities, truth = learn.get_preds()
+    assert learn.recorder.metric_names[3:-1] == ["accuracy"]
+    assert learn.validate()[1] == pytest.approx((probabilities.argmax(1) == truth).float().mean().item())
+    assert not make(few_classes, "resnet10t", metrics=[]).metrics
+    dice, r2, ranked = (default_metrics(Target(kind, 2))[0] for kind in ("mask", "points", "multicategory"))
+    assert [metric.name for metric in (dice, r2, ranked)] == ["dice", "R2", "mAP"]
+    truth = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]]])
+    found = torch.tensor([[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 1, 0, 0]]])
+    for rows in (slice(0, 2), slice(2, 3)):  # 2 * 1 / 3, nothing rightly, 0: however they are batched
+        dice.accumulate(SimpleNamespace(pred=F.one_hot(found[rows]).movedim(-1, 1), yb=[truth[rows]]))
+    assert dice.value == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert r2.value is None
+    for rows in ([0.0, 1.0], [5.0]):
+        column = torch.tensor(rows)[:, None]
+        r2.accumulate(SimpleNamespace(pred=column + 1, yb=[column]))
+    assert r2.value == pytest.approx(1 - 3 / 14)  # errors of 1; 4 + 1 + 9 from the mean, 2
+    r2.accumulate(SimpleNamespace(pred=torch.tensor([[float("nan")]]), yb=[torch.ones(1, 1)]))
+    assert r2.value is None  # diverged
+    ranked.accumulate(SimpleNamespace(pred=torch.tensor([[0.1], [0.2]]), yb=[torch.ones(2, 1)]))
+    assert ranked.value is None  # a label that all have

@@ -19,7 +19,8 @@ def test_folders_become_loaders_and_a_comparison_is_not_written_over(tmp_path, m
 
     def compared(dls, labeled, out, **asked):
         called.append((len(dls.train_ds) + len(dls.valid_ds), len(labeled.train_ds), len(labeled.valid_ds), asked))
-        out.mkdir(exist_ok=True)
+        (out / "encoders").mkdir(parents=True, exist_ok=True)
+        (out / "plan.json").write_text("{}")
         return Comparison("nothing")
 
     monkeypatch.setattr(comparing, "compare_pretexts", compared)
@@ -34,3 +35,23 @@ def test_folders_become_loaders_and_a_comparison_is_not_written_over(tmp_path, m
     assert len(called) == 2
     with pytest.raises(DataError, match="lies in the folder of images"):
         comparing.compare_folders(images, labeled, images / "out", **QUICK)
+
+
+def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    images, out = write_images(tmp_path / "images", 6), tmp_path / "out"
+    kept = []
+
+    def stopped(dls, labeled, out, **asked):
+        (out / "encoders").mkdir(parents=True, exist_ok=True)
+        for name in kept:
+            (out / name).write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "compare_pretexts", stopped)
+    for said in ("No run was finished yet. The same command with --resume", f"What is done is kept in {str(out)!r}."):
+        with pytest.raises(KeyboardInterrupt):
+            comparing.compare_folders(images, None, out, **QUICK)  # an empty comparison/ stands in nobody's way
+        assert said in capsys.readouterr().err
+        kept.append("encoders/a.safetensors")
+    with pytest.raises(DataError, match="holds a comparison"):
+        comparing.compare_folders(images, None, out, **QUICK)

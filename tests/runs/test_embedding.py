@@ -84,7 +84,7 @@ def test_what_is_left_out_is_listed_and_the_list_goes_with_its_cause(tmp_path, c
     args = folder, tmp_path / "emb.npz", tmp_path / "encoder.safetensors"
     embed_folder(*args, **SMALL)
     said = capsys.readouterr().err
-    assert "2 of 9 files left out" in said and "(emb.left_out.csv lists them)" in said
+    assert "2 of 9 files left out" in said and f"({tmp_path / 'emb.left_out.csv'} lists them)" in said
     listed = pd.read_csv(tmp_path / "emb.left_out.csv")
     assert list(listed["file"]) == ["broken.png", "notes.txt"] and list(listed["place"]) == [7, 8]
     assert list(listed["code"]) == ["truncated", "not_an_image"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from selfsup_fastai.errors import DataError, UnknownNameError
-from selfsup_fastai.runs.probing import caution, probe_folder, summary, untrained
+from selfsup_fastai.runs.probing import Probes, caution, probe_folder, summary, untrained
 from tests.runs.small import an_encoder, classes, saved_encoder
 
 QUICK = dict(num_workers=0, cache=False, valid_pct=0.5)
@@ -38,3 +38,19 @@ def test_an_untrained_net_is_of_the_same_kind_with_weights_of_its_own():
     assert (new.arch, new.in_chans, new.input, new.mean, new.std) == (net.arch, 1, net.input, net.mean, net.std)
     pairs = list(zip(net.state_dict().values(), new.state_dict().values(), again.state_dict().values()))
     assert any(not np.allclose(a, b) for a, b, _ in pairs) and all(np.array_equal(b, c) for _, b, c in pairs)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ([0.9, 0.9], []),
+        ([0.7, 0.9], ["a linear classifier (0.800, the"]),
+        ([0.8, 0.2], ["a linear classifier (0.800", "nearest images (0.800, the encoder 0.200"]),
+    ],
+)
+def test_no_better_than_untrained_is_said(own, said):
+    tables = [pd.DataFrame({"start": ["x", "untrained"], "score": [score, 0.8], "n_test": 10}) for score in own]
+    tables[0].attrs |= {"chance": 0.5, "untested": ""}
+    text = caution(Probes(*tables))
+    assert ("The untrained net is at least as good" in text) == bool(said)
+    assert all(part in text for part in said) and text.count("the encoder 0.") == len(said)
