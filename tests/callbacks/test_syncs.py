@@ -52,7 +52,7 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in ASKS or (func is torch.ops.aten.index.Tensor and any(_is_mask(i) for i in args[1])):
-            stack = [frame for frame in extract_stack() if frame.filename.startswith(PACKAGE)]
+            stack = [f for f in extract_stack() if f.filename.startswith(PACKAGE) and f.name != "fit"]  # fastai's own
             self.found[stack[-1].name if stack else "fastai"] += not (stack and _on_cpu_alone(stack[-1]))
         return func(*args, **(kwargs or {}))
 

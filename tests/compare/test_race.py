@@ -90,7 +90,10 @@ def photos(tmp_path_factory):
     return UnlabeledDataLoaders.from_folder(folder, size=48, bs=8, valid_pct=0.2)
 
 
-@pytest.mark.parametrize("task", TASKS)
+QUICKLY = {"deep_cluster"}  # the others are slow together
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=[] if t in QUICKLY else pytest.mark.slow) for t in TASKS])
 def test_every_task_of_the_default_race_takes_part(photos, task, tmp_path):
     """Also those that look at all images before an epoch, which is shorter in a race."""
     (entrant,) = entrants([task])
