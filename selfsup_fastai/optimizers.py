@@ -44,7 +44,7 @@ class FusedOptimizer(Optimizer):
                 [state["sqr_avg"] for state in states],
                 [],
                 [state["step"] for state in states],
-                fused=params[0].device.type in FUSED,
+                fused=params[0].device.type in FUSED and all(map(_is_dense, params)),
                 foreach=False,
                 amsgrad=False,
                 maximize=False,
@@ -80,6 +80,11 @@ class FusedOptimizer(Optimizer):
         for name in ("grad_avg", "sqr_avg"):
             state[name] = _laid_out_as(p, state[name]) if name in state else torch.zeros_like(p)
         return state
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether nothing lies between its numbers: the fused kernel would take that for numbers, too."""
+    return p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
 
 
 def _laid_out_as(p: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Functions that exchange something must be called by all processes, in the same o
 looking at predictions, it does inside of `alone`. Python objects travel as JSON: nothing is pickled.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -61,8 +62,14 @@ def join() -> None:
     with told():
         dist.init_process_group(backend, timeout=PATIENCE)
         _patient()
+    atexit.register(_leave)  # else one that ends beside others may be aborted by torch
     if not is_first():
         logging.getLogger("selfsup_fastai").setLevel(logging.WARNING)  # that of `messages`
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_started() -> bool:

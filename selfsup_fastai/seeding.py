@@ -33,6 +33,13 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """What happens inside (looking at a batch, measuring statistics) leaves the global generators as they were."""

@@ -129,3 +129,18 @@ def _copied(state: dict) -> dict:
 def test_no_closure():
     with pytest.raises(NotImplementedError, match="closure"):
         FusedAdam([nn.Parameter(torch.ones(1))], lr=0.1).step(lambda: None)
+
+
+def test_a_parameter_with_gaps_in_memory():
+    """Part of a larger tensor: the fused kernel would take what lies between for its numbers."""
+    found = []
+    for make in (Adam, FusedAdam):
+        whole = torch.linspace(-1, 1, 40).reshape(4, 10)
+        p, beside = nn.Parameter(whole[:, :5]), whole[:, 5:].clone()
+        opt = make([p], lr=0.1)
+        for i in range(3):
+            p.grad = torch.cos(i + p.detach())
+            opt.step()
+        assert torch.equal(whole[:, 5:], beside)
+        found.append(p.detach().clone())
+    torch.testing.assert_close(*found)

@@ -131,7 +131,8 @@ class CollapseAlarm(Callback):
 
     def after_validate(self):
         seen, self.seen = self.seen, []
-        if not getattr(self.recorder, "losses", None) or not seen:  # `validate()` takes no step
+        recorder = getattr(self.learn, "recorder", None)  # `FetchPredsCallback` looks without one
+        if not getattr(recorder, "losses", None) or not seen:  # `validate()` takes no step
             return
         z = gathered(torch.cat(seen))
         if len(z) < 2:

@@ -6,13 +6,14 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfsup_fastai.callbacks.aside import Steady
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
 from selfsup_fastai.metrics import OfSums
 from selfsup_fastai.processes import agreed, averaged, n_processes, shared, totals, unequal
 
 
-class DataParallel(Callback):
+class DataParallel(Steady):
     """Keeps the models of several processes equal: they start as the first one's, and take the mean of all gradients.
 
     `pretext_learner` adds it. With one process it does nothing. The model stays what it is; it is not wrapped in
@@ -35,6 +36,8 @@ class DataParallel(Callback):
         self.own_norms, self.statistics = {}, []
 
     def before_fit(self):
+        if self.aside:
+            return
         self.together = n_processes() > 1
         if not self.together:
             return
@@ -62,8 +65,9 @@ class DataParallel(Callback):
         unequal(True)  # the last batch
 
     def after_fit(self):
-        unequal(False)
-        self._part_norms()
+        if not self.aside:
+            unequal(False)
+            self._part_norms()
 
     def _meet_norms(self) -> None:
         norms = {name: m for name, m in self.learn.model.named_modules() if isinstance(m, _BatchNorm)}
@@ -91,10 +95,10 @@ class ShareMetrics(Callback):
     order = 49  # before the Recorder (50), after callbacks that fill columns (45)
 
     def after_validate(self):
-        if n_processes() > 1:
+        if n_processes() > 1 and hasattr(self.learn, "recorder"):
             for metric in (self.recorder.loss, *self.learn.metrics):
                 _share(metric)
-            unequal(False)
+        unequal(False)
 
 
 def _share(metric: Metric) -> None:

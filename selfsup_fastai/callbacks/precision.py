@@ -11,6 +11,7 @@ from fastai.torch_core import to_float
 from torch.amp import GradScaler
 from torch.nn import Module
 
+from selfsup_fastai.callbacks.aside import Steady
 from selfsup_fastai.callbacks.layout import has_convolutions, lay_out, lay_out_learner
 from selfsup_fastai.checks import check_choice
 from selfsup_fastai.errors import SelfsupError
@@ -32,7 +33,7 @@ class Way(NamedTuple):
         return self.kind + " with channels last" * self.channels_last
 
 
-class AutoPrecision(MixedPrecision):
+class AutoPrecision(Steady, MixedPrecision):
     """Forward passes and losses in half precision by torch's autocast; weights stay fp32.
 
     `learn.fit(5, cbs=AutoPrecision('bf16'))`. fastai's own asks for 'cuda' and silently stays in fp32 on a CPU; this
@@ -58,6 +59,8 @@ class AutoPrecision(MixedPrecision):
         self.laid_out = bool(channels_last) if kind != "auto" else channels_last
 
     def before_fit(self):
+        if self.aside:
+            return
         device = _device(self.learn)
         if self.kind == "fp16" and device == "cpu":
             raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
@@ -78,6 +81,8 @@ class AutoPrecision(MixedPrecision):
             lay_out_learner(self.learn, True)
 
     def after_fit(self):
+        if self.aside:
+            return
         super().after_fit()
         if self.begun and self.laid_out:
             lay_out_learner(self.learn, False)

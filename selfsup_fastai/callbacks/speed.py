@@ -5,6 +5,7 @@ from fastai.callback.core import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from selfsup_fastai.callbacks.aside import Steady
 from selfsup_fastai.callbacks.precision import AutoPrecision
 from selfsup_fastai.checks import check_flag
 from selfsup_fastai.encoders.encoder import Encoder
@@ -56,7 +57,7 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
     return x.sin() + x.cos()
 
 
-class Checkpointing(Callback):
+class Checkpointing(Steady):
     """While a learner is fitted, its encoder forgets what the layers of a block gave and computes it again when the
     gradients need it: slower, in less memory.
 
@@ -67,8 +68,9 @@ class Checkpointing(Callback):
         self.held = []
 
     def before_fit(self):
-        self._release()  # of a fit that was broken off
-        set_checkpointing(self.learn.model.encoder, True)
+        if not self.aside:
+            self._release()  # of a fit that was broken off
+            set_checkpointing(self.learn.model.encoder, True)
 
     def before_backward(self):
         norms = [m for m in self.learn.model.encoder.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -80,8 +82,9 @@ class Checkpointing(Callback):
         self._release()
 
     def after_fit(self):
-        self._release()
-        set_checkpointing(self.learn.model.encoder, False)
+        if not self.aside:
+            self._release()
+            set_checkpointing(self.learn.model.encoder, False)
 
     def _release(self) -> None:
         for norm, momentum, count in self.held:

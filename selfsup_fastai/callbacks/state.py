@@ -114,7 +114,8 @@ def everywhere(own: State) -> list[State]:
 def restore_drawn(learn: Learner, state: State) -> None:
     """Put back what `drawn_state` gave."""
     kind, keys, *rest = state.facts["numpy"]
-    cuda = [state.tensors[name] for name in sorted(state.tensors) if name.startswith("rng/cuda/")]
+    names = sorted((name for name in state.tensors if name.startswith("rng/cuda/")), key=lambda n: int(n.split("/")[2]))
+    cuda = [state.tensors[name] for name in names]
     generators = {"python": _tuples(state.facts["python"]), "numpy": (kind, np.array(keys, np.uint32), *rest)}
     set_rng_state({**generators, "torch": state.tensors["rng/torch"], "cuda": cuda})
     for dl, saved in zip(learn.dls, state.facts["loaders"]):

@@ -88,7 +88,8 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
     about |= {"precision": asked.precision}
     key = key_of(**about)
     plan = _kept(file, key) or {"about": key}
-    if {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan):
+    curves_of = known and key_of(amounts=repr(known.amounts), starts=[start.name for start in starts], **known.curve)
+    if {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan) and plan.get("curves of") == curves_of:
         return plan
     tasks = f"{len(racing)} task{'s' * (len(racing) != 1)}"
     say(f"Timing a few steps of {tasks}{' and of fine-tuning' if known else ''}, to plan how long it will take.")
@@ -98,7 +99,10 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
     add_speeds(plan, dls, timed, asked.arch, lambda: _keep(plan, file))
     a_seed = _curve_seconds(known, starts, min(asked.finalists, len(plan["speeds"])), plan["how"])
     seeds = seeds_for(asked.seeds, a_seed, asked.hurried)
-    return plan | {"seeds": seeds, "curves": seeds * a_seed}
+    plan |= {"seeds": seeds, "curves": seeds * a_seed, "curves of": curves_of}
+    if "grants" in plan:  # of a comparison with other labels
+        _keep(plan, file)
+    return plan
 
 
 def _kept(file: Path, key: str) -> dict | None:

@@ -144,8 +144,15 @@ def command(
     name: str,
     path: Path,
 ) -> list[str]:
-    """The words of a command; no shell sees them, so that names may hold anything."""
+    """The words of a command; no shell sees them, unless the command is one itself (`sh -c`)."""
     return [word.replace("{name}", name).replace("{path}", os.fspath(path)) for word in shlex.split(template)]
+
+
+def _words(fetch: str) -> list[str]:
+    try:
+        return shlex.split(fetch)
+    except ValueError as error:
+        raise DataError(f"fetch is no command: {str(error)[:1].lower()}{str(error)[1:]}.") from error
 
 
 def check_fetch(fetch: object, local: object, keep_gb: object) -> None:
@@ -159,8 +166,8 @@ def check_fetch(fetch: object, local: object, keep_gb: object) -> None:
         raise DataError(
             f"fetch is a command with {{name}} and {{path}} in it, such as {example}, or a function of both."
         )
-    if isinstance(fetch, str) and shutil.which(shlex.split(fetch)[0]) is None:
-        raise DataError(f"There is no command {shlex.split(fetch)[0]!r} here to fetch shards with.")
+    if isinstance(fetch, str) and shutil.which(_words(fetch)[0]) is None:
+        raise DataError(f"There is no command {_words(fetch)[0]!r} here to fetch shards with.")
     if local is None:
         raise DataError("Shards that are fetched need a folder of their own on a local disk: local=.")
     if isinstance(keep_gb, bool) or not isinstance(keep_gb, (int, float)) or not keep_gb > 0:

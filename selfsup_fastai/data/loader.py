@@ -32,7 +32,7 @@ from selfsup_fastai.errors import DataError
 from selfsup_fastai.memory import keep_freed_memory
 from selfsup_fastai.messages import say
 from selfsup_fastai.processes import n_processes, rank
-from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seeded_item
+from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seed_all, seeded_item
 
 T = TypeVar("T")
 
@@ -616,6 +616,7 @@ def training_images(
     images = 0
     plain = Pipeline(without(dls.train.after_batch.fs, Normalize, *drop))
     with preserved_rng():
+        seed_all(VALID_SEED)  # batch transforms of others draw from the global generators
         dl = _new_loader(dls.train, dls.train_ds, IndexedDL, shuffle=True, drop_last=False, after_batch=plain)
         dl.rng.seed(VALID_SEED)
         for b in dl:

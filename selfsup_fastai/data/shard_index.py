@@ -137,6 +137,11 @@ def read_index(
             f"{Path(file).name!r} is no index of shards. `selfsup shards` writes one, with these columns: "
             f"{', '.join(COLUMNS)}."
         )
+    good = index[index["code"] == ""]
+    if ((good["offset"] < 0) | (good["size"] < 1) | (good["offset"] + good["size"] > good["bytes"])).any():
+        raise DataError("The index names images outside of their shards. Write it anew: `selfsup shards`.")
+    if any(name.startswith("-") for name in index["shard"].unique()):  # `fetch` would take it for an option
+        raise DataError("The index names shards that begin with a hyphen.")
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in index["shard"].unique()):
         raise DataError("The index names shards outside of its folder: their names must be relative to it.")
     return index

@@ -48,7 +48,11 @@ def members_of(
     size = os.path.getsize(file)
     try:
         with tarfile.open(file, "r:") as tar:
+            before = -1
             while (member := tar.next()) is not None:
+                if member.size < 0 or tar.offset <= before:  # tarfile would go round in circles
+                    raise tarfile.ReadError("forged")
+                before = tar.offset
                 tar.members = []  # which would keep all headers
                 suffix = member.name.rpartition(".")[2].lower()
                 if member.isreg() and not member.issparse() and suffix in SUFFIXES:
@@ -61,7 +65,7 @@ def members_of(
         raise
     except Exception:  # damaged headers make tarfile raise anything
         pass
-    return Members([(offset, n) for offset, n in images if offset + n <= size], others, whole)
+    return Members([(offset, n) for offset, n in images if n > 0 and offset + n <= size], others, whole)
 
 
 class Shards:

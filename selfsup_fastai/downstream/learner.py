@@ -20,6 +20,7 @@ from fastai.vision.data import get_grid
 from fastcore.foundation import L
 from matplotlib.axes import Axes
 
+from selfsup_fastai.callbacks.aside import LooksAside
 from selfsup_fastai.callbacks.count import CountImages
 from selfsup_fastai.callbacks.keep_best import KeepBest
 from selfsup_fastai.callbacks.log import LossesAsNumbers
@@ -61,7 +62,7 @@ from selfsup_fastai.seeding import preserved_rng
 _FORMATS = {"lr_min": "{:.1e}".format, "lr_max": "{:.1e}".format, "parameters": "{:,}".format}
 
 
-class DownstreamLearner(Learner):
+class DownstreamLearner(LooksAside, Learner):
     """A fastai `Learner` for a `DownstreamModel`, with gradual unfreezing; made by `downstream_learner`."""
 
     def __init__(

@@ -19,6 +19,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from selfsup_fastai.callbacks.accumulation import RefuseAccumulation
+from selfsup_fastai.callbacks.aside import LooksAside
 from selfsup_fastai.callbacks.collapse import CollapseAlarm
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.count import CountImages
@@ -286,7 +287,7 @@ def _said(values: Tensor | tuple) -> str:
     return str(values.tolist()) if values.numel() <= 64 else f"an array of shape {tuple(values.shape)}"
 
 
-class PretextLearner(Learner):
+class PretextLearner(LooksAside, Learner):
     """A fastai `Learner` of a pretext task. `learn.encoder` is what it is all about."""
 
     consistency: Consistency | None = None  # fastai puts the callback here, if there is one

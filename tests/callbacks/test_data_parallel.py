@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
@@ -88,6 +89,32 @@ def test_two_processes_equal_one_with_twice_the_batch(task, two):
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(first[name], second[name]), name
+
+
+class Looks(Callback):
+    def after_epoch(self):
+        if self.epoch == 0 and self.learn.fitting and not hasattr(self, "looked"):
+            self.looked = True
+            self.learn.get_preds(dl=self.learn.dls.valid)
+            self.learn.validate()
+
+
+def looked_aside(folder: Path) -> dict:
+    """Weights of a run in which both look at predictions after the first epoch, and of one without."""
+    found = {}
+    for name, cbs in (("looked", [Looks()]), ("plain", [])):
+        learn = learner("rotation", 4, opt_func=SGD, **EQUAL["rotation"])
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-2, cbs=cbs)
+        found |= {f"{name} {key}": value for key, value in learn.model.state_dict().items()}
+    return found
+
+
+def test_a_look_in_the_middle_of_a_fit_keeps_the_models_equal(tmp_path):
+    first, second = of_two(__file__, "looked_aside", tmp_path)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert torch.equal(value, first[name.replace("looked", "plain")]), name
 
 
 TOGETHER = [*TASKS, "rotation+simclr", "jigsaw with a bank"]

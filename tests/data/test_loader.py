@@ -817,3 +817,18 @@ def test_what_is_no_dataloaders_is_refused(color_folder, tmp_path):
         check_dls(DataLoaders())
     with pytest.raises(DataError, match="no training images"):
         check_dls(dls.new_empty())
+
+
+def test_statistics_do_not_depend_on_the_global_generators(tmp_path):
+    """fastai's batch transforms draw from them."""
+    write_images(tmp_path / "a", 20)
+    found = []
+    for seed in (0, 1):
+        set_seed(seed)
+        dls = ImageDataLoaders.from_folder(
+            tmp_path, valid_pct=0.2, seed=0, bs=4, item_tfms=Resize(32), batch_tfms=aug_transforms()
+        )
+        state = torch.get_rng_state()
+        found.append(measure_stats(dls))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]

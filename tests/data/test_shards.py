@@ -22,8 +22,9 @@ import torch
 from fastai.torch_core import set_seed
 
 from selfsup_fastai.data import shard_index
-from selfsup_fastai.data.fetching import Fetched, command
+from selfsup_fastai.data.fetching import Fetched, check_fetch, command
 from selfsup_fastai.data.images import UnlabeledDataLoaders
+from selfsup_fastai.data.shard_index import read_index
 from selfsup_fastai.data.shard_writing import write_shards
 from selfsup_fastai.data.shards import ShardImage, Shards, members_of, mixed_order
 from selfsup_fastai.errors import DataError
@@ -576,3 +577,44 @@ def test_mistakes(path, settings, words, shards, tmp_path):
     (tmp_path / "outside.csv").write_text(text.replace("shard-000000.tar", "../shard-000000.tar"))
     with pytest.raises(DataError, match=words):
         loaders(path, **settings)
+
+
+@pytest.mark.parametrize("size", [-512, -2048, -1])
+def test_a_forged_size_ends_a_shard(tmp_path, size):
+    """A negative one leads tarfile back to where it was, for ever."""
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % 256**12).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    file = tmp_path / "forged.tar"
+    with tarfile.open(file, "w") as tar:
+        info = tarfile.TarInfo("b.png")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    file.write_bytes(file.read_bytes()[:1024] + bytes(header) + bytes(4096))
+    found = members_of(file)
+    assert found.images == [(512, 3)] and not found.whole
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": -1}, "outside of their shards"),
+        ({"size": 10**9}, "outside of their shards"),
+        ({"offset": -1}, "outside of their shards"),
+        ({"shard": "--rsh=sh -c id.tar"}, "begin with a hyphen"),
+    ],
+)
+def test_an_index_that_was_forged(shards, tmp_path, change, words):
+    index = pd.read_csv(shards / "index.csv", keep_default_na=False)
+    row = index.index[index["code"] == ""][0]
+    for name, value in change.items():
+        index.loc[row, name] = value
+    index.to_csv(tmp_path / "index.csv", index=False)
+    with pytest.raises(DataError, match=words):
+        read_index(tmp_path / "index.csv")
+
+
+def test_a_command_with_open_quotes():
+    with pytest.raises(DataError, match="fetch is no command: no closing quotation"):
+        check_fetch("cp 'shards/{name} {path}", "local", 1)
