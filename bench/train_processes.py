@@ -15,6 +15,7 @@ from selfsup_fastai.pretext.learner import pretext_learner
 
 COMMAND = "-c", "import sys; from selfsup_fastai.cli import main; sys.argv[0] = 'selfsup'; main()"
 KINDS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+VALID = 2  # Images to validate with: one for each process
 EPOCHS = 1, 3  # of a short run and of a long one: what a start costs is in both
 PUBLISHED = 341.6, 870.9  # stable-pretraining's images/s on an H200 (benchmarks/imagenet10/RESULTS.md): on CPU, on GPU
 
@@ -23,7 +24,7 @@ def processes(work: Path, args: argparse.Namespace) -> str:
     """Images a second of whole runs, from how much longer a longer run takes. Raises `Absent`."""
     if "--nproc" not in output(*COMMAND, "pretrain", "--help", COLUMNS="200"):
         raise Absent("`selfsup pretrain` has no --nproc here, so there is one process only.")
-    folder, rows = photographs(work, args.images + 1, args.folder), []
+    folder, rows = photographs(work, args.images + VALID, args.folder), []
     for i in range(args.rounds + 1):
         tell(f"processes, round {i} of {args.rounds}")
         rows.append({name: seconds_an_image(folder, work, args, *kind) for name, kind in KINDS.items()})
@@ -44,7 +45,13 @@ def seconds_an_image(folder: Path, work: Path, args: argparse.Namespace, n_proce
 
 def run(folder: Path, work: Path, args: argparse.Namespace, n_processes: int, threads: int, epochs: int) -> float:
     """Seconds of one."""
-    settings = {"task": "simclr", "arch": args.arch, "size": args.size, "valid-pct": 0, "epochs": epochs}
+    settings = {
+        "task": "simclr",
+        "arch": args.arch,
+        "size": args.size,
+        "valid-pct": (VALID + 0.5) / (args.images + VALID),
+        "epochs": epochs,
+    }
     settings |= {"bs": args.bs // n_processes, "out": work / "run", "nproc": n_processes}  # it is of each process
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
     began = time.perf_counter()
