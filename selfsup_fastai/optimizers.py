@@ -83,8 +83,11 @@ class FusedOptimizer(Optimizer):
 
 
 def _is_dense(p: Tensor) -> bool:
-    """Whether nothing lies between its numbers: the fused kernel would take that for numbers, too."""
-    return p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
+    """Whether nothing lies between its numbers: the fused kernel would take that for numbers, too.
+
+    Orders in memory other than the usual two count as not dense; those take torch's slower way.
+    """
+    return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
 def _laid_out_as(p: Tensor, value: Tensor) -> Tensor:

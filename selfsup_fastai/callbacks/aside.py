@@ -11,9 +11,14 @@ from fastai.callback.core import Callback
 
 
 class Steady(Callback):
-    """A callback that does nothing at the `before_fit` and `after_fit` of a look aside: it asks `self.aside` there."""
+    """A callback that the `before_fit` and `after_fit` of a look aside do not reach."""
 
-    aside = False
+    aside = False  # Whether its learner looks aside just now
+
+    def __call__(self, event_name):
+        """fastai's, but for these two events."""
+        if not (self.aside and event_name in ("before_fit", "after_fit")):
+            return super().__call__(event_name)
 
 
 class LooksAside:

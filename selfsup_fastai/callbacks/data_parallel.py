@@ -36,8 +36,6 @@ class DataParallel(Steady):
         self.own_norms, self.statistics = {}, []
 
     def before_fit(self):
-        if self.aside:
-            return
         self.together = n_processes() > 1
         if not self.together:
             return
@@ -65,9 +63,8 @@ class DataParallel(Steady):
         unequal(True)  # the last batch
 
     def after_fit(self):
-        if not self.aside:
-            unequal(False)
-            self._part_norms()
+        unequal(False)
+        self._part_norms()
 
     def _meet_norms(self) -> None:
         norms = {name: m for name, m in self.learn.model.named_modules() if isinstance(m, _BatchNorm)}

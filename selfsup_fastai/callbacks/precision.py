@@ -59,8 +59,6 @@ class AutoPrecision(Steady, MixedPrecision):
         self.laid_out = bool(channels_last) if kind != "auto" else channels_last
 
     def before_fit(self):
-        if self.aside:
-            return
         device = _device(self.learn)
         if self.kind == "fp16" and device == "cpu":
             raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
@@ -81,8 +79,6 @@ class AutoPrecision(Steady, MixedPrecision):
             lay_out_learner(self.learn, True)
 
     def after_fit(self):
-        if self.aside:
-            return
         super().after_fit()
         if self.begun and self.laid_out:
             lay_out_learner(self.learn, False)

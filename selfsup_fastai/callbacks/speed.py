@@ -68,9 +68,8 @@ class Checkpointing(Steady):
         self.held = []
 
     def before_fit(self):
-        if not self.aside:
-            self._release()  # of a fit that was broken off
-            set_checkpointing(self.learn.model.encoder, True)
+        self._release()  # of a fit that was broken off
+        set_checkpointing(self.learn.model.encoder, True)
 
     def before_backward(self):
         norms = [m for m in self.learn.model.encoder.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -82,9 +81,8 @@ class Checkpointing(Steady):
         self._release()
 
     def after_fit(self):
-        if not self.aside:
-            self._release()
-            set_checkpointing(self.learn.model.encoder, False)
+        self._release()
+        set_checkpointing(self.learn.model.encoder, False)
 
     def _release(self) -> None:
         for norm, momentum, count in self.held:
