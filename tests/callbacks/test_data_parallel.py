@@ -95,8 +95,8 @@ class Looks(Callback):
     def after_epoch(self):
         if self.epoch == 0 and self.learn.fitting and not hasattr(self, "looked"):
             self.looked = True
-            self.learn.get_preds(dl=self.learn.dls.valid)
             self.learn.validate()
+            self.learn.get_preds(dl=self.learn.dls.valid)  # by itself, and last: nothing puts right what it leaves
 
 
 def looked_aside(folder: Path) -> dict:
