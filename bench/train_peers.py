@@ -25,8 +25,8 @@ from selfsup_fastai.encoders.encoder import create_encoder
 from selfsup_fastai.messages import quiet
 from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 
-OURS, HALF, COLD = "ours", "ours, bf16", "ours, first epoch: cache empty"
-BARE, BARE_HALF = "bare step", "bare step, bf16"
+OURS, HALF, COLD = "ours", "ours, bf16, channels last", "ours, first epoch: cache empty"
+BARE, BARE_HALF = "bare step", "bare step, bf16, channels last"
 
 
 def peers(work: Path, args: argparse.Namespace) -> str:

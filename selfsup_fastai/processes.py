@@ -29,7 +29,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # With a process that does not come to an exchange
 LONG = timedelta(days=2)  # While the first one prepares what all will use
 BUCKET = 32 << 20  # Bytes that are averaged at a time
-STARTED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # What torchrun, accelerate and `selfsup --nproc` set
+STARTED = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # torchrun, accelerate, `--nproc` set them
 
 
 class _Now:
@@ -46,9 +46,21 @@ def join() -> None:
     """Meet the other processes that `torchrun`, `accelerate launch` or `selfsup pretrain --nproc` started, if any.
 
     On GPUs each takes the one of its number on its machine. Only the first one speaks to the user from now on.
+    Where they have met already, such as by `accelerate`'s Accelerator, that is what counts. Raises `SelfsupError` for
+    a start that is not whole, more processes than GPUs, and a meeting on GPUs alone.
     """
-    if not is_started() or not dist.is_available() or dist.is_initialized():
+    if not is_started() or not dist.is_available():
         return
+    if not dist.is_initialized():
+        _meet()
+    elif "cpu:" not in dist.get_backend_config():
+        have = f"The processes have met with {dist.get_backend_config()!r} alone, and numbers on the CPU travel, too."
+        raise SelfsupError(f"{have} Say init_process_group('cpu:gloo,cuda:nccl'), or leave it to pretext_learner.")
+    if not is_first():
+        logging.getLogger("selfsup_fastai").setLevel(logging.WARNING)  # that of `messages`
+
+
+def _meet() -> None:
     missing = [name for name in STARTED if name not in os.environ]
     if missing:
         fix = "Start it with torchrun, accelerate launch or selfsup pretrain --nproc."
@@ -63,8 +75,6 @@ def join() -> None:
         dist.init_process_group(backend, timeout=PATIENCE)
         _patient()
     atexit.register(_leave)  # else one that ends beside others may be aborted by torch
-    if not is_first():
-        logging.getLogger("selfsup_fastai").setLevel(logging.WARNING)  # that of `messages`
 
 
 def _leave() -> None:
@@ -75,6 +85,16 @@ def _leave() -> None:
 def is_started() -> bool:
     """Whether this process was started as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def check_single(
+    what: str,  # Such as 'Fine-tuning'
+) -> None:
+    """Raises `SelfsupError` in one of several processes: what one does all would do, over each other's files."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n > 1 and not _Now.alone:
+        fix = "Start it by itself, without torchrun, accelerate launch or --nproc; only pretraining can be shared."
+        raise SelfsupError(f"{what} takes place in one process, and this one was started as one of {n}. {fix}")
 
 
 def n_processes() -> int:

@@ -1,11 +1,12 @@
 """The one rule of randomness.
 
 Everything random about an image while it is opened and cut (item level) draws from Python's `random`, seeded here for
-that item alone; everything random about a batch (turns, permutations, views) draws from the `torch.Generator` of the
-loader's `PretextTransform`. Both seeds come from `dl.rng` at the start of each pass over the data, and `dl.rng` itself
-from Python's `random` when the loader is made. So `set_seed(42)` before the loaders are made fixes a whole run, with
-any number of worker processes; a validation pass always draws the same. Of several processes that train one model all
-have the same seeds for items and the order, and each its own for batches.
+that item alone; everything random about a batch (turns, permutations, views) draws from the `Generator` of the loader's
+`PretextTransform`, on the device of the images, or on the CPU what the program has to know. Both seeds come from
+`dl.rng` at the start of each pass over the data, and `dl.rng` itself from Python's `random` when the loader is made. So
+`set_seed(42)` before the loaders are made fixes a whole run, with any number of worker processes; a validation pass
+always draws the same. Of several processes that train one model all have the same seeds for items and the order, and
+each its own for batches.
 """
 
 import random
@@ -16,6 +17,28 @@ import numpy as np
 import torch
 
 VALID_SEED = 42  # of every validation pass
+
+
+class Generator(torch.Generator):
+    """What a batch is drawn from: on the device of the images, and beside it on the CPU, the `host`.
+
+    From the host come the numbers that the program itself has to know, such as which images are blurred: to ask a GPU
+    for them is to wait until it has done all that it was given. On the CPU both are one.
+    """
+
+    host: torch.Generator
+
+    def __new__(cls, device: torch.device | str, seed: int):
+        self = super().__new__(cls, device)
+        self.manual_seed(seed)
+        on_cpu = self.device.type == "cpu"
+        self.host = self if on_cpu else torch.Generator().manual_seed(part_seed(seed, "host"))
+        return self
+
+
+def host_of(generator: torch.Generator) -> torch.Generator:
+    """Its generator on the CPU; itself where it has none."""
+    return getattr(generator, "host", generator)
 
 
 def rng_state() -> dict:

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = "selfsup_fastai"
 FOLDER = Path(__file__).parents[1] / PACKAGE
 LEVELS = [  # From the ground up: a room imports rooms of lower levels and itself, never its neighbors
-    {"errors", "seeding", "memory", "messages", "optimizers", "pictures", "writing"},
+    {"errors", "seeding", "memory", "messages", "optimizers", "pictures", "transfer", "writing"},
     {"checks", "plots", "processes"},
     {"losses", "metrics", "features", "data", "encoders"},
     {"callbacks"},

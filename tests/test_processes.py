@@ -3,15 +3,21 @@
 Each of the two runs this file as a program.
 """
 
+import atexit
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from selfsup_fastai.compare.curves import label_curve
+from selfsup_fastai.compare.race import compare_pretexts
+from selfsup_fastai.downstream.learner import downstream_learner
 from selfsup_fastai.encoders.memories import ContrastBank, NoiseTargets
-from selfsup_fastai.errors import SelfsupError
+from selfsup_fastai.errors import DataError, SelfsupError
 from selfsup_fastai.losses import crop_cross_entropy, nce, nt_xent
 from selfsup_fastai.pretext.clustering.swav import sinkhorn
 from selfsup_fastai.pretext.joint_embedding.barlow_twins import barlow_loss
@@ -40,6 +46,8 @@ from selfsup_fastai.processes import (
     totals,
     unequal,
 )
+from selfsup_fastai.runs.comparing import compare_folders
+from selfsup_fastai.runs.finetuning import finetune
 from tests.two_processes import of_two as results_of_two
 from tests.two_processes import run
 
@@ -183,12 +191,50 @@ def test_exchanges(tmp_path):
     assert (first["speaks"], second["speaks"]) == (True, False)
 
 
+def ended(folder: Path) -> dict:
+    """Whether the processes are still joined is written down after everything that was to be done at the end."""
+    file = folder / f"joined-{os.environ['RANK']}"
+    atexit.register(lambda: file.write_text(str(dist.is_initialized())))  # what is registered first comes last
+    join()
+    return {"joined": torch.tensor(dist.is_initialized())}
+
+
+def test_processes_part_before_they_end(tmp_path):
+    """Else torch aborts one that ends beside others, now and then."""
+    assert all(found["joined"] for found in results_of_two(__file__, "ended", tmp_path))
+    assert [(tmp_path / f"joined-{k}").read_text() for k in range(2)] == ["False", "False"]
+
+
 def test_a_start_that_is_not_whole_is_named(monkeypatch):
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SelfsupError, match="several processes train, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+    missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(SelfsupError, match=f"several processes train, but {missing} is not set"):
         join()
+
+
+def test_a_meeting_on_gpus_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(SelfsupError, match=r"have met with 'cuda:nccl' alone.*init_process_group"):
+        join()
+
+
+def test_what_one_process_does_is_refused_in_several(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for start in (
+        lambda: finetune(tmp_path, tmp_path / "out"),
+        lambda: compare_folders(tmp_path, None, tmp_path / "out"),
+        lambda: compare_pretexts(None),
+        lambda: label_curve({}, None),
+        lambda: downstream_learner(None, "resnet10t"),
+    ):
+        with pytest.raises(SelfsupError, match="takes place in one process, and this one was started as one of 2"):
+            start()
+    with alone(), pytest.raises(DataError):  # it goes on, and finds that there are no images
+        downstream_learner(None, "resnet10t")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def of_two(file: str, name: str, folder: Path, *args: str) -> list[dict[str, tor
     finally:
         for run in runs:
             run.kill()
+            run.communicate()
     assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -20,7 +20,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.features import alignment, effective_rank, embed, feature_std, uniformity
 from selfsup_fastai.messages import say
 from selfsup_fastai.processes import gathered
-from selfsup_fastai.seeding import VALID_SEED
+from selfsup_fastai.seeding import VALID_SEED, Generator
 
 SIGNALS = {
     "rank": "effective rank",
@@ -186,7 +186,7 @@ class Pairs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.generator is None:
-            self.generator = torch.Generator(x.device).manual_seed(VALID_SEED)
+            self.generator = Generator(x.device, VALID_SEED)
         recipe = adapted(SIMCLR, self.views, x.shape[1], min(x.shape[-2:]))
         view = random_view(x, recipe, self.generator)
         return torch.cat([self.encoder(self.encoder.prepare(part)) for part in (x, view)], 1)

@@ -20,11 +20,17 @@ class CountImages(OnlyInFit):
     ):
         self.passes = passes
 
+    def before_epoch(self):
+        self.trained = False
+
     def after_batch(self):
         if self.training:
+            self.trained = True
             self.learn.images_seen += len(self.xb[0]) * self.passes * n_processes()
 
     def after_epoch(self):
-        if self.recorder.losses:  # `validate()` ends with this event too, but without a step taken
-            self.learn.epochs_done += 1
-            self.learn.last_values = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))
+        recorder = getattr(self.learn, "recorder", None)
+        trained = recorder.losses if recorder else self.trained  # `validate()` ends with this event too, without a step
+        self.learn.epochs_done += bool(trained)
+        if trained and recorder:
+            self.learn.last_values = dict(zip(recorder.metric_names[1:], self.learn.final_record))

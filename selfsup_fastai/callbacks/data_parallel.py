@@ -1,6 +1,7 @@
 """One model trained by several processes, each on its part of every batch."""
 
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgLoss, AvgMetric, Metric, ValueMetric
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -47,16 +48,28 @@ class DataParallel(Steady):
         self._meet_norms()
 
     def before_train(self):
+        self.computed = False  # a loss that is not yet shared
         if self.together:
             unequal(False)
             rng = self.dls.train.rng  # a process that has looked at a batch by itself would draw another order
             version, state, gauss = agreed(rng.getstate())
             rng.setstate((version, tuple(state), gauss))
 
+    def after_loss(self):
+        self.computed = self.training
+
     def before_step(self):
+        self.computed = False
         if self.together:
             own = self.learn.loss.detach().clone()  # all must see the same: a loss that is none may end the training
             averaged([*_gradients(self.learn.model), *self.statistics, own])
+            self.learn.loss = own
+
+    def after_cancel_batch(self):
+        """Where gradients are gathered over batches, the losses between steps are all processes', too."""
+        if self.together and self.computed and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs):
+            self.computed, own = False, self.learn.loss.detach().clone()
+            averaged([own])
             self.learn.loss = own
 
     def before_validate(self):

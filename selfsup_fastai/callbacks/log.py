@@ -30,6 +30,9 @@ class LossesAsNumbers(Callback):
     order = 51  # after the Recorder
     run_valid = False
 
+    def before_fit(self):
+        self.run = hasattr(self.learn, "recorder")
+
     def after_batch(self):
         losses = self.recorder.losses
         if losses and isinstance(losses[-1], torch.Tensor) and losses[-1].device.type == "cpu":

@@ -32,7 +32,7 @@ class LossesThere(Callback):
     run_valid = False
 
     def before_fit(self):
-        self.there = trains_elsewhere(self.dls.device)
+        self.there = trains_elsewhere(self.dls.device) and hasattr(self.learn, "recorder")
         if self.there and not isinstance(self.recorder.smooth_loss, SmoothLossThere):
             self.recorder.smooth_loss = SmoothLossThere(self.recorder.smooth_loss.beta)
         self.shown, self.next = None, 0.0
@@ -51,8 +51,8 @@ class LossesThere(Callback):
         self._as_numbers()  # of an epoch that was broken off
 
     def _as_numbers(self) -> None:
-        losses = self.recorder.losses
-        there = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)] if self.there else []
+        losses = self.recorder.losses if self.there else []
+        there = [i for i, loss in enumerate(losses) if isinstance(loss, Tensor)]
         if there:
             numbers = torch.stack([losses[i].to(losses[there[-1]].device) for i in there]).tolist()
             for i, number in zip(there, numbers):

@@ -30,6 +30,7 @@ from selfsup_fastai.compare.trial import (
 )
 from selfsup_fastai.downstream.targets import kind_of
 from selfsup_fastai.plots import ShownFrame
+from selfsup_fastai.processes import check_single
 
 METHODS = ("fine_tune", "linear")
 
@@ -77,6 +78,7 @@ def label_curve(
 
     Pretrained nets are fine-tuned; new ones are trained by one cycle, all layers at one rate, for as many steps.
     """
+    check_single("Fine-tuning")
     check_choice("precision", precision, (None, *KINDS))  # 'auto' could choose otherwise from run to run
     how = {} if precision in (None, "fp32") else {"precision": precision}
     how |= {"channels_last": True} if channels_last else {}

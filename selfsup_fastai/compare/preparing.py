@@ -81,6 +81,15 @@ def _known_numbers(known: Labeled) -> list:
     return [values for values in (known.classes, known.groups) if values is not None]
 
 
+def _names(starts: list[Start]) -> list[str]:
+    return [start.name for start in starts]
+
+
+def _sizes(known: Labeled) -> list[int]:
+    """How many labeled images there are to train and to test with."""
+    return [len(known.dls.train_ds), len(known.dls.valid_ds)]
+
+
 def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> dict:
     """The plan of a race that was stopped, gone on with where it is not whole, or a new one."""
     about = {"tasks": [e.about() for e in racing], "arch": content_of(asked.arch), "data": print_}
@@ -88,7 +97,7 @@ def _plan(dls, racing, asked: Asked, known, starts, file: Path, print_: str) -> 
     about |= {"precision": asked.precision}
     key = key_of(**about)
     plan = _kept(file, key) or {"about": key}
-    curves_of = known and key_of(amounts=repr(known.amounts), starts=[start.name for start in starts], **known.curve)
+    curves_of = known and key_of(amounts=repr(known.amounts), starts=_names(starts), n=_sizes(known), **known.curve)
     if {"speeds", "failed", "grants", "curves", "seeds", "how"} <= set(plan) and plan.get("curves of") == curves_of:
         return plan
     tasks = f"{len(racing)} task{'s' * (len(racing) != 1)}"

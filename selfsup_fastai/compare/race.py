@@ -29,6 +29,7 @@ from selfsup_fastai.data.loader import check_dls, n_in_of
 from selfsup_fastai.downstream.probes import METRICS, linear_probe
 from selfsup_fastai.errors import SelfsupError, TaskError
 from selfsup_fastai.messages import quiet, say
+from selfsup_fastai.processes import check_single
 
 TASKS = (
     "rotation",
@@ -83,8 +84,9 @@ def compare_pretexts(
     Steps are timed first, and one line says how long it will take; what follows from the times is kept in `out`, and
     says in `settings` what it was. A task that fails is in `race` with the reason.
     Without `labeled` there are signals only (effective rank, alignment, ...), which choose nothing.
-    Raises `DataError` where pretraining would see the test images.
+    Raises `DataError` where pretraining would see the test images, `SelfsupError` in one of several processes.
     """
+    check_single("Comparing tasks")
     check_dls(dls)
     _check(seeds, finalists, budget, seconds, baselines, leaks, precision)
     arch, racing = arch or ARCH, entrants(list(TASKS if tasks is None else tasks))

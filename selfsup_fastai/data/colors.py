@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views, constant
+from selfsup_fastai.data.draws import NEUTRAL, OPERATIONS, Views
+from selfsup_fastai.transfer import constant, sent
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue in a grey image
 FRINGES = ("drop", "project", "keep")  # What `without_fringes` can do
@@ -27,6 +28,10 @@ class Jitter(NamedTuple):
 
     def pick(self, rows) -> "Jitter":
         return Jitter(self.place[rows], self.blends[:, :, rows], self.shift[rows])
+
+    def to(self, device: torch.device) -> "Jitter":
+        """The same on another device."""
+        return Jitter(*(sent(t, device) for t in self))
 
 
 def jitter_of(

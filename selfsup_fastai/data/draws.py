@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, fields
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.seeding import host_of
+from selfsup_fastai.transfer import constant, sent
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation and hue that leave an image as it is
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -45,7 +46,7 @@ class Views:
 
     def to(self, device: torch.device | str) -> "Views":
         """The same draws on another device."""
-        return self._each(lambda t: t.to(device))
+        return self._each(lambda t: sent(t, device))
 
     def _each(self, change) -> "Views":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -69,7 +70,7 @@ class Views:
 def draw_views(
     recipe: Recipe,
     shape: tuple[int, int, int, int],  # (B, C, H, W) of the images
-    generator: torch.Generator,  # Everything is drawn from it, on its device
+    generator: torch.Generator,  # Everything is drawn from its host (`seeding.Generator`), else from it, on its device
     size: int | None = None,  # Side of the views; None: the shorter side of the images
 ) -> Views:
     """Draw one view for each of B images. How many numbers are drawn depends on `shape` and `recipe` alone."""
@@ -81,7 +82,7 @@ def draw_views(
     size = min(h, w) if size is None else size
     if size < 1:
         raise TaskError(f"The size of a view is {size}; it must be a number of pixels, 1 or more.")
-    draw = Draw(generator)
+    draw = Draw(host_of(generator))
     return Views(
         boxes=_draw_boxes(recipe, b, h, w, draw),
         flip=draw.chance(b, recipe.flip),
@@ -98,12 +99,6 @@ def draw_views(
         threshold=recipe.solarize_threshold,
         size=size,
     )
-
-
-@cache
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor, made once: to bring numbers to a GPU is to wait for it. Not to be changed in place."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class Draw:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from selfsup_fastai.errors import DataError
 Fetch = str | Callable[[str, Path], object]
 """A command with {name} and {path} in it, or a function of both: it brings the shard of that name to that path."""
 
+FETCH_SECONDS = 1800.0  # a command may take for a shard: then it hangs, and is ended
 _PAUSES = (0, 1, 4)  # seconds before each attempt
 _FAILED_SECONDS = 600.0  # until a shard that could not be had is tried again
 
@@ -110,10 +112,8 @@ class Fetched:
                 self.fetch(name, part)
                 return True
             return False
-        nothing = subprocess.DEVNULL
         with suppress(OSError):  # it does not start
-            done = subprocess.run(command(self.fetch, name, part), stdin=nothing, stdout=nothing, stderr=nothing)
-            return done.returncode == 0
+            return _ran_well(command(self.fetch, name, part))
         return False
 
     def _make_room(self, fresh: Path) -> None:
@@ -129,6 +129,20 @@ class Fetched:
                 with suppress(OSError):  # Windows: while it is read it stays
                     file.unlink(missing_ok=True)
                     total -= size
+
+
+def _ran_well(words: list[str]) -> bool:
+    """Whether a command ended by itself, with 0. When its time is over it is killed with all that it started."""
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        return process.wait(FETCH_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:  # Ctrl-C does not reach it, either
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()  # Windows
+            process.wait()
 
 
 def _is_there(file: Path, n_bytes: int | None) -> bool:

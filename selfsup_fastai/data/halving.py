@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from selfsup_fastai.transfer import constant
 
 
 def _cubic(at: float) -> float:
@@ -24,14 +25,14 @@ def _sinc(at: float) -> float:
     return math.sin(math.pi * at) / (math.pi * at) if at else 1.0
 
 
-def _taps(kernel: Callable[[float], float]) -> list[float]:
+def _taps(kernel: Callable[[float], float]) -> tuple[float, ...]:
     """Weights of the six pixels to either side of the new pixel's center, which lies between two old ones."""
     weights = [kernel(abs(k - 5.5) / 2) for k in range(12)]
-    return [w / sum(weights) for w in weights]
+    return tuple(w / sum(weights) for w in weights)
 
 
 KERNELS = {
-    "nearest": [float(k == 5) for k in range(12)],  # the upper left of four pixels, as torch's
+    "nearest": tuple(float(k == 5) for k in range(12)),  # the upper left of four pixels, as torch's
     "area": _taps(lambda at: float(at < 0.5)),
     "bilinear": _taps(lambda at: max(0.0, 1 - at)),
     "bicubic": _taps(_cubic),
@@ -45,7 +46,7 @@ def halved(
     kernels: Tensor,  # (B,) int64: which of KERNELS, by place
 ) -> Tensor:  # (B, C, H/2, W/2) in [0, 1]
     """Each image at half its size. Pixels at the borders are repeated; overshooting kernels are cut to [0, 1]."""
-    weights = torch.tensor(list(KERNELS.values()), dtype=x.dtype, device=x.device)[kernels]
+    weights = constant(tuple(KERNELS.values()), x.dtype, x.device)[kernels]
     return _halved_rows(_halved_rows(x, weights).mT, weights).mT.clamp(0, 1)
 
 

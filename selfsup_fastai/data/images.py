@@ -85,7 +85,6 @@ class UnlabeledDataLoaders(DataLoaders):
         settings = {"size": size, "bs": bs, "valid_pct": valid_pct, "seed": seed, "n_in": n_in, "item_tfms": item_tfms}
         settings |= {"batch_tfms": batch_tfms, "num_workers": num_workers, "device": device}
         settings |= {"cache": cache, "max_gb": max_gb, "window": window, "split_by": split_by}
-        join()
         _check_settings(**settings)
         files = find_files(path, recurse)
         if not files:
@@ -116,6 +115,7 @@ class UnlabeledDataLoaders(DataLoaders):
         **kwargs,
     ) -> "UnlabeledDataLoaders":
         _check_settings(**kwargs)
+        join()
         files, side = as_paths(files), max(as_size(kwargs.get("size", 128)) or (128,))
         on_disk = kwargs.get("cache", True) is True  # of several processes one decodes, and the others find it done
         with first_here() if on_disk else nullcontext(), _keeping(files, **kwargs) as kept:
@@ -174,12 +174,14 @@ class UnlabeledDataLoaders(DataLoaders):
         images are in a shard is not known.
         """
         _check_settings(cache=cache, split_by=split_by, **kwargs)
+        join()
         side = max(as_size(kwargs.get("size", 128)) or (128,))
-        info, report = usable_in_shards(path, fetch, local, keep_gb, mixed, side)
+        with first_here():  # it remembers what it found
+            info, report = usable_in_shards(path, fetch, local, keep_gb, mixed, side)
         if fetch is not None and split_by is None and info["shard"].nunique() > 1:
             split_by = "shard"
         items = list(info["source"])
-        with _keeping(items, cache=cache, **kwargs) as kept:
+        with first_here() if cache is True else nullcontext(), _keeping(items, cache=cache, **kwargs) as kept:
             if kept:
                 kept.fill(info.index)
             return cls._from_items(items, info, report, kept, cache=cache, split_by=split_by, **kwargs)

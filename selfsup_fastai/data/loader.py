@@ -33,6 +33,7 @@ from selfsup_fastai.memory import keep_freed_memory
 from selfsup_fastai.messages import say
 from selfsup_fastai.processes import n_processes, rank
 from selfsup_fastai.seeding import VALID_SEED, item_seed, preserved_rng, seed_all, seeded_item
+from selfsup_fastai.transfer import constant
 
 T = TypeVar("T")
 
@@ -483,7 +484,7 @@ def luma(
     x: torch.Tensor,  # (B, 3, H, W), in any range
 ) -> torch.Tensor:  # (B, 1, H, W)
     """Color to grey as Pillow's mode L weighs it (ITU-R BT.601)."""
-    return (x * x.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return (x * constant(LUMA, x.dtype, x.device).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def n_in_of(dls: DataLoaders, n: int = 64) -> int:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_fastai.data.draws import Views, constant
+from selfsup_fastai.data.draws import Views
+from selfsup_fastai.transfer import constant
 
 
 class Straight(NamedTuple):

@@ -13,7 +13,7 @@ from selfsup_fastai.data.sampling import outlines
 from selfsup_fastai.data.views import apply_views
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw, grid_axes
-from selfsup_fastai.seeding import VALID_SEED
+from selfsup_fastai.seeding import VALID_SEED, Generator
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by color-blind people
 
@@ -37,7 +37,7 @@ def show_views(
     if len(sizes) != len(recipes):
         raise TaskError(f"{len(recipes)} views came with {len(sizes)} sizes; give one size, or one for each view.")
     x = x[:max_n]
-    generator = generator or torch.Generator(x.device).manual_seed(VALID_SEED)
+    generator = generator or Generator(x.device, VALID_SEED)
     views = [
         r[: len(x)] if isinstance(r, Views) else draw_views(r, tuple(x.shape), generator, size)
         for r, size in zip(recipes, sizes)

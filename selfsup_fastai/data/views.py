@@ -25,6 +25,7 @@ from selfsup_fastai.data.patches import windows
 from selfsup_fastai.data.recipes import Recipe
 from selfsup_fastai.data.sampling import Straight, sample_shrunk, sample_straight, sample_turned, straight
 from selfsup_fastai.errors import TaskError
+from selfsup_fastai.transfer import sent
 
 CHUNK = 400_000
 """Numbers worked on at a time on the CPU: what stays in the caches of two cores."""
@@ -37,19 +38,20 @@ def apply_views(
 ) -> Tensor:  # (B, C, size, size) in [0, 1], of the type of x
     """Cut, flip, color and blur each image as it was drawn. On 1 channel saturation, hue and grey change nothing."""
     _check_images(x, views)
-    views = views.to(x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)
     jitter = jitter_of(views, x.shape[1], dtype)
     rows = jitter.place.argsort(stable=True)  # images whose hue comes at the same place are neighbors
     views, jitter = views[rows], jitter.pick(rows)
-    drawn = _drawn(views, jitter, rows)
+    drawn, known = _drawn(views, jitter, rows), views
+    views, jitter, rows = views.to(x.device), jitter.to(x.device), sent(rows, x.device)
     places = straight(views, x.new_empty(0, *x.shape[1:], dtype=dtype))
     numbers = _Numbers(places, jitter, _kernels(views, dtype))
     out = x.new_empty(*x.shape[:2], views.size, views.size)
     for part in _chunks(out):
         of_part = {name: values[part] for name, values in drawn.items()}
         images = x.index_select(0, rows[part]).to(dtype)
-        _put(out, of_part["rows"], _view(images, partial(views.__getitem__, part), numbers.pick(part), of_part))
+        of_views = (partial(v.__getitem__, part) for v in (views, known))
+        _put(out, of_part["rows"], _view(images, *of_views, numbers.pick(part), of_part))
     return out
 
 
@@ -66,7 +68,7 @@ class _Numbers(NamedTuple):
 
 
 def _drawn(views: Views, jitter: Jitter, rows: Tensor) -> dict[str, list[int]]:
-    """Which images these are and what happens to each, in one transfer from the device."""
+    """Which images these are and what happens to each: known if it was drawn on the CPU, else a device is asked."""
     turned = (views.turn != 0) | (views.shear != 0)
     flags = {
         "rows": rows,
@@ -89,11 +91,17 @@ def _chunks(out: Tensor) -> Iterator[slice]:
     return (slice(i, i + n) for i in range(0, len(out), n))
 
 
-def _view(x: Tensor, views: Callable[[], Views], numbers: _Numbers, drawn: dict[str, list[int]]) -> Tensor:
+def _view(
+    x: Tensor,
+    views: Callable[[], Views],
+    known: Callable[[], Views],  # The same where they were drawn
+    numbers: _Numbers,
+    drawn: dict[str, list[int]],
+) -> Tensor:
     """The view of each image; `drawn` says for each step on which images it is to be done."""
-    images = x
+    images, shrunk = x, _true(drawn["shrunk"])
     x = sample_turned(x, views()) if any(drawn["turned"]) else sample_straight(x, numbers.places)
-    _where_drawn(x, drawn["shrunk"], lambda _, rows: sample_shrunk(images[rows], views()[rows]))
+    _where_drawn(x, drawn["shrunk"], lambda _, rows: sample_shrunk(images[rows], known()[shrunk]))
     if any(drawn["window"]):
         stretch_(x, views().window)
     jitter_(x, numbers.jitter, drawn["place"])
@@ -107,10 +115,14 @@ def _view(x: Tensor, views: Callable[[], Views], numbers: _Numbers, drawn: dict[
 
 def _where_drawn(x: Tensor, drawn: list[int], change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Replace the images where `drawn` is true by `change(images, rows)`."""
-    order = [i for i, yes in enumerate(drawn) if yes]
+    order = _true(drawn)
     if order:
-        rows = _placed(order, x.device)
+        rows = sent(torch.tensor(order), x.device)
         _put(x, order, change(x.index_select(0, rows), rows))
+
+
+def _true(drawn: list[int]) -> list[int]:
+    return [i for i, yes in enumerate(drawn) if yes]
 
 
 def _put(out: Tensor, rows: list[int], images: Tensor) -> None:
@@ -119,13 +131,7 @@ def _put(out: Tensor, rows: list[int], images: Tensor) -> None:
         for row, image in zip(rows, images):
             out[row].copy_(image)
     else:
-        out.index_copy_(0, _placed(rows, out.device), images.to(out.dtype))
-
-
-def _placed(rows: list[int], device: torch.device) -> Tensor:
-    """Numbers of images on the device. A GPU is not waited for."""
-    places = torch.tensor(rows)
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
+        out.index_copy_(0, sent(torch.tensor(rows), out.device), images.to(out.dtype))
 
 
 def random_view(
@@ -256,8 +262,9 @@ def apply_shifts(
     mirrored: Tensor,  # (B,) bool
 ) -> Tensor:  # (B, C, H, W)
     """out[r, c] = x[r + down, c + right], reflected at the borders; then mirrored where drawn."""
-    rows, columns = (_reflected(shifts[:, i].to(x.device), side) for i, side in enumerate(x.shape[-2:]))
-    columns = torch.where(mirrored.to(x.device)[:, None], columns.flip(1), columns)
+    shifts, mirrored = sent(shifts, x.device), sent(mirrored, x.device)
+    rows, columns = (_reflected(shifts[:, i], side) for i, side in enumerate(x.shape[-2:]))
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     return windows(x, rows[:, None, None], columns[:, None, None])[:, 0]
 
 

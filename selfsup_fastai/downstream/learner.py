@@ -57,6 +57,7 @@ from selfsup_fastai.metrics import Dice, OfAll
 from selfsup_fastai.optimizers import FusedAdam
 from selfsup_fastai.pictures import plot_rates
 from selfsup_fastai.plots import ShownFrame
+from selfsup_fastai.processes import check_single
 from selfsup_fastai.seeding import preserved_rng
 
 _FORMATS = {"lr_min": "{:.1e}".format, "lr_max": "{:.1e}".format, "parameters": "{:,}".format}
@@ -325,8 +326,10 @@ def downstream_learner(
     published weights. One line says so.
     What precision='auto' takes depends on how busy the machine is, and results differ by rounding: that is why it is
     not the default.
-    Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on.
+    Raises `DataError` for data that is no labeled `DataLoaders`, `TaskError` for labels that it cannot train on,
+    `SelfsupError` in one of several processes.
     """
+    check_single("Fine-tuning")
     ignored = ignored_value(loss_func)
     target = target_of(dls, n_out, ignored)
     metrics = default_metrics(target, ignored) if metrics is None else metrics

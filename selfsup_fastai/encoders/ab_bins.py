@@ -7,6 +7,8 @@ grid instead gives other sets (261 or 309 points).
 import torch
 from torch import Tensor
 
+from selfsup_fastai.transfer import sent
+
 STEP = 10  # of the grid
 _B_RANGES = {  # a: least and greatest b
     **{-90: (50, 90), -80: (20, 90), -70: (0, 90), -60: (-20, 90), -50: (-30, 100), -40: (-40, 100), -30: (-50, 100)},
@@ -27,7 +29,7 @@ def squared_distances(
     ab: Tensor,  # (B, 2, h, w), in units of Lab
 ) -> Tensor:  # (B, 313, h, w)
     """From each pixel's color to each center."""
-    a, b = ab_centers().to(ab).T[:, :, None, None]  # (313, 1, 1) each
+    a, b = sent(ab_centers(), ab.device).to(ab.dtype).T[:, :, None, None]  # (313, 1, 1) each
     return (ab[:, :1] - a) ** 2 + (ab[:, 1:] - b) ** 2
 
 

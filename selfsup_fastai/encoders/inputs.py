@@ -16,6 +16,8 @@ from fasttransform import Transform
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfsup_fastai.transfer import constant
+
 AB_REACH = 110.0
 """a and b lie within plus and minus this; the cells of Zhang et al. (2016) end here, too."""
 
@@ -40,7 +42,8 @@ def rgb_to_lab(
 ) -> Tensor:  # (B, 3, ...): L in 0..100, a and b within -108..98
     """sRGB to CIE Lab (D65)."""
     linear = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055).clamp(min=0) ** 2.4)
-    xyz = _mixed(linear, x.new_tensor(_RGB_TO_XYZ) / x.new_tensor(_WHITE)[:, None])
+    to_xyz, white = (constant(values, x.dtype, x.device) for values in (_RGB_TO_XYZ, _WHITE))
+    xyz = _mixed(linear, to_xyz / white[:, None])
     f = torch.where(xyz > _KNEE**3, xyz.clamp(min=_KNEE**3) ** (1 / 3), xyz / (3 * _KNEE**2) + 4 / 29)
     fx, fy, fz = f.unbind(1)
     return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
@@ -91,7 +94,7 @@ def sobel(
     """Sobel's filters on the mean of the channels: change to the right, change down. Beyond the border the image goes
     on as it ends (with black there, as zero padding has it, every border would be an edge).
     """
-    right = x.new_tensor(_SOBEL)
+    right = constant(_SOBEL, x.dtype, x.device)
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     return F.conv2d(grey, torch.stack([right, right.T]).unsqueeze(1))
 
@@ -111,7 +114,7 @@ def from_standardized(x: Tensor, mean: tuple[float, ...] | None, std: tuple[floa
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(-1, 1, 1)
+    return constant(tuple(values), like.dtype, like.device).view(-1, 1, 1)
 
 
 class ToInput(Transform):

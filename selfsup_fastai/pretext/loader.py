@@ -16,7 +16,7 @@ from selfsup_fastai.data.loader import IndexedDL, TensorIndex, without
 from selfsup_fastai.errors import DataError, TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.base import PretextTask
-from selfsup_fastai.seeding import part_seed
+from selfsup_fastai.seeding import Generator, part_seed
 
 
 class PretextTransform(Transform):
@@ -47,10 +47,10 @@ class PretextTransform(Transform):
             self.seed = part_seed(seed, part)
             self._common = torch.Generator().manual_seed(part_seed(seed, "common"))
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def generator(self, device: torch.device) -> Generator:
         """What the task draws from; made anew after `reseed`, and on another device."""
         if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
+            self._generator = Generator(device, self.seed)
         return self._generator
 
     def __call__(self, b, split_idx: int | None = None, **kwargs) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from selfsup_fastai.errors import TaskError, unknown
 from selfsup_fastai.metrics import OfSums, average
 from selfsup_fastai.pictures import figure_blocks
 from selfsup_fastai.pretext.base import PretextTask
-from selfsup_fastai.seeding import VALID_SEED
+from selfsup_fastai.seeding import VALID_SEED, host_of
 
 
 class SeveralTasks(PretextTask):
@@ -142,7 +142,7 @@ class SeveralTasks(PretextTask):
         widths = [task.n_known for task in self.tasks]
         learned = [None] * n if known is None else known.split(widths, 1)
         if train and not self._ask_all and generator.initial_seed() != VALID_SEED:  # else somebody only looks
-            draws = common or generator  # all processes are asked the same
+            draws = common or host_of(generator)  # all processes are asked the same
             asked = torch.randint(n, (1,), generator=draws, device=draws.device).item()
         inputs, targets = (), ()
         for i, task in enumerate(self.tasks):

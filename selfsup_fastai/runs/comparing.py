@@ -15,6 +15,7 @@ from selfsup_fastai.data.images import UnlabeledDataLoaders, auto_workers
 from selfsup_fastai.data.labeled import labeled_files, labeled_loaders
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.messages import say
+from selfsup_fastai.processes import check_single
 from selfsup_fastai.runs.folder import LEFT_OUT, check_out, joined, untested, write_left_out
 
 STATE = "comparison"  # Folder below `out` with encoders and runs, from which a stopped comparison goes on
@@ -37,6 +38,7 @@ def compare_folders(
     **asked,  # For `compare_pretexts`: tasks, budget, seeds, labels, arch, command
 ) -> tuple[Comparison, Path]:
     """Compares, and writes the page; returns both. Encoders and runs are kept in `out`: a stopped one can go on."""
+    check_single("Comparing tasks")
     folders, out = [folder] if labeled is None else [folder, labeled], Path(out)
     _check_out(out, folders, resume)
     data = dict(num_workers=num_workers, cache=cache, max_gb=max_gb)

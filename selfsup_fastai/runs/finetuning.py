@@ -21,6 +21,7 @@ from selfsup_fastai.errors import unknown
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw, grid_axes, save_picture
 from selfsup_fastai.plots import wilson
+from selfsup_fastai.processes import check_single
 from selfsup_fastai.runs.folder import LEFT_OUT, check_out, finished, joined, run_folder, untested, write_table
 
 
@@ -46,6 +47,7 @@ def finetune(
     precision: str | None = None,  # As in `downstream_learner`; settings.json says what was chosen
 ) -> DownstreamLearner:
     """Fine-tunes an encoder on a folder of classes and leaves a run folder; returns the learner."""
+    check_single("Fine-tuning")
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
     if schedule not in SCHEDULES:

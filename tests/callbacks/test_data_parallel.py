@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import Recorder
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
@@ -99,22 +103,79 @@ class Looks(Callback):
             self.learn.get_preds(dl=self.learn.dls.valid)  # by itself, and last: nothing puts right what it leaves
 
 
-def looked_aside(folder: Path) -> dict:
-    """Weights of a run in which both look at predictions after the first epoch, and of one without."""
+class FirstLooks(Callback):
+    """After the first epoch the first process looks at predictions, and the second one does not."""
+
+    def after_epoch(self):
+        if self.epoch == 0 and self.learn.fitting and is_first() and not hasattr(self, "looked"):
+            self.looked = True  # looks end epochs, too
+            self.learn.get_preds(dl=self.learn.dls.valid)
+
+
+def looked(folder: Path, who: str) -> dict:
+    """Weights of a run with a look after the first epoch, and of one without; where one looks, nobody records, and the
+    loss compares images of both."""
+    task, looks = {"both": ("rotation", Looks), "first": ("simclr", FirstLooks)}[who]
     found = {}
-    for name, cbs in (("looked", [Looks()]), ("plain", [])):
-        learn = learner("rotation", 4, opt_func=SGD, **EQUAL["rotation"])
+    for name, cbs in (("looked", [looks()]), ("plain", [])):
+        learn = learner(task, 4, opt_func=SGD, **EQUAL[task])
+        if who == "first":
+            learn.remove_cbs([ProgressCallback, Recorder])
         with learn.no_bar(), learn.no_logging():
             learn.fit(2, 1e-2, cbs=cbs)
         found |= {f"{name} {key}": value for key, value in learn.model.state_dict().items()}
     return found
 
 
-def test_a_look_in_the_middle_of_a_fit_keeps_the_models_equal(tmp_path):
-    first, second = of_two(__file__, "looked_aside", tmp_path)
+@pytest.mark.parametrize("who", ["both", "first"])
+def test_a_look_in_the_middle_of_a_fit_keeps_the_models_equal(tmp_path, who):
+    first, second = of_two(__file__, "looked", tmp_path, who)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         assert torch.equal(value, first[name.replace("looked", "plain")]), name
+
+
+class NoNumber(Callback):
+    """In the second process, between two steps, the loss is none."""
+
+    order = -20
+
+    def after_cancel_batch(self):
+        if not is_first() and self.learn.train_iter == 4:
+            self.learn.loss = torch.tensor(torch.nan)
+
+
+class Batches(Callback):
+    """Losses, as whoever may end the training sees them."""
+
+    order = -8  # after TerminateOnNaN
+
+    def before_fit(self):
+        self.losses = []
+
+    def after_batch(self):
+        if self.training:
+            self.losses.append(float(self.learn.loss))
+
+
+def accumulated(folder: Path) -> dict:
+    """Losses of two epochs in steps of two batches; and of a run that is ended in the second process."""
+    found = {}
+    for name, cbs in (("whole", []), ("ended", [NoNumber(), TerminateOnNaNCallback()])):
+        learn, seen = learner("rotation", 4, opt_func=SGD, **EQUAL["rotation"]), Batches()
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-2, cbs=[GradientAccumulation(8), seen, *cbs])
+        found |= {name: torch.tensor(seen.losses)}
+        found |= {f"{name} {key}": value for key, value in learn.model.state_dict().items()}
+    return found
+
+
+def test_a_loss_that_is_none_between_steps_ends_all_processes(tmp_path):
+    first, second = of_two(__file__, "accumulated", tmp_path)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert len(first["whole"]) == 8  # two epochs of four
+    assert torch.equal(first["ended"], first["whole"][: len(first["ended"])]) and 0 < len(first["ended"]) < 8
 
 
 TOGETHER = [*TASKS, "rotation+simclr", "jigsaw with a bank"]

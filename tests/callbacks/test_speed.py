@@ -116,3 +116,22 @@ def test_compiled_it_trains_alike_and_is_saved_copied_and_resumed(tmp_path):
     again = fitted(learner(arch=net, compile=True), 2, cbs=Resume(tmp_path / "state"))  # all was done already
     for one, other in zip(again.model.parameters(), compiled.model.parameters()):
         assert torch.equal(one, other)
+
+
+SMALL = {
+    "resnet10t": {"channels": (8, 8, 16, 16), "stem_width": 8},
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler gives hints about this machine
+@pytest.mark.parametrize("arch", SMALL)
+def test_compiled_and_checkpointed_it_trains_alike(arch):
+    torch.manual_seed(1)
+    net, states = create_encoder(arch, size=32, **SMALL[arch]), []
+    for on in (False, True):
+        learn = fitted(learner(arch=None, encoder=net, compile=on, checkpointing=on), 2)
+        states.append(learn.model.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+    assert any((states[0][f"encoder.{name}"] != value).any() for name, value in net.state_dict().items())

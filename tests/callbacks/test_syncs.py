@@ -1,12 +1,12 @@
 """No step waits for a number: what is known to, and why.
 
 On a CPU nothing waits, but the same operations are dispatched: a tensor's number asked for (`_local_scalar_dense`), and
-results whose size depends on values. `LossesAsNumbers` asks on the CPU alone, on purpose.
+results whose size depends on values. `LossesAsNumbers` asks on the CPU alone, on purpose. On a fake GPU (fake_gpu.py)
+what is drawn on the CPU for a batch of the GPU counts as known.
 """
 
 from collections import Counter
-from pathlib import Path
-from traceback import extract_stack
+from traceback import extract_stack, extract_tb
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import selfsup_fastai
 from selfsup_fastai.callbacks import syncs
 from selfsup_fastai.callbacks.log import LossesAsNumbers
 from selfsup_fastai.callbacks.syncs import SmoothLossThere
@@ -26,17 +26,18 @@ from selfsup_fastai.encoders.memories import Memory
 from selfsup_fastai.errors import DataError
 from selfsup_fastai.pretext import TASKS
 from selfsup_fastai.pretext.learner import pretext_learner
+from tests.fake_gpu import GPU, PACKAGE, FakeGenerator, fake_gpu, on_gpu
 
-PACKAGE = str(Path(selfsup_fastai.__file__).parent)
 KNOWN = {  # What else waits, function by function
-    "models_genesis": {"shuffled"},  # it shuffles the pixels of drawn images only, and half of them are not drawn
+    "models_genesis": {"shuffled"},  # it shuffles the pixels of drawn images only: on a GPU, too, drawn on the CPU
     "npid": {"settled"},  # Z is estimated in the first step
     "pirl": {"settled"},
     "swav": {"settled"},  # until the queue is full
-    "ijepa": {"numbers"},  # how many patches are seen is drawn where the images are
+    "ijepa": {"numbers"},  # how many patches are seen follows from what is drawn for all of them, on the GPU
     "nat": {"exchanged"},  # codes are dealt out by scipy
-    "rotation+simclr": {"make_batch"},  # which task is asked is drawn where the images are
+    "rotation+simclr": {"make_batch"},  # which task is asked is drawn on the CPU
 }
+ON_GPU = {name: found for name, found in KNOWN.items() if name not in ("models_genesis", "rotation+simclr")}
 ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten._unique2.default}
 SETTINGS = {"deep_cluster": {"clusters": 3}, "dino": {"prototypes": 16}}
 OTHER_DATA = {"dicom_tags", "slice_order", "micle"}  # they need scans, of patients
@@ -100,6 +101,46 @@ def test_no_step_waits_but_those_known_to(task):
     found = {name: n for name, n in watch.asked.found.items() if n}
     assert found.keys() == KNOWN.get(task, set())
     assert found.get("settled", 0) <= sum(isinstance(m, Memory) for m in learn.model.modules())  # each asked once
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "valid"])
+@pytest.mark.parametrize("task", [*(t for t in TASKS if t not in OTHER_DATA | SLOW), "rotation+simclr"])
+def test_on_a_gpu_questions_and_losses_wait_for_nothing(task, train):
+    """Nor do tensors of the CPU and of the GPU meet."""
+    learn = learner(task)
+    asked, n = learn.task, learn.dls.n_inp
+    with fake_gpu() as copies:
+        model = on_gpu(learn.model).train(train)
+        x, idx = torch.rand(6, 3, 48, 48, device=GPU), torch.arange(6, device=GPU)
+        made = asked.make_batch(x, generator=FakeGenerator(), train=train, idx=idx)
+        made = [t for part in made for t in part]
+        assert all(t.device == GPU for t in made)
+        try:
+            loss = learn.loss_func(model(*made[:n]), *made[n:])
+        except (DataDependentOutputException, DynamicOutputShapeException) as wait:
+            frames = [f for f in extract_tb(wait.__traceback__) if f.filename.startswith(PACKAGE)]
+            assert {frames[-1].name} == ON_GPU[task]
+        else:
+            assert task not in ON_GPU or not train
+            assert loss.device == GPU and loss.shape == ()
+    assert not +copies.found
+
+
+def test_the_fake_gpu_sees_what_waits():
+    with fake_gpu() as copies:
+        x = torch.rand(4, 3, device=GPU)
+        with pytest.raises(DataDependentOutputException):
+            float(x.sum())
+        with pytest.raises(DynamicOutputShapeException):
+            x[x > 0.5]
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.rand(4, 3)
+        assert torch.rand(3).tolist() and not copies.found
+        torch.arange(3).pin_memory().to(GPU, non_blocking=True)
+        assert not copies.found
+        torch.arange(3).to(GPU)
+        x[[0, 1]]
+    assert copies.found == {"torch": 2}
 
 
 def test_the_watch_sees_a_step_that_waits():

@@ -10,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from selfsup_fastai.callbacks.precision import Way
-from selfsup_fastai.compare import halving, planning
+from selfsup_fastai.compare import halving, planning, preparing
 from selfsup_fastai.compare.choosing import _folds, training_score
 from selfsup_fastai.compare.comparison import Comparison
+from selfsup_fastai.compare.facts import known_of
 from selfsup_fastai.compare.keeping import data_print
 from selfsup_fastai.compare.planning import (
     how_to,
@@ -221,6 +222,23 @@ def test_what_makes_a_long_race_shorter_is_what_most_of_it_is():
     assert "Most of it is fine-tuning" in tuning and "budget" not in tuning
     assert "fewer `seeds` (5 now), fewer or smaller `labels`, fewer `epochs`" in tuning
     assert "`tasks`" not in to_shorten(9000, 0, "budget", "steps", 1, 5)
+
+
+def test_the_plan_of_other_labels_is_another(monkeypatch, tmp_path, labeled):
+    """What was timed of pretraining stays; how long the curves take, and so the seeds, is found anew."""
+    monkeypatch.setattr(preparing, "how_to", lambda *args: {"precision": None, "channels_last": False})
+    monkeypatch.setattr(preparing, "add_speeds", lambda plan, *args: plan.update(speeds={"rotation": 9.0}, failed={}))
+    seconds = iter([1000.0, 10.0])
+    monkeypatch.setattr(preparing, "_curve_seconds", lambda *args: next(seconds))
+    monkeypatch.setattr(preparing, "seeds_for", lambda asked, a_seed, hurried: 3 if a_seed > 100 else 5)
+    asked, racing = preparing.Asked("resnet10t", None, 3, None, None, None), entrants(["rotation"])
+    few, file, found = stripes(tmp_path / "few", 6, 4), tmp_path / "plan.json", []
+    for images in (labeled, labeled, few, few):
+        known = known_of(images, [1.0], None, None, None, None)
+        plan = preparing._plan(None, racing, asked, known, [], file, "images") | {"grants": {}}
+        preparing._keep(plan, file)
+        found.append((plan["seeds"], plan["curves"]))
+    assert found == [(3, 3000.0), (3, 3000.0), (5, 50.0), (5, 50.0)]
 
 
 def test_a_stop_while_steps_are_timed_keeps_the_speeds(unlabeled, labeled, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -417,6 +418,25 @@ def test_what_may_go_better_another_time_is_tried_again(foreign, monkeypatch, co
     tried.clear()
     loaders(foreign)
     assert len(tried) == again
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfsup_fastai.data.fetching.FETCH_SECONDS", 0.5)
+    script = f"sleep 600 & echo $! >> {shlex.quote(str(tmp_path))}/{{name}}.pids; wait"
+    place = Fetched(f"sh -c {shlex.quote(script)} - {{path}}", tmp_path / "local", ["shard-000001.tar"], 10**9)
+    with pytest.raises(OSError, match="could not be fetched"):
+        place.file("shard-000001.tar")
+    children = (tmp_path / "shard-000001.tar.pids").read_text().split()
+    assert len(children) == 3  # attempts
+    assert not any(is_running(int(child)) for child in children)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_command_goes_past_no_shell():

@@ -16,6 +16,7 @@ from selfsup_fastai.encoders.frozen import as_it_stands
 from selfsup_fastai.metrics import average, explained
 from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import RestoringTask
+from selfsup_fastai.transfer import constant
 
 REGIONS = ("irregular", "blocks", "center")
 RIM_WEIGHT = 10.0
@@ -95,7 +96,7 @@ class Inpainting(RestoringTask):
         if train:
             x = shift_flip_by_share(x, generator, self.shift, self.flip)
         hole = self.holes(len(x), *x.shape[-2:], Draw(generator))
-        cut = torch.where(hole, x.new_tensor(self.fill).view(1, -1, 1, 1), x)
+        cut = torch.where(hole, constant(self.fill, x.dtype, x.device).view(1, -1, 1, 1), x)
         return ((cut, x) if self.adversarial else (cut,)), (x, hole.to(x.dtype))
 
     def holes(self, b: int, h: int, w: int, draw: Draw) -> Tensor:

@@ -8,6 +8,8 @@ from selfsup_fastai.data.draws import Draw
 from selfsup_fastai.data.patches import boxes_mask
 from selfsup_fastai.encoders.decoders import PerPixel
 from selfsup_fastai.pretext.base import RestoringTask, per_image
+from selfsup_fastai.seeding import host_of
+from selfsup_fastai.transfer import constant, sent
 
 CURVE_POINTS = 1000
 ENTRIES = 4_000_000  # numbers of one part of `shuffled`: about 100 MB
@@ -73,7 +75,7 @@ class ModelsGenesis(RestoringTask):
         if self.flip:
             x = flipped(x, draw)
         b = len(x)
-        bent = shuffled(x, draw.chance(b, self.shuffle), generator)
+        bent = shuffled(x, Draw(host_of(generator)).chance(b, self.shuffle), generator)
         bent = curved(bent, draw.chance(b, self.curve), draw)
         return (noised(bent, draw.chance(b, self.paint), draw.chance(b, self.outward), draw),), (x,)
 
@@ -101,8 +103,9 @@ def window_count(height: int, width: int) -> int:
 
 
 def shuffled(x: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Local pixel shuffling of the chosen images (B,): in many small windows all pixels change places."""
-    rows = chosen.nonzero()[:, 0]
+    """Local pixel shuffling of the chosen images (B,), drawn on the CPU: in many small windows all pixels change
+    places."""
+    rows = sent(chosen.nonzero()[:, 0], x.device)
     h, w = x.shape[-2:]
     part = max(1, ENTRIES // (window_count(h, w) * (h // 10) * (w // 10)))
     out = x.clone()
@@ -183,7 +186,7 @@ def boxes(
     first: float,  # Probability of the first box; each of up to four more has 0.95, if all before it came
 ) -> Tensor:
     """Whether a pixel lies in one of an image's boxes, (b, 1, h, w); boxes keep 3 of 64 pixels from the border."""
-    chances = torch.tensor([first] + [NEXT_BOX] * (BOXES - 1), device=draw.generator.device)
+    chances = constant((first,) + (NEXT_BOX,) * (BOXES - 1), torch.float32, draw.generator.device)
     there = (draw.uniform((b, BOXES)) < chances).cumprod(1).bool()
     margin = max(1, round(min(h, w) * 3 / 64))
     starts, lengths = [], []

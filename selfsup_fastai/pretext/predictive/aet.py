@@ -12,6 +12,7 @@ from selfsup_fastai.encoders.heads import linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, per_image
+from selfsup_fastai.transfer import constant
 
 GRAY = 128 / 255  # What lies beyond the image
 FAR = 5.0  # Further away nobody looks, in half sides from the center
@@ -100,16 +101,17 @@ class AET(PretextTask):
         """The parameters of `n` random maps, as the network is to name them: (n, 6) or (n, 8)."""
         if self.transform == "projective":
             maps = projective_maps(n, generator).flatten(1)[:, :8]
-            return maps / maps.new_tensor(DEVIATIONS)
+            return maps / constant(DEVIATIONS, maps.dtype, maps.device)
         share = 2 * torch.rand(n, 5, generator=generator, device=generator.device) - 1
-        share = share * share.new_tensor([r > 0 for r in (self.turn, self.shift, self.shift, self.scale, self.shear)])
+        used = tuple(r > 0 for r in (self.turn, self.shift, self.shift, self.scale, self.shear))
+        share = share * constant(used, share.dtype, share.device)
         turn = share[:, 0] * math.radians(self.turn)
         return torch.cat([turn.cos()[:, None], turn.sin()[:, None], share[:, 1:]], 1)
 
     def matrix(self, parameters: Tensor) -> Tensor:
         """Parameters (B, 6 or 8) -> maps (B, 3, 3) from places in the warped copy to places in the image, in -1..1."""
         if self.transform == "projective":
-            free = parameters * parameters.new_tensor(DEVIATIONS)
+            free = parameters * constant(DEVIATIONS, parameters.dtype, parameters.device)
             return torch.cat([free, torch.ones_like(free[:, :1])], 1).unflatten(1, (3, 3))
         cos, sin, across, down, scale, shear = parameters.unbind(1)
         shear = shear * math.radians(self.shear)
@@ -118,7 +120,7 @@ class AET(PretextTask):
         linear = torch.stack([slanted_cos, slanted_sin, -sin, cos], 1).unflatten(1, (2, 2))
         linear = linear / ((1 + self.scale * scale) * shear.cos())[:, None, None]
         moved = 2 * self.shift * torch.stack([across, down], 1)[..., None]
-        last = parameters.new_tensor([0.0, 0.0, 1.0]).expand(len(parameters), 1, 3)
+        last = constant((0.0, 0.0, 1.0), parameters.dtype, parameters.device).expand(len(parameters), 1, 3)
         return torch.cat([torch.cat([linear, -linear @ moved], 2), last], 1)
 
     # --- the answer ---------------------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def projective_maps(n: int, generator: torch.Generator) -> Tensor:
     scale = 0.8 + 0.4 * torch.rand(n, 1, 1, generator=generator, device=device)
     quarters = torch.randint(4, (n, 1), generator=generator, device=device)
     moved = (2 * torch.rand(n, 4, 2, generator=generator, device=device) - 1) / 4
-    corners = torch.tensor(CORNERS, device=device)
+    corners = constant(CORNERS, torch.float32, device)
     turned = corners[(torch.arange(4, device=device) + quarters) % 4]
     return homographies(scale * turned + moved, corners.expand(n, 4, 2))
 

@@ -17,6 +17,7 @@ from selfsup_fastai.encoders.heads import Classifier, linear_head
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask, class_loss
+from selfsup_fastai.transfer import constant, sent
 
 
 def seed_found(pred, target, seed=None):
@@ -125,7 +126,7 @@ class Exemplar(PretextTask):
 
     def make_batch(self, x, *, generator, train, idx=None):
         if self.valid_seeds is not None and not train:
-            idx = self.valid_seeds.to(idx.device)[idx % len(self.valid_seeds)]  # there may be more images to predict
+            idx = sent(self.valid_seeds, idx.device)[idx % len(self.valid_seeds)]  # there may be more images to predict
         elif self.n_classes is not None:
             idx = idx % self.n_classes  # without a validation set these may be new images, too
         size = max(8, round(self.patch * min(x.shape[-2:])))
@@ -156,7 +157,7 @@ class Exemplar(PretextTask):
     def draw(self, n: int, generator: torch.Generator) -> "Variants":
         """Everything that is random in `n` variants; powers and factors uniform in their logarithm."""
         u = torch.rand(n, 14, generator=generator, device=generator.device) * 2 - 1
-        bend = u.new_tensor([self.power, self.factor])
+        bend = constant((self.power, self.factor), u.dtype, u.device)
         saturation, value = (
             torch.cat([bend ** u[:, i : i + 2], self.offset * u[:, i + 2 : i + 3]], 1) for i in (7, 10)
         )

@@ -16,6 +16,7 @@ from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.messages import say
 from selfsup_fastai.pictures import draw_rows, mosaic
 from selfsup_fastai.pretext.base import PretextTask, class_loss
+from selfsup_fastai.transfer import sent
 
 TAKEN = 2**30  # More tiles than any order can have in common with all others
 MANY = 2000  # Orders whose choice takes long enough to be announced
@@ -119,7 +120,7 @@ class Jigsaw(PretextTask):
         target = torch.randint(self.n_permutations, (len(x),), generator=generator, device=x.device)
         tiles = self.cut(some_grey(x, self.grey, generator), generator)
         tiles = without_fringes(tiles, self.color, generator)
-        order = self.permutations.to(x.device)[target]  # (B, 9)
+        order = sent(self.permutations, x.device)[target]  # (B, 9)
         tiles = tiles[torch.arange(len(x), device=x.device).unsqueeze(1), order]
         return (_standardized(tiles) if self.standardize else tiles,), (target,)
 

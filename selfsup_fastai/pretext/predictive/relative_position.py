@@ -13,6 +13,7 @@ from selfsup_fastai.data.patches import windows
 from selfsup_fastai.encoders.crops import check_takes_parts
 from selfsup_fastai.pictures import draw, grid_axes, side_by_side
 from selfsup_fastai.pretext.base import PretextTask, class_loss
+from selfsup_fastai.transfer import constant, sent
 
 STEPS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))  # rows down, columns right
 NAMES = ("above left", "above", "above right", "left", "right", "below left", "below", "below right")
@@ -23,6 +24,7 @@ QUESTIONS = tuple(  # (first patch, second patch, answer): the second lies STEPS
     for answer, (down, right) in enumerate(STEPS)
     if 0 <= row + down < 3 and 0 <= col + right < 3
 )
+FIRST, SECOND, ANSWERS = zip(*QUESTIONS)
 MIN_PATCH = 8  # Pixels
 MIN_DEVIATION = 0.01  # Flatter patches stay flat instead of turning into noise
 
@@ -111,7 +113,7 @@ class RelativePosition(PretextTask):
         if self.shrink:
             patches = self.blurred(patches, generator)
         patches = without_fringes(patches, self.color, generator)
-        answers = torch.tensor([answer for *_, answer in QUESTIONS], device=x.device)
+        answers = constant(ANSWERS, torch.long, x.device)
         return (_standardized(patches) if self.standardize else patches,), (answers.expand(len(x), -1),)
 
     def cut(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,7 +140,7 @@ class RelativePosition(PretextTask):
         drawn, area = torch.rand(2, *patches.shape[:2], generator=generator, device=patches.device)
         left = (smallest**2 + area * (largest**2 - smallest**2)).sqrt().long().clamp(min=2)
         left = torch.where(drawn < self.shrink, left, size)
-        matrix = shrunken(size).to(patches)[left].unsqueeze(2)  # (B, 9, 1, p, p)
+        matrix = sent(shrunken(size), patches.device).to(patches.dtype)[left].unsqueeze(2)  # (B, 9, 1, p, p)
         return matrix @ patches @ matrix.mT
 
     def model(self, encoder):
@@ -197,7 +199,7 @@ class PairNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.patch(self.encoder(x.flatten(0, 1))).unflatten(0, x.shape[:2])  # (B, 9, d)
-        first, second = ([question[i] for question in QUESTIONS] for i in (0, 1))
+        first, second = (constant(patches, torch.long, x.device) for patches in (FIRST, SECOND))
         pairs = torch.cat([features[:, first], features[:, second]], -1)  # (B, 40, 2d)
         return self.pair(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
 

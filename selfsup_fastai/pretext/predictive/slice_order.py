@@ -17,6 +17,7 @@ from selfsup_fastai.metrics import OfSums, share
 from selfsup_fastai.pictures import draw_rows
 from selfsup_fastai.pretext.base import PretextTask
 from selfsup_fastai.pretext.facts import need_facts, numbers, texts
+from selfsup_fastai.transfer import constant
 
 UNKNOWN = -1  # In targets
 ORDERS = ((1, 0, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0), (0, 1, 2), (2, 1, 0))  # 0 before, 1 the slice, 2 after
@@ -185,7 +186,7 @@ class SliceOrder(PretextTask):
         right = torch.rand(len(x), generator=generator, device=x.device) < 0.5
         which = torch.rand(len(x), generator=generator, device=x.device)
         which = torch.where(right, IN_ORDER + (2 * which).long(), (IN_ORDER * which).long())
-        shuffled = torch.tensor(ORDERS, device=x.device)[which]  # (B, 3)
+        shuffled = constant(ORDERS, torch.long, x.device)[which]  # (B, 3)
         row = torch.arange(len(x), device=x.device).unsqueeze(1)
         answers = torch.where(known[:, 3] == 1, right.long(), UNKNOWN), places[row, shuffled]
         return (slices[row, shuffled],), {"both": answers, "order": answers[:1]}[self.ask]
