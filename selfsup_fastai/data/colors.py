@@ -182,7 +182,7 @@ def without_fringes(
     if patches.shape[2] == 1 or how == "keep":
         return patches
     if how == "project":
-        axis = patches.new_tensor([-1, 2, -1]).view(3, 1, 1) / 6**0.5
+        axis = constant((-1, 2, -1), patches.dtype, patches.device).view(3, 1, 1) / 6**0.5
         return patches - axis * (patches * axis).sum(2, keepdim=True)
     kept = torch.randint(3, patches.shape[:2], generator=generator, device=patches.device)
     noise = torch.rand(patches.shape, generator=generator, device=patches.device, dtype=patches.dtype)

@@ -28,6 +28,7 @@ from selfsup_fastai.encoders.split import CHANNELS as HALVES
 from selfsup_fastai.encoders.split import SplitBody, pooled
 from selfsup_fastai.errors import SelfsupError, TaskError, unknown
 from selfsup_fastai.messages import say
+from selfsup_fastai.transfer import constant
 
 PUBLISHED = "published weights"  # What the lineage calls the round before ours
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
@@ -186,7 +187,7 @@ class Encoder(nn.Module):
         if x.shape[1] == 1:
             return x.expand(-1, self.image_channels, -1, -1)
         if x.shape[1] == 3 and self.image_channels == 1:
-            return (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            return (x * constant(LUMA, x.dtype, x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
         raise TaskError(
             f"Images of {x.shape[1]} channels cannot be turned into the {self.image_channels} that this encoder "
             f"takes. Choose channels first, or make an encoder with n_in={x.shape[1]}."

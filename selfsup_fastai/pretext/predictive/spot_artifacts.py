@@ -15,9 +15,11 @@ from selfsup_fastai.data.views import random_view
 from selfsup_fastai.encoders.decoders import group_norm
 from selfsup_fastai.encoders.encoder import Encoder
 from selfsup_fastai.encoders.frozen import TrainedFirst, as_it_stands
+from selfsup_fastai.encoders.inputs import standardized
 from selfsup_fastai.metrics import share
 from selfsup_fastai.pictures import draw_rows, see_through
 from selfsup_fastai.pretext.base import PretextTask, per_image
+from selfsup_fastai.transfer import constant
 
 CELL = 16  # Pixels a side of what one place of the autoencoder's code stands for: four convolutions of stride 2
 LEAK = 0.1  # Slope of the leaky ReLUs below 0, as in the authors' code
@@ -36,7 +38,7 @@ def cells_told(pred: Tensor, genuine: Tensor) -> tuple[Tensor, Tensor]:
 
 def spotted(pred: Tensor, genuine: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures (a decoded and a repaired one of each image) that are rightly called real or repaired, and all."""
-    right = (pred[:, :, REAL, 0, 0] > 0) == pred.new_tensor([True, False], dtype=torch.bool)
+    right = (pred[:, :, REAL, 0, 0] > 0) == constant((True, False), torch.bool, pred.device)
     return right.sum(), torch.tensor(right.numel())
 
 
@@ -156,7 +158,7 @@ class SpotArtifacts(PretextTask):
         return SpotNet(encoder, self.width)
 
     def loss(self, pred, kept, reduction="mean"):
-        pred, is_real = pred.float(), pred.new_tensor([1.0, 0.0], dtype=torch.float32).expand(len(pred), 2)
+        pred, is_real = pred.float(), constant((1.0, 0.0), torch.float32, pred.device).expand(len(pred), 2)
         verdict = _cross_entropy(pred[:, :, REAL, 0, 0], is_real).mean(1)
         everywhere = F.interpolate(kept, scale_factor=CELL)  # (B, 2, S, S)
         where = _cross_entropy(pred[:, :, KEPT], everywhere).mean((1, 2, 3))
@@ -276,15 +278,10 @@ class Judge(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         b, size = pictures.shape[:2], pictures.shape[-2:]
-        x = self.encoder.feature_map(self._standardized(pictures.flatten(0, 1)))
+        x = standardized(pictures.flatten(0, 1), self.encoder.mean, self.encoder.std)
+        x = self.encoder.feature_map(x)
         where = F.interpolate(self.kept(x), size, mode="nearest-exact")
         return self.real(x.mean((2, 3))).view(*b, 1, 1), where.view(*b, *size)
-
-    def _standardized(self, x: Tensor) -> Tensor:
-        if self.encoder.mean is None:
-            return x
-        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.encoder.mean, self.encoder.std))
-        return (x - mean) / std
 
 
 def dropped(

@@ -1,0 +1,49 @@
+"""transfer.py: constants are made once, and none of a trace or without gradients is kept."""
+
+import torch
+
+from selfsup_fastai.transfer import constant, sent
+from tests.fake_gpu import GPU, fake_gpu
+
+CPU = torch.device("cpu")
+
+
+def test_a_constant_is_made_once():
+    nested = ((1.0, 2.0), (3.0, 4.0))
+    assert constant(nested, torch.float32, CPU) is constant(nested, torch.float32, CPU)
+    assert constant(nested, torch.float64, CPU).tolist() == [[1, 2], [3, 4]]
+    assert constant((1,), torch.long, CPU).dtype == torch.int64
+
+
+def test_what_is_made_in_inference_mode_is_not_kept():
+    with torch.inference_mode():
+        assert constant((5.0, 6.5), torch.float32, CPU).is_inference()
+    weight = torch.ones(2, requires_grad=True)
+    (weight * constant((5.0, 6.5), torch.float32, CPU)).sum().backward()
+    assert weight.grad.tolist() == [5, 6.5]
+
+
+def test_what_is_made_in_a_trace_is_not_kept():
+    with fake_gpu():
+        assert constant((7.0, 8.5), torch.float32, GPU).device == GPU
+    with torch._subclasses.FakeTensorMode():
+        constant((7.0, 8.5), torch.float32, CPU)
+    assert constant((7.0, 8.5), torch.float32, CPU).tolist() == [7, 8.5]
+
+
+def test_exported_programs_hold_constants_that_were_used_before():
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            return x * constant((2.0, 3.0), x.dtype, x.device)
+
+    constant((2.0, 3.0), torch.float32, CPU)
+    program = torch.export.export(Scaled(), (torch.ones(4, 2),))
+    assert program.module()(torch.ones(4, 2))[0].tolist() == [2, 3]
+    assert constant((2.0, 3.0), torch.float32, CPU).tolist() == [2, 3]
+
+
+def test_tensors_are_sent_to_where_they_are_asked_for():
+    x = torch.arange(6).view(2, 3).T
+    assert sent(x, "cpu") is x
+    with fake_gpu() as copies:
+        assert sent(x, GPU).device == GPU and not copies.found
