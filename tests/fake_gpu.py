@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from traceback import extract_stack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +20,7 @@ import selfsup_fastai
 
 PACKAGE = selfsup_fastai.__path__[0]
 GPU = torch.device("cuda", 0)
+DECOMPOSITIONS = "aten::_linalg_check_errors", "aten::_linalg_eigh", "aten::linalg_eig", "aten::_linalg_svd"
 
 
 class FakeGenerator(torch.Generator):
@@ -33,8 +34,12 @@ class FakeGenerator(torch.Generator):
         return GPU
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies to the GPU that the host waits for, by the innermost function of this package."""
+class Waits(TorchDispatchMode):
+    """Counts what a program waits for, besides the values that it asks for, by the innermost function of this package.
+
+    Those are copies to the GPU from memory that is not pinned, copies from the GPU, tensors indexed by others of the
+    CPU or by masks, and decompositions.
+    """
 
     def __init__(self):
         super().__init__()
@@ -42,27 +47,27 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._pin_memory.default:
+        aten = torch.ops.aten
+        if func is aten._pin_memory.default:
             return args[0]
         here = torch.device(kwargs.get("device") or "cpu").type == "cpu"
         if here and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             with unset_fake_temporarily():  # on the CPU tensors have values
                 return func(*args, **kwargs)
-        if func is torch.ops.aten._to_copy.default:
-            self._note(args[0], kwargs.get("device"), kwargs.get("non_blocking", False))
-        if func is torch.ops.aten.copy_.default:
-            self._note(args[1], args[0].device, any(args[2:]))
-        if func is torch.ops.aten.index.Tensor:
+        if func is aten._to_copy.default and kwargs.get("device") is not None and not kwargs.get("non_blocking"):
+            self._note(args[0].device.type != torch.device(kwargs["device"]).type)
+        if func is aten.copy_.default and args[1].ndim and not any(args[2:]):  # a single number goes with the call
+            self._note(args[0].device.type != args[1].device.type)
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             for index in args[1]:
-                self._note(index, args[0].device, False)
+                self._note(index is not None and (index.device.type == "cpu" or index.dtype == torch.bool))
+        if func.name().startswith(DECOMPOSITIONS):
+            self._note()
         return func(*args, **kwargs)
 
-    def _note(self, source, to, non_blocking: bool) -> None:
-        if not isinstance(source, Tensor) or source.device.type != "cpu" or not source.ndim:
-            return  # a single number goes with the call
-        if to is not None and torch.device(to).type == "cuda" and not non_blocking:
-            where = innermost()
-            self.found[where] += where != "constant"  # once a device: what is fake is not kept
+    def _note(self, waits: bool = True) -> None:
+        where = innermost()
+        self.found[where] += waits and where != "constant"  # once a device: what is fake is not kept
 
 
 def innermost() -> str:
@@ -72,11 +77,11 @@ def innermost() -> str:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Copies]:
+def fake_gpu() -> Iterator[Waits]:
     """Inside, `on_gpu` works."""
-    copies = Copies()
-    with FakeTensorMode(allow_non_fake_inputs=True), copies:
-        yield copies
+    waits = Waits()
+    with FakeTensorMode(allow_non_fake_inputs=True), waits:
+        yield waits
 
 
 def on_gpu(module: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """transfer.py: constants are made once, and none of a trace or without gradients is kept."""
 
+import pytest
 import torch
 
 from selfsup_fastai.transfer import constant, sent
@@ -45,5 +46,27 @@ def test_exported_programs_hold_constants_that_were_used_before():
 def test_tensors_are_sent_to_where_they_are_asked_for():
     x = torch.arange(6).view(2, 3).T
     assert sent(x, "cpu") is x
-    with fake_gpu() as copies:
-        assert sent(x, GPU).device == GPU and not copies.found
+    with fake_gpu() as waits:
+        assert sent(x, GPU).device == GPU and not +waits.found
+
+
+def test_what_torch_func_makes_is_not_kept():
+    def double(x):
+        return (x * constant((9.0, 10.5), x.dtype, x.device)).sum()
+
+    assert torch.func.grad(double)(torch.ones(2)).tolist() == [9, 10.5]
+    torch.func.functionalize(double)(torch.ones(2))
+    kept = constant((9.0, 10.5), torch.float32, CPU)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kept) and not torch._is_functional_tensor(kept)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer: it keeps constants
+def test_it_is_compiled_and_traced_in_one_piece():
+    def scaled(x):
+        return x * constant((11.0, 12.5), x.dtype, x.device)
+
+    for _ in range(2):  # with nothing kept, and after use
+        torch._dynamo.reset()
+        assert torch.compile(scaled, backend="eager", fullgraph=True)(torch.ones(2)).tolist() == [11, 12.5]
+        assert torch.jit.trace(scaled, torch.ones(2))(torch.ones(2)).tolist() == [11, 12.5]
+        assert scaled(torch.ones(2)).tolist() == [11, 12.5]

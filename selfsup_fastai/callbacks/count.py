@@ -1,10 +1,11 @@
 """What training cost and where it ended, kept on the learner for the card of its encoder."""
 
+from selfsup_fastai.callbacks.aside import Steady
 from selfsup_fastai.callbacks.log import OnlyInFit
 from selfsup_fastai.processes import n_processes
 
 
-class CountImages(OnlyInFit):
+class CountImages(Steady, OnlyInFit):
     """Keeps on the learner `epochs_done`, `images_seen` (through the encoder) and `last_values` over all its fits.
 
     Images are those of all processes. `last_values` are the losses and metrics of the last epoch, which the Recorder
@@ -20,7 +21,11 @@ class CountImages(OnlyInFit):
     ):
         self.passes = passes
 
-    def before_epoch(self):
+    def before_fit(self):
+        super().before_fit()
+        self.trained = False  # a step since the last epoch that was counted
+
+    def before_train(self):
         self.trained = False
 
     def after_batch(self):
@@ -29,8 +34,8 @@ class CountImages(OnlyInFit):
             self.learn.images_seen += len(self.xb[0]) * self.passes * n_processes()
 
     def after_epoch(self):
-        recorder = getattr(self.learn, "recorder", None)
-        trained = recorder.losses if recorder else self.trained  # `validate()` ends with this event too, without a step
-        self.learn.epochs_done += bool(trained)
-        if trained and recorder:
-            self.learn.last_values = dict(zip(recorder.metric_names[1:], self.learn.final_record))
+        if self.trained:  # `validate()` ends with this event too, but without a step taken
+            self.trained, recorder = False, getattr(self.learn, "recorder", None)
+            self.learn.epochs_done += 1
+            if recorder:
+                self.learn.last_values = dict(zip(recorder.metric_names[1:], self.learn.final_record))

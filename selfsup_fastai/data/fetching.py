@@ -1,9 +1,9 @@
 """Where shards lie: in a folder, or elsewhere, from where they are brought to one as they are needed."""
 
+import glob
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from selfsup_fastai.errors import DataError
 Fetch = str | Callable[[str, Path], object]
 """A command with {name} and {path} in it, or a function of both: it brings the shard of that name to that path."""
 
-FETCH_SECONDS = 1800.0  # a command may take for a shard: then it hangs, and is ended
+FETCH_SECONDS = 1200.0  # a command may take for a shard: then it hangs. Less than processes wait for each other
 _PAUSES = (0, 1, 4)  # seconds before each attempt
 _FAILED_SECONDS = 600.0  # until a shard that could not be had is tried again
 
@@ -77,9 +77,10 @@ class Fetched:
         if not _is_there(file, n_bytes):
             if time.monotonic() - self.failed.get(name, -_FAILED_SECONDS) < _FAILED_SECONDS:
                 raise OSError("the shard could not be fetched a while ago")
+            began = time.time()
             with FileLock(self._beside(file, "lock")):
                 if not _is_there(file, n_bytes):
-                    self._bring(name, file, n_bytes)
+                    self._bring(name, file, n_bytes, began)
         with suppress(OSError):  # another process has just removed it: whoever opens it sees
             os.utime(file)  # in use now
         return file
@@ -91,29 +92,45 @@ class Fetched:
     def _beside(self, file: Path, kind: str) -> Path:
         return self.folder / f".{file.name}.{kind}"
 
-    def _bring(self, name: str, file: Path, n_bytes: int | None) -> None:
-        part = self._beside(file, "part")
+    def _bring(self, name: str, file: Path, n_bytes: int | None, began: float) -> None:
+        """`began`: when this process began to wait for its turn; what another one tried since is not tried again."""
+        in_vain = self._beside(file, "failed")
         try:
-            for pause in _PAUSES:
-                time.sleep(pause)
-                if self._attempt(name, part) and _is_there(part, n_bytes):
-                    os.replace(part, file)
-                    self._make_room(file)
-                    return
-        finally:
-            part.unlink(missing_ok=True)
+            if not (in_vain.exists() and in_vain.stat().st_mtime >= began):
+                for pause in _PAUSES:
+                    time.sleep(pause)
+                    if self._attempt(name, file, n_bytes):
+                        self._make_room(file)
+                        return
+                in_vain.touch()
+        except subprocess.TimeoutExpired:
+            in_vain.touch()  # once is enough
         self.failed[name] = time.monotonic()
         raise OSError("the shard could not be fetched")
 
-    def _attempt(self, name: str, part: Path) -> bool:
-        """Whether it went well."""
+    def _attempt(self, name: str, file: Path, n_bytes: int | None) -> bool:
+        """Whether it went well. Raises `TimeoutExpired` where a command has hung, and ended it."""
+        for left in self.folder.glob(f".{glob.escape(file.name)}.*.part"):  # by one that was killed: it may write on
+            left.unlink(missing_ok=True)
+        part = self._beside(file, f"{os.getpid()}-{time.monotonic_ns()}.part")
+        try:
+            if self._run(name, part) and _is_there(part, n_bytes):
+                os.replace(part, file)
+                return True
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _run(self, name: str, part: Path) -> bool:
         if callable(self.fetch):
             with suppress(Exception):  # whatever a user's function raises: the run goes on without this shard
                 self.fetch(name, part)
                 return True
             return False
+        nothing = subprocess.DEVNULL
+        streams = {"stdin": nothing, "stdout": nothing, "stderr": nothing}
         with suppress(OSError):  # it does not start
-            return _ran_well(command(self.fetch, name, part))
+            return subprocess.run(command(self.fetch, name, part), timeout=FETCH_SECONDS, **streams).returncode == 0
         return False
 
     def _make_room(self, fresh: Path) -> None:
@@ -129,20 +146,6 @@ class Fetched:
                 with suppress(OSError):  # Windows: while it is read it stays
                     file.unlink(missing_ok=True)
                     total -= size
-
-
-def _ran_well(words: list[str]) -> bool:
-    """Whether a command ended by itself, with 0. When its time is over it is killed with all that it started."""
-    nothing = subprocess.DEVNULL
-    process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
-    try:
-        return process.wait(FETCH_SECONDS) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:  # Ctrl-C does not reach it, either
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()  # Windows
-            process.wait()
 
 
 def _is_there(file: Path, n_bytes: int | None) -> bool:

@@ -104,12 +104,13 @@ class Looks(Callback):
 
 
 class FirstLooks(Callback):
-    """After the first epoch the first process looks at predictions, and the second one does not."""
+    """After the first epoch the first process looks at predictions and at a batch, and the second one does not."""
 
     def after_epoch(self):
         if self.epoch == 0 and self.learn.fitting and is_first() and not hasattr(self, "looked"):
             self.looked = True  # looks end epochs, too
             self.learn.get_preds(dl=self.learn.dls.valid)
+            self.learn.dls.train.one_batch()
 
 
 def looked(folder: Path, who: str) -> dict:
@@ -132,7 +133,8 @@ def test_a_look_in_the_middle_of_a_fit_keeps_the_models_equal(tmp_path, who):
     first, second = of_two(__file__, "looked", tmp_path, who)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-        assert torch.equal(value, first[name.replace("looked", "plain")]), name
+        if who == "both":  # a look at a training batch draws
+            assert torch.equal(value, first[name.replace("looked", "plain")]), name
 
 
 class NoNumber(Callback):

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from selfsup_fastai.errors import DataError
 from selfsup_fastai.pretext.learner import pretext_learner
 from tests.conftest import write_images
 from tests.dicoms import slices
+from tests.two_processes import of_two, run
 
 SECRET = "ZQXSECRET"
 SMALL = dict(size=32, bs=9, num_workers=0)  # no batch is dropped: 54 of 60 images are trained on
@@ -420,23 +420,47 @@ def test_what_may_go_better_another_time_is_tried_again(foreign, monkeypatch, co
     assert len(tried) == again
 
 
-def test_a_command_that_hangs_is_ended_with_all_that_it_started(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfsup_fastai.data.fetching.FETCH_SECONDS", 0.5)
-    script = f"sleep 600 & echo $! >> {shlex.quote(str(tmp_path))}/{{name}}.pids; wait"
-    place = Fetched(f"sh -c {shlex.quote(script)} - {{path}}", tmp_path / "local", ["shard-000001.tar"], 10**9)
-    with pytest.raises(OSError, match="could not be fetched"):
-        place.file("shard-000001.tar")
-    children = (tmp_path / "shard-000001.tar.pids").read_text().split()
-    assert len(children) == 3  # attempts
-    assert not any(is_running(int(child)) for child in children)
+def test_a_command_that_hangs_is_ended_and_others_do_not_wait_for_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("selfsup_fastai.data.fetching.FETCH_SECONDS", 2.0)
+    hangs = f"sh -c 'echo $$ >> {tmp_path}/{{name}}.pids; exec sleep 600' {{path}}"
+
+    def fetch(_: int) -> str:  # as another process would: what it knows of failures is its own
+        with pytest.raises(OSError, match="could not be fetched"):
+            Fetched(hangs, tmp_path / "local", ["0.tar"], 10**9).file("0.tar")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(fetch, range(3)))
+    started = (tmp_path / "0.tar.pids").read_text().split()
+    assert len(started) == 1 and not is_running(int(started[0]))
+    fetch(0)  # one that comes later tries again
+    assert len((tmp_path / "0.tar.pids").read_text().split()) == 2
+    assert not list((tmp_path / "local").glob(".*.part"))
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
+    """Whether there is such a process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    return True
+
+
+def test_what_a_killed_run_still_fetches_does_not_mix_with_what_is_fetched(shards, tmp_path):
+    whole = (shards / "shard-000001.tar").read_bytes()
+    (tmp_path / ".shard-000001.tar.7-1.part").write_bytes(b"half")
+    left = open(tmp_path / ".shard-000001.tar.7-1.part", "ab")  # noqa: SIM115
+
+    def fetch(name: str, path: Path) -> None:
+        left.write(b"more")
+        left.flush()
+        path.write_bytes(whole)
+        left.write(b"more")
+
+    place = Fetched(fetch, tmp_path, ["shard-000001.tar"], 10**9)
+    assert place.file("shard-000001.tar", len(whole)).read_bytes() == whole
+    left.close()
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_command_goes_past_no_shell():
@@ -539,6 +563,19 @@ def test_what_was_found_is_remembered_until_a_shard_changes(foreign, monkeypatch
     assert len(loaders(foreign).items_df) == 61 and len(tried) == 5
 
 
+def scanned(folder: Path) -> dict[str, torch.Tensor]:
+    """Which of the members were tried by this process."""
+    tried, check_files = [], shard_index.check_files
+    shard_index.check_files = lambda members, **kwargs: tried.extend(members) or check_files(members, **kwargs)
+    loaders(folder / "foreign")
+    return {"tried": torch.tensor(len(tried))}
+
+
+def test_of_several_processes_one_looks_through_shards(foreign):
+    first, second = of_two(__file__, "scanned", foreign.parent)
+    assert (first["tried"], second["tried"]) == (60, 0)
+
+
 def png_of(folder: Path) -> bytes:
     with tarfile.open(folder / "shard-000000.tar") as tar:
         return tar.extractfile(tar.getmembers()[0]).read()
@@ -638,3 +675,7 @@ def test_an_index_that_was_forged(shards, tmp_path, change, words):
 def test_a_command_with_open_quotes():
     with pytest.raises(DataError, match="fetch is no command: no closing quotation"):
         check_fetch("cp 'shards/{name} {path}", "local", 1)
+
+
+if __name__ == "__main__":
+    run(globals())

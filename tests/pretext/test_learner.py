@@ -117,6 +117,17 @@ def test_what_training_cost_is_counted_over_all_fits_and_nothing_else_is():
     assert (learn.epochs_done, learn.images_seen) == (3, 3 * 16)
 
 
+def test_epochs_count_once_where_a_callback_looks_at_predictions_after_each():
+    def look(learn):
+        looks.append(learn.epoch)
+        if len(looks) % 2:  # a look ends an epoch, too
+            learn.get_preds()
+
+    looks, learn = [], learner(turns="one")
+    learn.fit(2, cbs=Callback(after_epoch=look))
+    assert (learn.epochs_done, learn.images_seen, len(looks)) == (2, 2 * 16, 4)
+
+
 def test_a_run_that_is_cut_short_counts_what_was_done():
     def stop(learn):
         if learn.train_iter == 3:

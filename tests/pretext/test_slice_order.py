@@ -13,6 +13,7 @@ from selfsup_fastai.errors import TaskError
 from selfsup_fastai.pretext import get_task
 from selfsup_fastai.pretext.learner import pretext_learner
 from selfsup_fastai.pretext.predictive import slice_order
+from selfsup_fastai.seeding import Generator
 from tests.test_contract import tiny
 
 NAN = float("nan")
@@ -107,6 +108,14 @@ def test_the_three_are_cut_by_one_draw():
         assert torch.equal(slices[:, 0], slices[:, 1]) and torch.equal(slices[:, 0], slices[:, 2])
     assert torch.equal(made[1][0][0][:, 0], ramp[:, 0, :, :, 4:44])  # the center square
     assert not torch.equal(made[0][0][0], made[1][0][0])
+
+
+def test_they_are_on_a_gpu_too():
+    """Where views are drawn from another generator than the rest."""
+    generator, slices = Generator("cpu", 2), torch.rand(4, 1, 1, 40, 48, generator=seeded(1)).expand(-1, 3, -1, -1, -1)
+    generator.host = seeded(3)
+    cut = get_task("slice_order", min_area=0.3).cut(slices, generator, train=True)
+    assert torch.equal(cut[:, 0], cut[:, 1]) and torch.equal(cut[:, 0], cut[:, 2])
 
 
 # --- what is known ----------------------------------------------------------------------------------------------------

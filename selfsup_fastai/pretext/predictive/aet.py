@@ -203,7 +203,7 @@ def homographies(start: Tensor, end: Tensor) -> Tensor:
     one, nought = torch.ones_like(x), torch.zeros_like(x)
     across = torch.stack([x, y, one, nought, nought, nought, -u * x, -u * y], -1)
     down = torch.stack([nought, nought, nought, x, y, one, -v * x, -v * y], -1)
-    free = torch.linalg.solve(torch.cat([across, down], 1), torch.cat([u, v], 1))
+    free = torch.linalg.solve_ex(torch.cat([across, down], 1), torch.cat([u, v], 1)).result  # `solve` waits for a GPU
     return torch.cat([free, torch.ones_like(free[:, :1])], 1).unflatten(1, (3, 3))
 
 

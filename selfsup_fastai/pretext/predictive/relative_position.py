@@ -114,7 +114,7 @@ class RelativePosition(PretextTask):
             patches = self.blurred(patches, generator)
         patches = without_fringes(patches, self.color, generator)
         answers = constant(ANSWERS, torch.long, x.device)
-        return (_standardized(patches) if self.standardize else patches,), (answers.expand(len(x), -1),)
+        return (_standardized(patches) if self.standardize else patches,), (answers.repeat(len(x), 1),)
 
     def cut(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) -> patches (B, 9, C, p, p), row by row: a grid at a random place, each patch jittered."""

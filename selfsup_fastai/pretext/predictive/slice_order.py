@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from selfsup_fastai.checks import check_choice, check_number
 from selfsup_fastai.data.companions import FixedCompanions
+from selfsup_fastai.data.draws import draw_views
 from selfsup_fastai.data.recipes import Recipe
-from selfsup_fastai.data.views import square_view
+from selfsup_fastai.data.views import apply_views, square_view
 from selfsup_fastai.encoders.heads import linear_head, mlp
 from selfsup_fastai.errors import TaskError
 from selfsup_fastai.messages import say
@@ -193,12 +194,14 @@ class SliceOrder(PretextTask):
 
     def cut(self, x: Tensor, generator: torch.Generator, train: bool) -> Tensor:
         """Squares of (B, C, H, W) or (B, 3, C, H, W), the three of an image by one draw."""
-        recipe = Recipe(scale=(self.min_area, 1.0), flip=0, jitter_p=0, grey_p=0) if train else None
-        state, views = generator.get_state(), []
-        for one in x.unbind(1) if x.ndim == 5 else (x,):
-            generator.set_state(state)
-            views.append(square_view(one, min(x.shape[-2:]), recipe, generator))
-        return torch.stack(views, 1) if x.ndim == 5 else views[0]
+        slices, side = x.unbind(1) if x.ndim == 5 else (x,), min(x.shape[-2:])
+        if train:
+            recipe = Recipe(scale=(self.min_area, 1.0), flip=0, jitter_p=0, grey_p=0)
+            views = draw_views(recipe, tuple(slices[0].shape), generator, side)
+            slices = [apply_views(one, views) for one in slices]
+        else:
+            slices = [square_view(one, side, None, generator) for one in slices]
+        return torch.stack(slices, 1) if x.ndim == 5 else slices[0]
 
     def model(self, encoder):
         return SliceNet(encoder, self.ask, self.hidden)
