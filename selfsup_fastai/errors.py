@@ -54,5 +54,5 @@ def unknown(
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A question that names the nearest of the known names; empty where none is near."""
-    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), [k for k in known if isinstance(k, str)], n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

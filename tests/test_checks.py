@@ -46,5 +46,7 @@ def test_flags_are_true_or_false_and_nothing_that_counts_as_such():
 def test_choices_are_listed_and_the_nearest_is_named():
     check_choice("border", "gray", ("gray", "reflect"))
     check_choice("skip", None, ("first", None))
+    with pytest.raises(TaskError, match=r"last is True, False or None; got 'yes'\."):
+        check_choice("last", "yes", (True, False, None))
     with pytest.raises(TaskError, match=r"^border is 'gray' or 'reflect'; got 'grey'\. Did you mean 'gray'\?$"):
         check_choice("border", "grey", ("gray", "reflect"))

@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_where_it_was_and_nowhere_else(images, tmp_path, mo
 
 def test_with_nothing_to_go_on_from_a_run_begins(images, tmp_path):
     short(tmp_path / "out", images, resume=True)
-    with pytest.raises(DataError, match="holds an encoder of an earlier run"):  # it is finished
+    with pytest.raises(DataError, match="holds an encoder of an earlier run, which is finished: nothing is left to"):
         short(tmp_path / "out", images, resume=True)
 
 

@@ -60,8 +60,7 @@ class AutoPrecision(Steady, MixedPrecision):
 
     def before_fit(self):
         device = _device(self.learn)
-        if self.kind == "fp16" and device == "cpu":
-            raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
+        check_precision(self.kind, device)
         self.autocast = torch.autocast(device, enabled=False)  # until the choice is made
         self.learn.scaler, self.scales = GradScaler(device, enabled=self.chosen == "fp16"), []
         if self.chosen is not None:
@@ -87,6 +86,12 @@ class AutoPrecision(Steady, MixedPrecision):
     def way(self) -> str | None:
         """What was chosen, in words; None while it is not known."""
         return None if self.chosen is None else str(Way(self.chosen, bool(self.laid_out)))
+
+
+def check_precision(kind: str | None, device: str) -> None:
+    """Raises `SelfsupError` for fp16 on a CPU."""
+    if kind == "fp16" and device == "cpu":
+        raise SelfsupError("fp16 needs a GPU: its small range overflows, and CPUs do not compute in it. Take bf16.")
 
 
 def ways(learn: Learner, channels_last: bool | None = None) -> list[Way]:

@@ -134,7 +134,7 @@ class Resume(OnlyInFit):
         other = [_other(name, saved.get(name), here) for name, here in run.items() if saved.get(name) != here]
         if other:
             raise ResumeError(
-                f"The state in {self.kept.folder.name!r} is of a run that differs from this one in {', '.join(other)}. "
+                f"The state in {str(self.kept.folder)!r} is of a run that differs from this one in {', '.join(other)}. "
                 "Start the very same run, take another folder, or remove this one to begin anew."
             )
 
@@ -147,7 +147,7 @@ class Resume(OnlyInFit):
     def _tell(self) -> None:
         epoch, batch = self.ahead.facts["epoch"], self.ahead.facts["batch"]
         if epoch == self.n_epoch:
-            say(f"This run was finished already; its state is in {self.kept.folder.name!r}. Nothing is left to train.")
+            say(f"This run was finished already; its state is in {str(self.kept.folder)!r}. Nothing is left to train.")
         else:
             at = f", batch {batch + 1} of {len(self.dls.train)}" if batch else ""
             say(f"The run goes on in epoch {epoch + 1} of {self.n_epoch}{at}.")

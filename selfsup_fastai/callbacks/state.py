@@ -198,7 +198,7 @@ class StateFolder:
             return state
         if files:
             raise ResumeError(
-                f"The state of the run in {self.folder.name!r} is damaged. Remove the folder to begin the run anew."
+                f"The state of the run in {str(self.folder)!r} is damaged. Remove the folder to begin the run anew."
             )
         return None
 

@@ -93,6 +93,7 @@ def pretrain(
 
     out = out or (resume and _unfinished(Path("runs"), task)) or first_free(Path("runs") / task)
     if nproc > 1 and not is_started():
+        pretraining.check_start(folder, out, overwrite, resume, _asked(precision))
         code = launch(nproc, out, LAUNCHED, LOST)
         if code:
             raise typer.Exit(code)

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -63,6 +64,7 @@ class Fetched:
         self.fetch, self.folder, self.max_bytes = fetch, Path(folder), max_bytes
         self.files = {name: self.folder / quote(name, safe="") for name in names}
         self.failed: dict[str, float] = {}  # when they could not be had, in this process
+        self.said = "another process has tried in vain"  # Why the last one could not
 
     def known_as(self, name: str) -> Path:
         """What stands for the shard in reports."""
@@ -104,6 +106,7 @@ class Fetched:
                         return
                 in_vain.touch()
         except subprocess.TimeoutExpired:
+            self.said = f"the command took more than {FETCH_SECONDS / 60:g} minutes"
             in_vain.touch()  # once is enough
         self.failed[name] = time.monotonic()
         raise OSError("the shard could not be fetched")
@@ -114,24 +117,33 @@ class Fetched:
             left.unlink(missing_ok=True)
         part = self._beside(file, f"{os.getpid()}-{time.monotonic_ns()}.part")
         try:
-            if self._run(name, part) and _is_there(part, n_bytes):
-                os.replace(part, file)
-                return True
+            if self._run(name, part):
+                if _is_there(part, n_bytes):
+                    os.replace(part, file)
+                    return True
+                size = " of the size that the index tells" if n_bytes else ""
+                self.said = f"it went well, but there was no file{size} then"
             return False
         finally:
             part.unlink(missing_ok=True)
 
     def _run(self, name: str, part: Path) -> bool:
-        if callable(self.fetch):
-            with suppress(Exception):  # whatever a user's function raises: the run goes on without this shard
+        try:
+            if callable(self.fetch):
                 self.fetch(name, part)
                 return True
+            with tempfile.TemporaryFile() as said:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+                done = subprocess.run(command(self.fetch, name, part), timeout=FETCH_SECONDS, **streams)
+                said.seek(max(0, said.seek(0, os.SEEK_END) - 1000))
+                lines = said.read().decode(errors="replace").split("\n")
+            self.said = f"{next(filter(str.strip, reversed(lines)), 'nothing was said')} (exit code {done.returncode})"
+            return done.returncode == 0
+        except subprocess.TimeoutExpired:
+            raise
+        except Exception as error:  # it does not start; or whatever a user's function raises: the run goes on without
+            self.said = f"{type(error).__name__}: {error}"
             return False
-        nothing = subprocess.DEVNULL
-        streams = {"stdin": nothing, "stdout": nothing, "stderr": nothing}
-        with suppress(OSError):  # it does not start
-            return subprocess.run(command(self.fetch, name, part), timeout=FETCH_SECONDS, **streams).returncode == 0
-        return False
 
     def _make_room(self, fresh: Path) -> None:
         """Remove shards, the least recently used first, until the rest fit. Whoever has one open reads on."""

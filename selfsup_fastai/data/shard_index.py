@@ -162,10 +162,9 @@ def _try_fetching(place: Fetched, names: list[str], tables: dict[str, pd.DataFra
         with suppress(OSError):
             place.file(name, int(tables[name]["bytes"].iloc[0]) if name in tables else None)
             return
-    size = " of the size that the index tells" if names[0] in tables else ""
     raise DataError(
-        f"The first {len(names)} shards could not be fetched: after three attempts each there was no file{size} at "
-        "{path}. Try `fetch` by hand with the name of one."
+        f"The first {len(names)} shards could not be fetched: {place.said}. Try `fetch` by hand with the name "
+        f"{names[-1]!r} and the path of a file that it is to write."
     )
 
 

@@ -51,7 +51,8 @@ def write_shards(
     report.attrs["checked"] = len(files)
     with listed_in("the table that write_shards returns"):
         line = summary(report)
-    say(f"{len(index):,} images in {index['shard'].nunique():,} shards.{f' {line}.' if line else ''}")
+    n = index["shard"].nunique()
+    say(f"{len(index):,} images in {n:,} shard{'s' * (n != 1)}.{f' {line}.' if line else ''}")
     return report
 
 
@@ -63,7 +64,10 @@ def _check(folder: object, out: object, images_per_shard: object, overwrite: boo
     if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(f"{str(out)!r} lies in the folder of images; choose another for the shards.")
     if not overwrite and any(out.glob("*.tar")):
-        raise DataError(f"There are shards in {str(out)!r} already. Choose another folder, or have them overwritten.")
+        raise DataError(
+            f"There are shards in {str(out)!r} already. Choose another folder, or have them "
+            "overwritten (--overwrite, in Python overwrite=True)."
+        )
 
 
 def _written(ok: pd.DataFrame, out: Path, images_per_shard: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -51,6 +51,7 @@ def check_out(
     out: str | Path,
     folder: str | Path,  # Of images
     overwrite: bool | None = None,  # Replace what an earlier run left; None: that cannot be asked for
+    resume: bool = False,  # Whether a run was to be gone on with
 ) -> None:
     """Raises `DataError` unless a run over `folder` may write to `out`."""
     replace = "" if overwrite is None else ", or have it overwritten (--overwrite, in Python overwrite=True)"
@@ -63,7 +64,8 @@ def check_out(
             f"resume=True), choose another folder{replace}."
         )
     if (out / ENCODER).exists() and not overwrite:
-        raise DataError(f"{str(out)!r} holds an encoder of an earlier run. Choose another folder{replace}.")
+        said = ", which is finished: nothing is left to train" if resume else ""
+        raise DataError(f"{str(out)!r} holds an encoder of an earlier run{said}. Choose another folder{replace}.")
     if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(
             f"{str(out)!r} lies in the folder of images: the pictures of the run would be taken for images."

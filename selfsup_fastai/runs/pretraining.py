@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 
 from selfsup_fastai.callbacks.log import MetricsFile
+from selfsup_fastai.callbacks.precision import check_precision
 from selfsup_fastai.callbacks.resume import Resume
 from selfsup_fastai.data.files import listed_in
 from selfsup_fastai.data.images import UnlabeledDataLoaders
@@ -17,6 +18,20 @@ from selfsup_fastai.pretext.learner import PretextLearner, pretext_learner
 from selfsup_fastai.pretext.multi import SeveralTasks
 from selfsup_fastai.processes import agreed, is_first, join, n_processes
 from selfsup_fastai.runs.folder import LEFT_OUT, STATE, check_out, finished, is_unfinished, run_folder
+
+
+def check_start(
+    folder: str | Path,
+    out: str | Path,
+    overwrite: bool,
+    resume: bool,
+    precision: str | None,
+) -> bool:
+    """Whether the run goes on with one that was stopped. Raises what need not wait for images to be read."""
+    goes_on = resume and is_unfinished(out)
+    check_out(out, folder, overwrite or goes_on, resume)
+    check_precision(precision, default_device().type)
+    return goes_on
 
 
 def pretrain(
@@ -45,8 +60,7 @@ def pretrain(
     out = agreed(str(out))
     check_count("epochs", epochs, 1)
     check_positive("lr", lr)
-    goes_on = resume and is_unfinished(out)
-    check_out(out, folder, overwrite or goes_on)
+    goes_on = check_start(folder, out, overwrite, resume, precision)
     task = get_task(task, **(settings or {}))  # names and settings first: checking the images may take minutes
     run = dict(task=task.name, settings=task.settings(), epochs=epochs, lr=lr, arch=arch, pretrained=pretrained)
     run |= {name: value for name, value in data.items() if name not in ("num_workers", "cache", "max_gb")}

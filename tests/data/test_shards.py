@@ -384,7 +384,7 @@ def test_half_a_file_is_not_taken_for_a_shard(shards, tmp_path):
     def fetch(name, path):
         path.write_bytes((shards / name).read_bytes()[:-512])
 
-    with pytest.raises(DataError, match="first 3 shards could not be fetched"):
+    with pytest.raises(DataError, match=r"first 3 shards could not be fetched: .*no file of the size that the index"):
         loaders(shards / "index.csv", fetch=fetch, local=tmp_path / "local")
     assert not [f for f in (tmp_path / "local").iterdir() if f.suffix in (".tar", ".part")]
 
@@ -418,6 +418,19 @@ def test_what_may_go_better_another_time_is_tried_again(foreign, monkeypatch, co
     tried.clear()
     loaders(foreign)
     assert len(tried) == again
+
+
+@pytest.mark.usefixtures("_no_waiting")
+@pytest.mark.parametrize(
+    ("fetch", "said"),
+    [
+        ("cp nowhere/{name} {path}", r"'?nowhere/shard-000002.tar'?: No such file or directory \(exit code 1\)"),
+        (lambda name, path: {}["credentials"], "KeyError: 'credentials'"),
+    ],
+)
+def test_why_nothing_could_be_fetched_is_told(shards, tmp_path, fetch, said):
+    with pytest.raises(DataError, match=f"could not be fetched: .*{said}.*the name 'shard-000002.tar'"):
+        loaders(shards / "index.csv", fetch=fetch, local=tmp_path / "local")
 
 
 def test_a_command_that_hangs_is_ended_and_others_do_not_wait_for_it_again(tmp_path, monkeypatch):

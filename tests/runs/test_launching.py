@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from selfsup_fastai.callbacks.state import State, StateFolder
+from selfsup_fastai.cli import app
 from selfsup_fastai.errors import LostProcessError, SelfsupError
 from selfsup_fastai.runs import launching
 from selfsup_fastai.runs.folder import STATE
@@ -35,6 +37,21 @@ def stands_in(tmp_path, monkeypatch):
 
 def start(tmp_path: Path, n: int = 3) -> int:
     return launch(n, tmp_path / "out", "MARK", LOST)
+
+
+def test_what_cannot_be_is_said_before_anything_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("selfsup_fastai.runs.launching.launch", lambda *args: pytest.fail("started"))
+    write_images(tmp_path / "images", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "encoder.safetensors").touch()
+    line = ["pretrain", str(tmp_path / "images"), "--nproc", "2"]
+    for more, said in (
+        (["--out", str(tmp_path / "new"), "--precision", "fp16"], "fp16 needs a GPU"),
+        (["--out", str(tmp_path / "out")], "holds an encoder of an earlier run"),
+    ):
+        done = CliRunner().invoke(app, [*line, *more])
+        assert done.exit_code == 1 and said in done.output
+    assert not (tmp_path / "new").exists()
 
 
 def test_each_is_told_its_place_and_all_the_same_folder(stands_in, tmp_path, monkeypatch):
