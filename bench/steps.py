@@ -71,7 +71,7 @@ def epoch(learn: Learner, cbs: Sequence[Callback] = (), rate: float = 1e-3) -> i
 
 
 def half_epoch(learn: Learner) -> int:
-    """The same as fast as precision='auto' finds on most machines: in bf16, with channels last where that may pay."""
+    """The same in bf16, with channels last where the net is of convolutions."""
     return epoch(learn, [AutoPrecision("bf16", channels_last=has_convolutions(learn.model))])
 
 
