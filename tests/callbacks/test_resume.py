@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from PIL import Image
 from torch import nn
 
 from selfsup_fastai.callbacks import resume as module
+from selfsup_fastai.callbacks import state as state_module
 from selfsup_fastai.callbacks.consistency import Consistency
 from selfsup_fastai.callbacks.log import MetricsFile
 from selfsup_fastai.callbacks.resume import Resume
-from selfsup_fastai.callbacks.state import StateFolder
+from selfsup_fastai.callbacks.state import StateFolder, drawn_state, restore_drawn
 from selfsup_fastai.data.images import UnlabeledDataLoaders
 from selfsup_fastai.errors import ResumeError
 from selfsup_fastai.pretext.learner import pretext_learner
@@ -308,3 +310,12 @@ def test_kill_9_at_any_moment(workers, folder, tmp_path):
     subprocess.run([*command, str(state), str(workers)], check=True, env=env, timeout=300)
     whole, again = (torch.load(f"{path}.pt", weights_only=True) for path in (tmp_path / "whole", state))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_generators_of_many_gpus_come_back_in_their_order(monkeypatch):
+    learn, put_back = SimpleNamespace(dls=[]), []
+    state = drawn_state(learn)
+    state.tensors.update({f"rng/cuda/{i}": torch.tensor([i]) for i in sorted(range(12), key=str)})
+    monkeypatch.setattr(state_module, "set_rng_state", put_back.append)
+    restore_drawn(learn, state)
+    assert [int(value) for value in put_back[0]["cuda"]] == list(range(12))

@@ -78,6 +78,15 @@ def test_jitter_moves_each_patch_by_itself_but_never_out_of_the_image():
     assert (small[:, 1, 0] != small[:, 0, 0]).any()  # one pixel at least
 
 
+def test_answers_of_a_batch_can_be_changed_and_others_stay():
+    task, x = get_task("relative_position", **GRID), torch.rand(2, 3, 60, 60)
+    (_,), (answers,) = task.make_batch(x, generator=seeded(), train=True)
+    kept = answers.clone()
+    answers.zero_()
+    (_,), (again,) = task.make_batch(x, generator=seeded(), train=True)
+    assert torch.equal(again, kept) and kept.any()
+
+
 def test_answers_say_where_the_second_patch_lies():
     x = noise(3)
     task = get_task("relative_position", **GRID)
