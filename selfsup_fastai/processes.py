@@ -91,10 +91,10 @@ def check_single(
     what: str,  # Such as 'Fine-tuning'
 ) -> None:
     """Raises `SelfsupError` in one of several processes: what one does all would do, over each other's files."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    if n > 1 and not _Now.alone:
+    if is_started() and not _Now.alone:
+        have = f"{what} takes place in one process, and this one was started as one of {os.environ['WORLD_SIZE']}."
         fix = "Start it by itself, without torchrun, accelerate launch or --nproc; only pretraining can be shared."
-        raise SelfsupError(f"{what} takes place in one process, and this one was started as one of {n}. {fix}")
+        raise SelfsupError(f"{have} {fix}")
 
 
 def n_processes() -> int:

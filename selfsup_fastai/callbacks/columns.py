@@ -29,7 +29,7 @@ class Columns(OnlyInFit):
             self.learn.metrics = self._others() + own
 
     def after_validate(self):
-        trained = bool(getattr(getattr(self, "recorder", None), "losses", None))  # `validate()` takes no step
+        trained = bool(getattr(getattr(self.learn, "recorder", None), "losses", None))  # `validate()` takes no step
         if self.run and (trained or self.cheap):
             with alone():  # one process looks, or two might go on differently
                 found = self.look(self.learn.encoder) if is_first() else None
